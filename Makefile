@@ -1,0 +1,37 @@
+# make demo, make test: each sets up all it needs. Options:
+#   PYTHON=/path/to/python   use that environment (it must have torch) instead of making .venv
+#   TORCH='torch==2.13.0'    what pip installs as torch into .venv
+TORCH ?= torch==2.13.0
+ifdef PYTHON
+PY := $(PYTHON)
+else
+PY := .venv/bin/python
+endif
+STAMP := build/installed-$(subst /,_,$(subst =,_,$(PY)-$(TORCH)))
+
+.PHONY: test demo install lint clean
+
+test: $(STAMP) lint
+	$(PY) -m pytest
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+demo: $(STAMP)
+	$(PY) -m dft_kernels.cli demo
+
+install: $(STAMP)
+
+.venv/bin/python:
+	python3 -m venv .venv || { echo "make: python3 needs its venv module (Debian: apt-get install python3-venv)"; exit 1; }
+
+$(STAMP): setup.py pyproject.toml $(wildcard csrc/*) | $(if $(PYTHON),,.venv/bin/python)
+	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q '$(TORCH)'
+	$(PY) -m pip install -q setuptools wheel ninja
+	$(PY) -m pip install -q --no-build-isolation -e '.[dev]'
+	mkdir -p build && touch $@
+
+clean:
+	rm -rf build .venv *.egg-info dft_kernels/*.so dft_kernels/_build.json

@@ -1,0 +1,428 @@
+"""THE chunk loop, and the custom operators that put it under autograd and torch.compile.
+
+`run` walks the rows in play once: the target of a chunk, its row quantities, and, where something is
+differentiated, its gradient. Three operators share it and the argument list of `Problem`:
+
+    loss                 scalar reductions; the gradient of the *sum* is emitted by the same pass and saved
+    statistics           row quantities, feature means, column means; nothing of size [R, V] survives
+    statistics_gradient  its backward: the logits are recomputed, one product more
+
+`scale` applies grad_output / denominator in the accumulation dtype and rounds once, leaving what was saved as
+it was. None of them can be differentiated twice; `scale` and `statistics_gradient` say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends.contract import DIFFERENTIABLE, Chunk, Cotangents, Gradients, Row
+from .problem import SCHEMA, TENSORS, Problem, loss_terms
+from .selection import Selection, dweight_dtype, plan_rows, select_rows
+from .teachers import Rows, open_head, open_stream, stream_of
+
+REPORTED = Row.AGREEMENT + 1  # the leading quantities that leave the loop
+
+Seed = Callable[[Chunk, Rows, Tensor], Cotangents]  # a chunk, its rows, its statistics -> its cotangents
+
+
+@dataclass
+class Outcome:
+    """What the loop leaves: row quantities [REPORTED, N] (0 for ignored rows), q @ features [N, K], column sums
+    [G, V], and unscaled gradients; None where not asked for."""
+
+    selection: Selection
+    rows: Tensor
+    features: Tensor | None
+    columns: Tensor | None
+    dhidden: Tensor | None = None
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
+
+
+def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhidden: Tensor | None = None) -> Outcome:
+    """The chunk loop. seed: cotangents of a chunk, None for no gradient; dhidden: where to write it if not into
+    a new tensor (it may be `problem.hidden` itself where that holds logits)."""
+    hidden, vocab, wide = problem.hidden, problem.vocab, problem.dtype
+    selection = select_rows(problem)
+    size = plan_rows(problem, selection.count)
+    blocks = selection.blocks(size)
+    terms = problem.terms(differentiated if seed else frozenset())
+    backend = backends.choose(problem.backend, hidden.device)
+    outcome = Outcome(
+        selection,
+        rows=hidden.new_zeros(REPORTED, hidden.shape[0], dtype=wide),
+        features=None if terms.features is None else hidden.new_zeros(len(hidden), terms.features.shape[1], dtype=wide),
+        columns=hidden.new_zeros(problem.num_groups, vocab, dtype=wide) if problem.columns else None,
+    )
+    if seed is not None:
+        outcome.dhidden, outcome.dweight, outcome.dbias = _gradients(problem, selection, len(blocks), dhidden)
+    workspace = backend.workspace(size, vocab, hidden, terms)
+    scratch = None if selection.index is None or outcome.dhidden is None else hidden.new_empty(size, hidden.shape[1])
+    with torch.autocast(hidden.device.type, enabled=False), _open_teacher(problem, blocks) as targets:
+        for number, rows in enumerate(blocks):
+            chunk = Chunk(
+                hidden=rows.take(hidden),
+                label=None if problem.target is None else rows.take(problem.target),
+                group=None if selection.group is None else rows.take(selection.group),
+                weight=None if selection.weight is None else rows.take(selection.weight),
+                target=next(targets) if targets is not None else None,
+            )
+            statistics, features = backend.chunk_statistics(workspace, chunk, terms, outcome.columns)
+            rows.put(outcome.rows, statistics[:REPORTED], dim=1)
+            if outcome.features is not None and features is not None:
+                rows.put(outcome.features, features)
+            if seed is None:
+                continue
+            out = None
+            if outcome.dhidden is not None:
+                out = outcome.dhidden[rows.start : rows.stop] if scratch is None else scratch[: rows.stop - rows.start]
+            gradients = Gradients(out, outcome.dweight, outcome.dbias, first=number == 0)
+            backend.chunk_gradient(
+                workspace, chunk, terms, statistics, features, seed(chunk, rows, statistics), gradients
+            )
+            if scratch is not None and outcome.dhidden is not None and out is not None:
+                rows.put(outcome.dhidden, out)
+        if targets is not None:
+            next(targets, None)  # lets a stream check that it ended where the rows do
+    if selection.ignored is not None:
+        outcome.rows.masked_fill_(selection.ignored, 0.0)
+        if outcome.features is not None:
+            outcome.features.masked_fill_(selection.ignored[:, None], 0.0)
+    return outcome
+
+
+def _gradients(
+    problem: Problem, selection: Selection, chunks: int, dhidden: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Room for the gradients of the sum; rows that no chunk visits are zero."""
+    dweight = dbias = None
+    if problem.need_hidden and dhidden is None:
+        dhidden = torch.empty_like(problem.hidden, memory_format=torch.contiguous_format)
+    if dhidden is not None and selection.index is not None:
+        assert problem.target is not None
+        if dhidden is problem.hidden:
+            dhidden.masked_fill_((problem.target == problem.ignore_index)[:, None], 0.0)
+        else:
+            dhidden.zero_()
+    if problem.need_weight:
+        assert problem.weight is not None
+        dweight = problem.weight.new_empty(problem.weight.shape, dtype=dweight_dtype(problem))
+    if problem.need_bias:
+        assert problem.bias is not None
+        dbias = problem.bias.new_empty(problem.bias.shape, dtype=problem.dtype)
+    if chunks == 0:
+        for gradient in (dweight, dbias):
+            if gradient is not None:
+                gradient.zero_()
+    return dhidden, dweight, dbias
+
+
+def _open_teacher(problem: Problem, blocks: list[Rows]) -> AbstractContextManager[Any]:
+    if problem.stream:
+        stream, hidden = stream_of(problem.stream), problem.hidden
+        return open_stream(stream, blocks, hidden.shape[0], problem.vocab, hidden.device)
+    if problem.teacher_hidden is None:
+        return nullcontext()
+    return open_head(problem.teacher_hidden, problem.teacher_head, blocks)
+
+
+# ------------------------------------------------------------------------------------------- the loss of a row
+
+
+def soft_rows(problem: Problem, rows: Any) -> Tensor:
+    """D_n times the T^2 of temperature_scaling."""
+    return problem.soft_scale * rows[Row.DIVERGENCE]
+
+
+def hard_rows(problem: Problem, rows: Any) -> Tensor:
+    """CE_n = -(1 - eps) log q_y - eps sum_v log q_v / V with eps = label_smoothing."""
+    eps = problem.label_smoothing
+    hard: Tensor = -rows[Row.LOG_PROB]
+    return hard if eps == 0 else (1.0 - eps) * hard - eps * rows[Row.MEAN_LOG_PROB]
+
+
+def loss_rows(problem: Problem, rows: Any, weight: Tensor | None) -> Tensor:
+    """weight_n (hard_weight CE_n + soft_weight D_n + z_loss lse_n^2 + <q_n, potential>) [N] from row quantities;
+    a row that is ignored or of weight 0 gives 0 whatever it holds. Differentiable in `rows`."""
+    live, parts = loss_terms(problem), []
+    if Row.LOG_PROB in live:
+        parts.append(problem.hard_weight * hard_rows(problem, rows))
+    if Row.DIVERGENCE in live:
+        parts.append(problem.soft_weight * soft_rows(problem, rows))
+    if Row.LSE in live:
+        parts.append(problem.z_loss * rows[Row.LSE].square())
+    if Row.POTENTIAL in live:
+        parts.append(rows[Row.POTENTIAL])
+    total: Tensor = sum(parts[1:], parts[0]) if parts else torch.zeros_like(rows[Row.LSE])
+    return total if weight is None else torch.where(weight != 0, weight * total, 0.0)
+
+
+def loss_cotangents(problem: Problem, statistics: Tensor, weight: Tensor | None) -> Cotangents:
+    """d(sum of `loss_rows`) / d(row quantities), [DIFFERENTIABLE, R]."""
+    live = loss_terms(problem)
+    out = statistics.new_zeros(DIFFERENTIABLE, statistics.shape[1])
+    if Row.LOG_PROB in live:
+        out[Row.LOG_PROB] = -problem.hard_weight * (1.0 - problem.label_smoothing)
+        out[Row.MEAN_LOG_PROB] = -problem.hard_weight * problem.label_smoothing
+    if Row.DIVERGENCE in live:
+        out[Row.DIVERGENCE] = problem.soft_weight * problem.soft_scale
+    if Row.LSE in live:
+        out[Row.LSE] = 2.0 * problem.z_loss * statistics[Row.LSE]
+    if Row.POTENTIAL in live:
+        out[Row.POTENTIAL] = 1.0
+    return Cotangents(out if weight is None else torch.where(weight != 0, out * weight, 0.0))
+
+
+def mean_probability(problem: Problem, outcome: Outcome) -> tuple[Tensor, Tensor]:
+    """sum w_n q_n / sum w_n of each group [G, V] (0 for an empty group), and sum w_n [G]."""
+    if outcome.columns is None:
+        empty = problem.hidden.new_empty(0, dtype=problem.dtype)
+        return empty, empty.clone()
+    total = outcome.selection.group_weight(problem)
+    return outcome.columns.div_(torch.where(total == 0, 1.0, total)[:, None]), total
+
+
+# ------------------------------------------------------------------------------------------------ the operators
+
+
+def _loss(*arguments: Any) -> tuple[Tensor, ...]:
+    return compute_loss(Problem(*arguments))
+
+
+def compute_loss(problem: Problem, dhidden: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Loss, denominator, row quantities (where metrics are wanted), mean probability and group weights (where a
+    group is), and the unscaled dhidden, dweight, dbias; what is not there is an empty tensor. `dhidden`: see `run`."""
+
+    def seed(chunk: Chunk, rows: Rows, statistics: Tensor) -> Cotangents:
+        return loss_cotangents(problem, statistics, chunk.weight)
+
+    wanted = problem.needs_gradient or dhidden is not None
+    outcome = run(problem, loss_terms(problem), seed if wanted else None, dhidden)
+    selection = outcome.selection
+    total = loss_rows(problem, outcome.rows, selection.weight).sum() / selection.denominator
+    none = problem.hidden.new_empty
+    return (
+        total,
+        selection.denominator,
+        outcome.rows if problem.reports else none(0, dtype=problem.dtype),
+        *mean_probability(problem, outcome),
+        *(none(0) if g is None or g is dhidden else g for g in (outcome.dhidden, outcome.dweight, outcome.dbias)),
+    )
+
+
+def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = Problem(*arguments)
+    new, n = problem.hidden.new_empty, problem.hidden.shape[0]
+    wide = problem.dtype
+    groups = problem.num_groups if problem.columns else None
+    return (
+        new((), dtype=wide),
+        new((), dtype=wide),
+        new((REPORTED, n), dtype=wide) if problem.reports else new(0, dtype=wide),
+        new(0, dtype=wide) if groups is None else new((groups, problem.vocab), dtype=wide),
+        new(0, dtype=wide) if groups is None else new((groups,), dtype=wide),
+        *_gradients_fake(problem, dweight_dtype(problem)),
+    )
+
+
+def _gradients_fake(problem: Problem, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    new = problem.hidden.new_empty
+    return (
+        new(problem.hidden.shape) if problem.need_hidden else new(0),
+        new(problem.weight.shape, dtype=weight_dtype) if problem.weight is not None and problem.need_weight else new(0),
+        new(problem.bias.shape, dtype=problem.dtype) if problem.bias is not None and problem.need_bias else new(0),
+    )
+
+
+def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[1], *output[5:])
+    problem = Problem(*inputs)
+    ctx.needs = (problem.need_hidden, problem.need_weight, problem.need_bias)
+    ctx.dtype = problem.hidden.dtype
+
+
+def _loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    denominator, *gradients = ctx.saved_tensors
+    if grad is None:
+        return (None,) * len(Problem._fields)
+    factor = grad / denominator
+    scaled = (scale(g, factor, ctx.dtype) if need else None for g, need in zip(gradients, ctx.needs, strict=True))
+    return _gradients_of(*scaled)
+
+
+def _gradients_of(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, weight and bias, the first fields of a Problem; None for all the others."""
+    return (*gradients, *(None,) * (len(Problem._fields) - 3))
+
+
+@torch.library.custom_op("dft_kernels::scale", mutates_args=())
+def scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor (0-d), multiplied in the accumulation dtype and rounded once to `dtype`; blockwise, so
+    that no second full-size tensor in the accumulation dtype appears."""
+    out = torch.empty_like(gradient, dtype=dtype)
+    factor = factor.reshape(1)
+    step = max(1, (1 << 22) // max(1, gradient[:1].numel())) if gradient.device.type == "cpu" else max(1, len(gradient))
+    for start in range(0, gradient.shape[0], step):
+        torch.mul(gradient[start : start + step], factor, out=out[start : start + step])
+    return out
+
+
+@scale.register_fake
+def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "dft_kernels: double backward must not be asked of a fused loss, got a second differentiation. Its backward "
+        "is itself not differentiable; use testing.dense_loss on a small problem for second derivatives."
+    )
+
+
+scale.register_autograd(_refuse_second_derivative)
+
+loss = torch.library.custom_op(
+    "dft_kernels::loss", _loss, mutates_args=(), schema=f"({SCHEMA}) -> (" + ", ".join(["Tensor"] * 8) + ")"
+)
+loss.register_fake(_loss_fake)
+loss.register_autograd(_loss_backward, setup_context=_loss_setup)
+
+
+def _statistics(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = Problem(*arguments)
+    outcome = run(problem, frozenset(), None)
+    features = problem.hidden.new_empty(0, dtype=problem.dtype) if outcome.features is None else outcome.features
+    return (*(row.clone() for row in outcome.rows), features, *mean_probability(problem, outcome))
+
+
+def _statistics_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = Problem(*arguments)
+    new, n, wide = problem.hidden.new_empty, problem.hidden.shape[0], problem.dtype
+    groups = problem.num_groups if problem.columns else None
+    return (
+        *(new((n,), dtype=wide) for _ in range(REPORTED)),
+        new(0, dtype=wide) if problem.features is None else new((n, problem.num_features), dtype=wide),
+        new(0, dtype=wide) if groups is None else new((groups, problem.vocab), dtype=wide),
+        new(0, dtype=wide) if groups is None else new((groups,), dtype=wide),
+    )
+
+
+def _statistics_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[Row.CORRECT], output[Row.AGREEMENT], output[-1])
+    ctx.save_for_backward(*inputs[:TENSORS], output[-1])
+    ctx.rest = inputs[TENSORS:]
+    stream = Problem(*inputs).stream
+    ctx.stream = stream_of(stream) if stream else None  # keeps it alive until backward
+
+
+def _statistics_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, group_weight = ctx.saved_tensors
+    rows, features, columns = grads[:DIFFERENTIABLE], grads[REPORTED], grads[REPORTED + 1]
+    problem = Problem(*tensors, *ctx.rest)
+    needs = (problem.need_hidden, problem.need_weight, problem.need_bias)
+    if all(grad is None for grad in (*rows, features, columns)):
+        return (None,) * len(Problem._fields)
+    gradients = statistics_gradient(*problem, *rows, features, columns, group_weight)
+    return _gradients_of(*(g if need else None for g, need in zip(gradients, needs, strict=True)))
+
+
+def _statistics_gradient(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = Problem(*arguments[: len(Problem._fields)])
+    *rows, features, columns, group_weight = arguments[len(Problem._fields) :]
+    live = {Row(row): grad for row, grad in enumerate(rows) if grad is not None}
+    if columns is not None:  # d mean / d q is a potential of weight w_n, scaled by the group's total weight
+        potential = columns / torch.where(group_weight == 0, 1.0, group_weight)[:, None]
+        problem = problem._replace(potential=potential)
+    problem = problem._replace(columns=False)
+
+    def seed(chunk: Chunk, rows: Rows, statistics: Tensor) -> Cotangents:
+        out = statistics.new_zeros(DIFFERENTIABLE, statistics.shape[1])
+        for row, grad in live.items():
+            out[row] = rows.take(grad)
+        if columns is not None:
+            out[Row.POTENTIAL] = 1.0 if chunk.weight is None else chunk.weight
+        kappa = None if features is None else rows.take(features)
+        if ignored is not None:
+            out.masked_fill_(rows.take(ignored), 0.0)
+            kappa = None if kappa is None else kappa.masked_fill(rows.take(ignored)[:, None], 0.0)
+        return Cotangents(out, kappa)
+
+    ignored = None
+    if not problem.compact and problem.target is not None:
+        ignored = problem.target == problem.ignore_index
+    differentiated = frozenset(live) | ({Row.POTENTIAL} if columns is not None else frozenset())
+    outcome = run(problem, differentiated, seed)
+    one = torch.ones((), dtype=problem.dtype, device=problem.hidden.device)
+    return tuple(
+        problem.hidden.new_empty(0) if g is None else scale(g, one, problem.hidden.dtype)
+        for g in (outcome.dhidden, outcome.dweight, outcome.dbias)
+    )
+
+
+def _statistics_gradient_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = Problem(*arguments[: len(Problem._fields)])
+    return _gradients_fake(problem, problem.hidden.dtype)
+
+
+statistics = torch.library.custom_op(
+    "dft_kernels::statistics",
+    _statistics,
+    mutates_args=(),
+    schema=f"({SCHEMA}) -> (" + ", ".join(["Tensor"] * 11) + ")",
+)
+statistics.register_fake(_statistics_fake)
+statistics.register_autograd(_statistics_backward, setup_context=_statistics_setup)
+
+_cotangents = ", ".join(f"Tensor? {Row(row).name.lower()}_cotangent" for row in range(DIFFERENTIABLE))
+statistics_gradient = torch.library.custom_op(
+    "dft_kernels::statistics_gradient",
+    _statistics_gradient,
+    mutates_args=(),
+    schema=f"({SCHEMA}, {_cotangents}, Tensor? features_cotangent, Tensor? columns_cotangent, Tensor group_weight)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+statistics_gradient.register_fake(_statistics_gradient_fake)
+statistics_gradient.register_autograd(_refuse_second_derivative)
+
+
+class InplaceLoss(torch.autograd.Function):
+    """The loss of logits that the caller gives up: their gradient is written over them in forward, scaled in
+    place in backward, once. Outside of torch.compile: a functional operator cannot own its argument's memory."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, problem: Problem) -> tuple[Tensor, ...]:
+        flat = problem.hidden.detach()
+        out = compute_loss(problem._replace(hidden=flat, need_hidden=False), flat)
+        ctx.save_for_backward(flat)
+        ctx.denominator, ctx.used, ctx.leaf, ctx.shape = out[1], False, logits.is_leaf, logits.shape
+        ctx.mark_non_differentiable(*out[1:])
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
+        if grad is None:
+            return None, None
+        if ctx.used:
+            raise RuntimeError(
+                "cross_entropy: inplace_gradient=True must be followed by one backward, got a second. The first one "
+                "scaled the gradient in place; use inplace_gradient=False with retain_graph."
+            )
+        (gradient,) = ctx.saved_tensors
+        ctx.used = True
+        factor = (grad / ctx.denominator).reshape(1)
+        for block in gradient.split(max(1, (1 << 22) // max(1, gradient.shape[1]))):
+            torch.mul(block, factor, out=block)
+        gradient = gradient.view(ctx.shape)
+        return (gradient.clone() if ctx.leaf else gradient), None

@@ -1,0 +1,272 @@
+"""The reference backend: the row operations in plain PyTorch, on any device.
+
+A row operation walks its chunk in tiles of a few rows, so that its temporaries stay in the cache and out of the
+memory bill. Every formula of the row mathematics stands here once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..gemm import accumulate_dtype
+from ..teachers import Head
+from .contract import DIFFERENTIABLE, Chunk, Cotangents, Row, Terms
+from .rows import RowBackend
+
+_TILE = {"cpu": 1 << 20}  # logits a tile; temporaries are a handful of these
+_TILE_ELSEWHERE = 1 << 25
+
+
+class Pair(NamedTuple):
+    """A divergence as elementwise functions of (log_p, log_q, parameter), all [r, V]: the addends f >= 0 whose
+    sum is D, and the slope g = df / dlog q. A probability of 0 is log = -inf; no NaN may come of it."""
+
+    value: Callable[[Tensor, Tensor, float], Tensor]
+    slope: Callable[[Tensor, Tensor, float], Tensor]
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """a (log a - log b) - a + b; where a and b are close as a (e^d - 1 - d), d = log b - log a, which does not cancel."""
+    d = log_b - log_a
+    a, b = log_a.exp(), log_b.exp()
+    addend = torch.where(d.abs() < 0.5, a * (torch.expm1(d) - d), b - a * (1.0 + d))
+    return torch.where(a > 0, addend, b)
+
+
+def _mix(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    """log(weight a + (1 - weight) b)"""
+    return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
+
+
+def _times(q: Tensor, factor: Tensor) -> Tensor:
+    """q * factor with 0 * anything = 0"""
+    return torch.where(q > 0, q * factor, 0.0)
+
+
+def _jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    log_m = _mix(log_p, log_q, beta)
+    return beta * _kl(log_p, log_m) + (1.0 - beta) * _kl(log_q, log_m)
+
+
+def _skew_reverse_slope(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    ratio = log_q - _mix(log_q, log_p, alpha)
+    return _times(log_q.exp(), ratio - alpha * torch.expm1(ratio))
+
+
+def _power(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    """p^alpha q^(1 - alpha), 0 where both are 0"""
+    power = torch.exp(alpha * log_p + (1.0 - alpha) * log_q)
+    return torch.where(torch.maximum(log_p, log_q) == -torch.inf, 0.0, power)
+
+
+def _alpha(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    d, q = log_p - log_q, log_q.exp()
+    near = q * (torch.expm1(alpha * d) - alpha * torch.expm1(d))
+    far = _power(log_p, log_q, alpha) - alpha * log_p.exp() - (1.0 - alpha) * q
+    return torch.where(d.abs() < 0.5, near, far) / (alpha * (alpha - 1.0))
+
+
+PAIRS: dict[str, Pair] = {
+    "forward_kl": Pair(
+        lambda log_p, log_q, _: _kl(log_p, log_q),
+        lambda log_p, log_q, _: log_q.exp() - log_p.exp(),
+    ),
+    "reverse_kl": Pair(
+        lambda log_p, log_q, _: _kl(log_q, log_p),
+        lambda log_p, log_q, _: _times(log_q.exp(), log_q - log_p),
+    ),
+    "jensen_shannon": Pair(
+        _jensen_shannon,
+        lambda log_p, log_q, beta: _times((1.0 - beta) * log_q.exp(), log_q - _mix(log_p, log_q, beta)),
+    ),
+    "skew_kl": Pair(
+        lambda log_p, log_q, alpha: _kl(log_p, _mix(log_p, log_q, alpha)),
+        lambda log_p, log_q, alpha: _times((alpha - 1.0) * log_q.exp(), torch.expm1(log_p - _mix(log_p, log_q, alpha))),
+    ),
+    "skew_reverse_kl": Pair(
+        lambda log_p, log_q, alpha: _kl(log_q, _mix(log_q, log_p, alpha)),
+        _skew_reverse_slope,
+    ),
+    "alpha_divergence": Pair(
+        _alpha,
+        lambda log_p, log_q, alpha: (log_q.exp() - _power(log_p, log_q, alpha)) / alpha,
+    ),
+    "total_variation": Pair(
+        lambda log_p, log_q, _: 0.5 * (log_p.exp() - log_q.exp()).abs(),
+        lambda log_p, log_q, _: _times(0.5 * log_q.exp(), torch.sign(log_q - log_p)),
+    ),
+    "squared_hellinger": Pair(
+        lambda log_p, log_q, _: 0.5 * ((0.5 * log_p).exp() - (0.5 * log_q).exp()).square(),
+        lambda log_p, log_q, _: 0.5 * (log_q.exp() - (0.5 * (log_p + log_q)).exp()),
+    ),
+}
+
+
+def _tiles(logits: Tensor) -> Iterator[slice]:
+    step = max(1, _TILE.get(logits.device.type, _TILE_ELSEWHERE) // max(1, logits.shape[1]))
+    return (slice(start, start + step) for start in range(0, logits.shape[0], step))
+
+
+def _finished(raw: Tensor, head: Head) -> Tensor:
+    """z = cap(logit_scale * raw) in the accumulation dtype; `raw` itself where nothing is to be done."""
+    z = raw.to(accumulate_dtype(raw.dtype))
+    if head.logit_scale != 1.0:
+        z = z * head.logit_scale
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+def _log_softmax(z: Tensor, temperature: float, lse: Tensor) -> Tensor:
+    """z / T - lse [r, 1]"""
+    return (z if temperature == 1.0 else z / temperature) - lse[:, None]
+
+
+class _Tile:
+    """What both halves of the step derive from a few rows of logits: z, its labels, its target's log p."""
+
+    def __init__(self, logits: Tensor, chunk: Chunk, terms: Terms, tile: slice) -> None:
+        self.z = _finished(logits[tile], terms.head)  # [r, V]
+        self.label = None if chunk.label is None else chunk.label[tile]
+        self.group = None if chunk.group is None else chunk.group[tile]
+        self.target = None
+        if chunk.target is not None:
+            self.target = _finished(chunk.target.logits[tile], chunk.target.head).to(self.z.dtype)
+
+    def potential(self, table: Tensor) -> Tensor:
+        """The potential of each row: [r, V], or [1, V] where there is one group."""
+        rows = table[:1] if self.group is None else table.index_select(0, self.group)
+        return rows.to(self.z.dtype)
+
+    def label_index(self) -> tuple[Tensor, Tensor]:
+        """Labels [r, 1] safe to gather with, and where they are inside the vocabulary."""
+        assert self.label is not None
+        inside = (self.label >= 0) & (self.label < self.z.shape[1])
+        return torch.where(inside, self.label, 0)[:, None], inside
+
+
+class ReferenceOperations:
+    """Row statistics, row gradient and column sums in PyTorch."""
+
+    def row_statistics(self, logits: Tensor, chunk: Chunk, terms: Terms) -> tuple[Tensor, Tensor | None]:
+        """See `backends.rows.RowOperations`. Reads each logit about ten times, tile by tile."""
+        wide = accumulate_dtype(logits.dtype)
+        statistics = torch.zeros(len(Row), logits.shape[0], dtype=wide, device=logits.device)
+        features = None if terms.features is None else statistics.new_empty(logits.shape[0], terms.features.shape[1])
+        for rows in _tiles(logits):
+            tile, out, wanted = _Tile(logits, chunk, terms, rows), statistics[:, rows], terms.wanted
+            lse = torch.logsumexp(tile.z, -1)  # [r]
+            out[Row.LSE] = lse
+            log_q = tile.z - lse[:, None]
+            if Row.LOG_PROB in wanted:
+                index, inside = tile.label_index()
+                out[Row.LOG_PROB] = torch.where(inside, log_q.gather(1, index)[:, 0], torch.nan)
+            if Row.MEAN_LOG_PROB in wanted:
+                out[Row.MEAN_LOG_PROB] = log_q.mean(-1)
+            if Row.ENTROPY in wanted or Row.POTENTIAL in wanted or features is not None:
+                q = log_q.exp()
+                if Row.ENTROPY in wanted:
+                    out[Row.ENTROPY] = -_times(q, log_q).sum(-1)
+                if terms.potential is not None and Row.POTENTIAL in wanted:
+                    out[Row.POTENTIAL] = (q * tile.potential(terms.potential)).sum(-1)
+                if features is not None and terms.features is not None:
+                    features[rows] = (terms.features.t() @ q.t()).t()
+            if Row.CORRECT in wanted:
+                out[Row.CORRECT] = (tile.z.argmax(-1) == tile.label).to(wide)
+            if tile.target is not None:
+                if Row.AGREEMENT in wanted:
+                    out[Row.AGREEMENT] = (tile.z.argmax(-1) == tile.target.argmax(-1)).to(wide)
+                if Row.DIVERGENCE in wanted:
+                    self._divergence(tile, terms, out)
+        return statistics, features
+
+    def _divergence(self, tile: _Tile, terms: Terms, out: Tensor) -> None:
+        assert tile.target is not None
+        pair = PAIRS[terms.divergence.name]
+        out[Row.SOFT_LSE] = torch.logsumexp(tile.z / terms.temperature, -1)
+        out[Row.TARGET_LSE] = torch.logsumexp(tile.target / terms.teacher_temperature, -1)
+        log_q = _log_softmax(tile.z, terms.temperature, out[Row.SOFT_LSE])
+        log_p = _log_softmax(tile.target, terms.teacher_temperature, out[Row.TARGET_LSE])
+        out[Row.DIVERGENCE] = pair.value(log_p, log_q, terms.divergence.parameter).sum(-1)
+        if Row.DIVERGENCE in terms.differentiated:
+            out[Row.SLOPE] = pair.slope(log_p, log_q, terms.divergence.parameter).sum(-1)
+
+    def row_gradient_(
+        self,
+        logits: Tensor,
+        chunk: Chunk,
+        terms: Terms,
+        statistics: Tensor,
+        features: Tensor | None,
+        cotangents: Cotangents,
+        out: Tensor,
+    ) -> None:
+        """See `backends.rows.RowOperations`. With a, m, h, l, d, k the cotangents of LOG_PROB, MEAN_LOG_PROB,
+        ENTROPY, LSE, DIVERGENCE and the features s = <q, phi>, and c that of POTENTIAL:
+
+            dz = q (l - a - m - h (log q + H) + c (G - <q, G>) + phi k - <k, s>) + a e_y + m / V
+               + d (g - qT sum g) / T
+            draw = dz * logit_scale * (1 - (z / softcap)^2)
+        """
+        live = terms.differentiated
+        for rows in _tiles(logits):
+            tile, known = _Tile(logits, chunk, terms, rows), statistics[:, rows, None]  # [., r, 1]
+            cotangent = cotangents.rows[:, rows, None]
+            z = tile.z
+            log_q = z - known[Row.LSE]
+            factor = (cotangent[Row.LSE] - cotangent[Row.LOG_PROB] - cotangent[Row.MEAN_LOG_PROB]).expand_as(z)
+            if Row.ENTROPY in live:
+                factor = factor - cotangent[Row.ENTROPY] * (log_q + known[Row.ENTROPY])
+            if Row.POTENTIAL in live and terms.potential is not None:
+                centred = tile.potential(terms.potential) - known[Row.POTENTIAL]
+                factor = factor + cotangent[Row.POTENTIAL] * centred
+            if cotangents.features is not None and terms.features is not None and features is not None:
+                k = cotangents.features[rows]
+                factor = factor + (terms.features @ k.t()).t() - (k * features[rows]).sum(-1, keepdim=True)
+            dz = _times(log_q.exp(), factor)
+            if Row.LOG_PROB in live:
+                index, inside = tile.label_index()
+                dz.scatter_add_(1, index, torch.where(inside[:, None], cotangent[Row.LOG_PROB], torch.nan))
+            if Row.MEAN_LOG_PROB in live:
+                dz += cotangent[Row.MEAN_LOG_PROB] / z.shape[1]
+            if Row.DIVERGENCE in live and tile.target is not None:
+                log_q = _log_softmax(z, terms.temperature, known[Row.SOFT_LSE, :, 0])
+                log_p = _log_softmax(tile.target, terms.teacher_temperature, known[Row.TARGET_LSE, :, 0])
+                slope = PAIRS[terms.divergence.name].slope(log_p, log_q, terms.divergence.parameter)
+                dz += cotangent[Row.DIVERGENCE] / terms.temperature * (slope - _times(log_q.exp(), known[Row.SLOPE]))
+            if terms.head.softcap is not None:
+                dz *= 1.0 - (z / terms.head.softcap).square()
+            if terms.head.logit_scale != 1.0:
+                dz *= terms.head.logit_scale
+            active = (cotangents.rows[:DIFFERENTIABLE, rows] != 0).any(0)
+            if cotangents.features is not None:
+                active |= (cotangents.features[rows] != 0).any(-1)
+            out[rows].copy_(dz.masked_fill_(~active[:, None], 0.0))
+
+    def accumulate_columns_(
+        self, logits: Tensor, chunk: Chunk, terms: Terms, statistics: Tensor, columns: Tensor
+    ) -> None:
+        """See `backends.rows.RowOperations`. A product with the [G, r] matrix of weights: no atomics."""
+        groups = torch.arange(columns.shape[0], device=columns.device)[:, None]
+        for rows in _tiles(logits):
+            z = _finished(logits[rows], terms.head)
+            q = (z - statistics[Row.LSE, rows, None]).exp()
+            weight = q.new_ones(q.shape[0]) if chunk.weight is None else chunk.weight[rows]
+            q.masked_fill_(weight[:, None] == 0, 0.0)
+            if chunk.group is not None:
+                weight = torch.where(chunk.group[rows] == groups, weight, 0.0)  # [G, r]
+            columns.addmm_(weight.view(-1, q.shape[0]), q)
+
+
+class ReferenceBackend(RowBackend):
+    """PyTorch on any device: what every other backend is measured against, and the one that is always there."""
+
+    name = "reference"
+    operations = ReferenceOperations()
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Never: it runs wherever PyTorch does."""
+        return None

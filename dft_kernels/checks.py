@@ -1,0 +1,172 @@
+"""The vocabulary of `problem.py`: single checks that raise the one form of message users of this package see.
+
+FUNCTION: ARGUMENT must RELATION, got VALUE. REMEDY.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .divergences import TABLE, Divergence
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fail(
+    function: str, argument: str, relation: str, got: object, remedy: str, kind: type[Exception] = ValueError
+) -> NoReturn:
+    """Raise the one form of message that users of this package see."""
+    raise kind(f"{function}: {argument} must {relation}, got {got}. {remedy}.")
+
+
+class Checks:
+    """The checks of one call: `function` names it in messages, `lead` is hidden's leading shape."""
+
+    def __init__(self, function: str, names: tuple[str, str, str], hidden: Any) -> None:
+        self.function = function
+        self.names = names  # what this function calls hidden, weight and bias
+        self.hidden = self.tensor(names[0], hidden)
+        if hidden.dtype not in FLOATING:
+            self.fail(names[0], "be float32, bfloat16, float16 or float64", hidden.dtype, "Cast it", TypeError)
+        if hidden.ndim == 0:
+            self.fail(names[0], "have shape [..., H]", "a 0-d tensor", "Add the feature dimension")
+        self.lead = hidden.shape[:-1]
+
+    def fail(
+        self, argument: str, relation: str, got: object, remedy: str, kind: type[Exception] = ValueError
+    ) -> NoReturn:
+        fail(self.function, argument, relation, got, remedy, kind)
+
+    def tensor(self, argument: str, value: Any) -> Tensor:
+        if not isinstance(value, Tensor):
+            self.fail(argument, "be a tensor", type(value).__name__, "Pass a torch.Tensor", TypeError)
+        return value
+
+    def constant(self, argument: str, value: Any, *, floating: bool = True) -> Tensor:
+        """A tensor on hidden's device that no gradient flows to."""
+        self.tensor(argument, value)
+        if floating and not value.is_floating_point():
+            self.fail(argument, "have a floating dtype", value.dtype, "Cast it with .float()", TypeError)
+        if value.requires_grad:
+            self.fail(
+                argument,
+                "not require grad (no gradient flows to it)",
+                "requires_grad=True",
+                f"Pass {argument}.detach(), or freeze the teacher with requires_grad_(False)",
+            )
+        if value.device != self.hidden.device:
+            self.fail(argument, f"be on {self.names[0]}'s device {self.hidden.device}", value.device, "Move it there")
+        return value
+
+    def shape(self, argument: str, value: Tensor, want: tuple[int, ...], why: str) -> Tensor:
+        if tuple(value.shape) != want:
+            self.fail(argument, f"have shape {list(want)} ({why})", list(value.shape), "Reshape or slice it to match")
+        return value
+
+    def per_row(self, argument: str, value: Any, *, floating: bool) -> Tensor | None:
+        """An argument that follows hidden's leading shape, flattened to [N]."""
+        if value is None:
+            return None
+        self.constant(argument, value, floating=floating)
+        if not floating and value.dtype != torch.int64:
+            remedy = "Cast it with .long()"
+            if value.is_floating_point():
+                remedy = "Class probabilities as targets go in as teacher=TeacherLogits(probabilities.log())"
+            self.fail(argument, "be int64", value.dtype, remedy, TypeError)
+        return self.shape(argument, value, tuple(self.lead), f"{self.names[0]}'s leading shape").reshape(-1)
+
+    def number(self, argument: str, value: Any, relation: str, holds: Callable[[float], bool]) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.fail(argument, relation, f"{type(value).__name__} {value!r}", "Pass a number", TypeError)
+        if not (math.isfinite(value) and holds(value)):
+            self.fail(argument, relation, value, "Pass a finite number in that range")
+        return float(value)
+
+    def positive_int(self, argument: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self.fail(argument, "be an int of at least 1", repr(value), "Pass a positive int")
+        return value
+
+    def choice(self, argument: str, value: Any, options: tuple[str, ...]) -> str:
+        if value not in options:
+            self.fail(argument, f"be one of {', '.join(options)}", repr(value), "Pick one of these")
+        return value
+
+    def head(self, weight: Any, bias: Any, hidden: Tensor, names: tuple[str, str, str]) -> None:
+        """[V, H] and [V] that fit hidden [..., H] in shape, dtype and device."""
+        self.tensor(names[1], weight)
+        if weight.ndim != 2:
+            self.fail(
+                names[1],
+                "be 2-D [V, H]",
+                list(weight.shape),
+                "K-dimensional losses are not served: fold the extra class dimensions into rows",
+            )
+        if weight.shape[0] == 0:
+            self.fail(names[1], "have at least one row (V >= 1)", list(weight.shape), "Pass the head [V, H]")
+        if weight.shape[1] != hidden.shape[-1]:
+            self.fail(
+                names[1],
+                f"have shape [V, {hidden.shape[-1]}] to fit {names[0]} {list(hidden.shape)}",
+                list(weight.shape),
+                f"Pass the head as [V, H], as nn.Linear keeps it, with the H of {names[0]}",
+            )
+        for name, value in ((names[1], weight), (names[2], bias)):
+            if value is None:
+                continue
+            self.tensor(name, value)
+            if value.dtype != hidden.dtype:
+                self.fail(
+                    name,
+                    f"have {names[0]}'s dtype {hidden.dtype}",
+                    value.dtype,
+                    "Cast one of them, or run under torch.autocast",
+                    TypeError,
+                )
+            if value.device != hidden.device:
+                self.fail(name, f"be on {names[0]}'s device {hidden.device}", value.device, "Move it there")
+        if bias is not None:
+            self.shape(names[2], bias, (weight.shape[0],), f"V of {names[1]}")
+
+    def divergence(self, value: Any) -> Divergence:
+        if isinstance(value, str):
+            name = self.choice("divergence", value, tuple(TABLE))
+            return Divergence(name, TABLE[name].default)
+        if not isinstance(value, Divergence) or value.name not in TABLE:
+            self.fail(
+                "divergence",
+                "be a name or what a function of dft_kernels.divergences returns",
+                repr(value),
+                f"Pass one of {', '.join(TABLE)}, or divergences.jensen_shannon(0.5)",
+                TypeError,
+            )
+        entry = TABLE[value.name]
+        if not entry.admits(value.parameter):
+            remedy = f"Its default is {entry.default}; the limits are forward_kl and reverse_kl"
+            self.fail(f"{value.name}'s {entry.parameter}", entry.domain, value.parameter, remedy)
+        return value
+
+    def backend(self, name: Any) -> str:
+        self.choice("backend", name, ("auto", *backends.BACKENDS))
+        reason = None if name == "auto" else backends.BACKENDS[name].unavailable(self.hidden.device)
+        if reason is not None:
+            self.fail("backend", f"be available on {self.hidden.device}", f"{name!r}: {reason}", 'Use backend="auto"')
+        return name
+
+    def features(self, value: Any, vocab: int) -> tuple[Tensor | None, Tensor | None, int]:
+        """Dense [V, K], or the values and indices of a sparse one; and K."""
+        if value is None:
+            return None, None, 0
+        self.constant("features", value)
+        if value.ndim != 2 or value.shape[0] != vocab:
+            self.fail("features", f"have shape [{vocab}, K]", list(value.shape), "Give one row for each vocabulary id")
+        if value.layout == torch.strided:
+            return value, None, value.shape[1]
+        value = value.to_sparse_coo().coalesce()
+        return value.values(), value.indices(), value.shape[1]

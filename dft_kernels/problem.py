@@ -1,0 +1,405 @@
+"""One frozen, validated description of a call, and every user-facing check of it.
+
+A `Problem` is flat on purpose: its fields, in this order, are the argument list of the custom operators in
+`autograd.py` (`SCHEMA`), so that a traced call and an eager one are the same call. What is checked from shapes
+and numbers is checked when it is built; label and group *values* are checked in `selection.py`, at the one
+host synchronisation there is, before any product.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends.contract import DIFFERENTIABLE, Row, Terms
+from .checks import Checks
+from .divergences import Divergence
+from .gemm import accumulate_dtype
+from .teachers import Head, LogitStream, TeacherHead, TeacherLogits
+
+TENSORS = 13  # the leading fields of a Problem that are tensors
+
+
+class Problem(NamedTuple):
+    """A call, flattened to N rows. Absent tensors are None."""
+
+    hidden: Tensor  # [N, H], or logits [N, V] where there is no weight
+    weight: Tensor | None  # [V, H]
+    bias: Tensor | None  # [V]
+    target: Tensor | None  # [N] int64
+    row_weight: Tensor | None  # [N]
+    num_items: Tensor | None  # 0-d
+    teacher_hidden: Tensor | None  # [N, Ht], or logits [N, V] where there is no teacher_weight
+    teacher_weight: Tensor | None  # [V, Ht]
+    teacher_bias: Tensor | None  # [V]
+    potential: Tensor | None  # [G, V]
+    group: Tensor | None  # [N] int64
+    features: Tensor | None  # [V, K], or the values [nnz] of a sparse one
+    feature_index: Tensor | None  # [2, nnz] of a sparse one
+    num_features: int
+    num_groups: int
+    stream: int  # LogitStream.handle, 0: none
+    teacher_logit_scale: float
+    teacher_softcap: float | None
+    logit_scale: float
+    softcap: float | None
+    divergence: str
+    parameter: float
+    hard_weight: float
+    soft_weight: float  # temperature_scaling is folded into `soft_scale`
+    soft_scale: float
+    temperature: float
+    teacher_temperature: float
+    label_smoothing: float
+    z_loss: float
+    ignore_index: int
+    reduction: str
+    chunk_size: int | None
+    memory_budget: int | None
+    compact: bool
+    backend: str
+    wanted: int  # bit r: Row(r) is computed
+    columns: bool  # accumulate the column sums
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+
+    @property
+    def vocab(self) -> int:
+        """V"""
+        return (self.hidden if self.weight is None else self.weight).shape[1 if self.weight is None else 0]
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a target distribution."""
+        return self.teacher_hidden is not None or self.stream != 0
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether any gradient product is needed."""
+        return self.need_hidden or self.need_weight or self.need_bias
+
+    @property
+    def reports(self) -> bool:
+        """Whether the row quantities are wanted for their own sake."""
+        return bool(self.wanted >> Row.ENTROPY & 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The accumulation dtype: of losses and of row quantities."""
+        return accumulate_dtype(self.hidden.dtype)
+
+    @property
+    def teacher_head(self) -> Head:
+        """The teacher's head; for plain logits one without a weight."""
+        return Head(self.teacher_weight, self.teacher_bias, self.teacher_logit_scale, self.teacher_softcap)
+
+    def terms(self, differentiated: frozenset[Row]) -> Terms:
+        """What to ask of a backend, where the quantities `differentiated` take cotangents."""
+        features = self.features
+        if features is not None and self.feature_index is not None:
+            shape = (self.vocab, self.num_features)
+            features = torch.sparse_coo_tensor(
+                self.feature_index, features, shape, dtype=self.dtype, check_invariants=False
+            )
+        return Terms(
+            head=Head(self.weight, self.bias, self.logit_scale, self.softcap),
+            wanted=frozenset(row for row in Row if self.wanted >> row & 1) | differentiated,
+            differentiated=differentiated,
+            divergence=Divergence(self.divergence, self.parameter),
+            temperature=self.temperature,
+            teacher_temperature=self.teacher_temperature,
+            potential=self.potential,
+            features=None if features is None else features.to(self.dtype),
+        )
+
+
+def _schema() -> str:
+    kinds = {
+        "Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "int", "int | None": "int?", "float": "float",
+        "float | None": "float?", "str": "str", "bool": "bool",
+    }  # fmt: skip
+    fields = {name: getattr(kind, "__forward_arg__", kind) for name, kind in Problem.__annotations__.items()}
+    return ", ".join(f"{kinds[kind]} {name}" for name, kind in fields.items())
+
+
+SCHEMA = _schema()
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Cast as `F.linear` would under an active autocast of the tensors' device: all but fp64 to its dtype."""
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def build(
+    function: str,
+    hidden: Any,
+    weight: Any,
+    target: Any,
+    teacher: Any,
+    *,
+    names: tuple[str, str, str] = ("hidden", "weight", "bias"),
+    projected: bool = True,
+    statistics: bool = False,
+    labelled: bool = False,
+    class_weight: Any = None,
+    bias: Any = None,
+    divergence: Any = "forward_kl",
+    soft_weight: Any = 1.0,
+    hard_weight: Any = None,
+    temperature: Any = 1.0,
+    teacher_temperature: Any = None,
+    temperature_scaling: Any = "none",
+    label_smoothing: Any = 0.0,
+    z_loss: Any = 0.0,
+    logit_scale: Any = 1.0,
+    softcap: Any = None,
+    potential: Any = None,
+    group: Any = None,
+    num_groups: Any = 1,
+    features: Any = None,
+    ignore_index: Any = -100,
+    row_weight: Any = None,
+    reduction: Any = "mean",
+    num_items: Any = None,
+    chunk_size: Any = None,
+    memory_budget: Any = None,
+    compact: Any = True,
+    backend: Any = "auto",
+    return_metrics: Any = False,
+) -> Problem:
+    """Check a call and flatten it. `projected`: there is a weight (else hidden holds logits); `statistics`: the
+    row quantities themselves are the result; `labelled`: target is not optional. The other meanings are those of `functional.linear_distribution_loss`."""
+    if projected:
+        hidden, weight, bias = autocast(hidden, weight, bias)
+    check = Checks(function, names, hidden)
+    if projected:
+        check.head(weight, bias, hidden, names)
+    vocab = weight.shape[0] if projected else hidden.shape[-1]
+    if vocab == 0:
+        check.fail(names[0], "have at least one class (V >= 1)", list(hidden.shape), "Pass logits [..., V]")
+    if labelled:
+        check.tensor("target", target)
+    target = check.per_row("target", target, floating=False)
+    group = check.per_row("group", group, floating=False)
+    row_weight = check.per_row("row_weight", row_weight, floating=True)
+    chosen = check.divergence(divergence)
+    temperature = check.number("temperature", temperature, "be greater than 0", lambda x: x > 0)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    teacher_temperature = check.number("teacher_temperature", teacher_temperature, "be greater than 0", lambda x: x > 0)
+    check.choice("temperature_scaling", temperature_scaling, ("none", "squared"))
+    label_smoothing = check.number("label_smoothing", label_smoothing, "lie in 0..1", lambda x: 0 <= x <= 1)
+    z_loss = check.number("z_loss", z_loss, "be at least 0", lambda x: x >= 0)
+    logit_scale = check.number("logit_scale", logit_scale, "be a number other than 0", lambda x: x != 0)
+    if softcap is not None:
+        softcap = check.number("softcap", softcap, "be greater than 0 or None", lambda x: x > 0)
+    soft_weight = check.number("soft_weight", soft_weight, "be a number", lambda x: True)
+    if hard_weight is None:
+        hard_weight = 1.0 if teacher is None and target is not None else 0.0
+    hard_weight = check.number("hard_weight", hard_weight, "be a number or None", lambda x: True)
+    if target is None and (hard_weight != 0 or label_smoothing != 0):
+        got = f"hard_weight={hard_weight}, label_smoothing={label_smoothing}"
+        check.fail("target", "be given where a cross-entropy is asked for", f"None with {got}", "Pass the labels")
+    num_groups = check.positive_int("num_groups", num_groups)
+    if group is None and num_groups > 1:
+        check.fail("group", f"be given with num_groups={num_groups}", "None", "Pass the group of each row")
+    if potential is not None:
+        potential = check.constant("potential", potential)
+        check.shape("potential", potential, (num_groups, vocab), "num_groups, V")
+    values, feature_index, num_features = check.features(features, vocab)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        check.fail("ignore_index", "be an int", repr(ignore_index), "The usual one is -100", TypeError)
+    row_weight = _class_weight(check, class_weight, target, row_weight, vocab, label_smoothing)
+    check.choice("reduction", reduction, ("mean", "sum", "none"))
+    num_items = _num_items(check, num_items, reduction)
+    if chunk_size is not None:
+        check.positive_int("chunk_size", chunk_size)
+    if memory_budget is not None:
+        check.positive_int("memory_budget", memory_budget)
+    if chunk_size is not None and memory_budget is not None:
+        check.fail("chunk_size", "be None where memory_budget is given", chunk_size, "Give one of the two")
+    backend = check.backend(backend)
+    if memory_budget is not None:
+        row = backends.choose(backend, hidden.device).chunk_bytes(hidden.dtype, projected) * vocab
+        if memory_budget < row:
+            relation = f"be at least {row} bytes (one row of {vocab} logits)"
+            check.fail("memory_budget", relation, memory_budget, "Raise it, or give chunk_size=1")
+    asked = target is not None or teacher is not None or potential is not None or z_loss != 0
+    if not (asked or statistics):
+        check.fail("target or teacher", "be given", "neither", "Pass labels, a teacher, or a potential")
+
+    taught = _teacher(check, teacher, vocab)
+    grad = torch.is_grad_enabled()
+    problem = Problem(
+        hidden=hidden.reshape(-1, hidden.shape[-1]),
+        weight=weight,
+        bias=bias,
+        target=target,
+        row_weight=row_weight,
+        num_items=num_items,
+        teacher_hidden=taught.hidden,
+        teacher_weight=taught.head.weight,
+        teacher_bias=taught.head.bias,
+        potential=potential,
+        group=group,
+        features=values,
+        feature_index=feature_index,
+        num_features=num_features,
+        num_groups=num_groups,
+        stream=taught.stream,
+        teacher_logit_scale=taught.head.logit_scale,
+        teacher_softcap=taught.head.softcap,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        divergence=chosen.name,
+        parameter=chosen.parameter,
+        hard_weight=hard_weight,
+        soft_weight=soft_weight if teacher is not None else 0.0,
+        soft_scale=temperature**2 if temperature_scaling == "squared" else 1.0,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        chunk_size=chunk_size,
+        memory_budget=memory_budget,
+        compact=bool(compact),
+        backend=backend,
+        wanted=0,
+        columns=statistics or bool(return_metrics and group is not None),
+        need_hidden=grad and hidden.requires_grad,
+        need_weight=grad and weight is not None and weight.requires_grad,
+        need_bias=grad and bias is not None and bias.requires_grad,
+    )
+    if isinstance(teacher, LogitStream) and not teacher.replayable:
+        if teacher.spent:
+            check.fail("teacher", "be an unread stream", "an iterator that was read before", "Make a new LogitStream")
+        if problem.needs_gradient and (statistics or reduction == "none"):
+            check.fail(
+                "teacher",
+                "be replayable where backward recomputes logits (reduction='none', statistics)",
+                "a LogitStream over an iterator",
+                "Give LogitStream a callable rows -> logits",
+            )
+    return problem._replace(wanted=_wanted(problem, statistics, bool(return_metrics)))
+
+
+def loss_terms(problem: Problem) -> frozenset[Row]:
+    """The row quantities that the loss of a row is made of."""
+    parts = {
+        Row.LOG_PROB: problem.hard_weight != 0,
+        Row.MEAN_LOG_PROB: problem.hard_weight != 0 and problem.label_smoothing != 0,
+        Row.LSE: problem.z_loss != 0,
+        Row.DIVERGENCE: problem.soft_weight != 0 and problem.has_teacher,
+        Row.POTENTIAL: problem.potential is not None,
+    }
+    return frozenset(row for row, present in parts.items() if present)
+
+
+def _wanted(problem: Problem, statistics: bool, metrics: bool) -> int:
+    wanted = set() if statistics else set(loss_terms(problem))
+    if statistics or metrics:
+        wanted |= {Row.LSE, Row.ENTROPY}
+        if problem.target is not None:
+            wanted |= {Row.LOG_PROB} if statistics else {Row.LOG_PROB, Row.CORRECT}
+            if problem.label_smoothing != 0:
+                wanted.add(Row.MEAN_LOG_PROB)
+        if problem.has_teacher:
+            wanted |= {Row.DIVERGENCE} if statistics else {Row.DIVERGENCE, Row.AGREEMENT}
+    return sum(1 << row for row in wanted)
+
+
+def _class_weight(
+    check: Checks, value: Any, target: Tensor | None, row_weight: Tensor | None, vocab: int, label_smoothing: float
+) -> Tensor | None:
+    """Class weights are row weights: w[y_n], which "mean" sums as torch does. With smoothing they are not."""
+    if value is None or target is None:
+        return row_weight
+    check.shape("weight", check.constant("weight", value), (vocab,), "V")
+    if label_smoothing != 0:
+        got = f"label_smoothing={label_smoothing}"
+        check.fail("weight", "come without label_smoothing", got, "Use one of the two, or F.cross_entropy")
+    weight = value.index_select(0, target.clamp(0, vocab - 1))
+    return weight if row_weight is None else weight * row_weight
+
+
+def _num_items(check: Checks, value: Any, reduction: str) -> Tensor | None:
+    if value is None:
+        return None
+    if reduction != "mean":
+        remedy = "Divide the result yourself, or use reduction='mean'"
+        check.fail("num_items", "come with reduction='mean'", f"reduction={reduction!r}", remedy)
+    if isinstance(value, Tensor):
+        if value.ndim != 0 or value.requires_grad:
+            check.fail("num_items", "be a number or a 0-d tensor without grad", list(value.shape), "Pass its sum")
+        return value
+    number = check.number("num_items", value, "be greater than 0", lambda x: x > 0)
+    return torch.tensor(number, dtype=torch.float64)
+
+
+class _Taught(NamedTuple):
+    """A teacher, flattened."""
+
+    hidden: Tensor | None = None
+    head: Head = Head()
+    stream: int = 0
+
+
+def _teacher(check: Checks, teacher: Any, vocab: int) -> _Taught:
+    if teacher is None:
+        return _Taught()
+    if isinstance(teacher, LogitStream):
+        check.positive_int("LogitStream prefetch", teacher.prefetch)
+        if not callable(teacher.source) and not hasattr(teacher.source, "__iter__"):
+            got = type(teacher.source).__name__
+            remedy = "Pass an iterator of logits, or a function rows -> logits"
+            check.fail("LogitStream source", "be an iterator or a callable", got, remedy, TypeError)
+        return _Taught(stream=teacher.handle)
+    if isinstance(teacher, Tensor):
+        teacher = TeacherLogits(teacher)
+    if isinstance(teacher, TeacherLogits):
+        logits = check.constant("teacher", teacher.logits)
+        _same_vocabulary(check, "teacher", logits.shape[-1] if logits.ndim else 0, vocab)
+        check.shape("teacher", logits, (*check.lead, vocab), f"{check.names[0]}'s leading shape and V")
+        return _Taught(logits.reshape(-1, vocab))
+    if not isinstance(teacher, TeacherHead):
+        check.fail(
+            "teacher",
+            "be a tensor of logits, TeacherLogits, TeacherHead or LogitStream",
+            type(teacher).__name__,
+            "Wrap the teacher's hidden states and head as TeacherHead(hidden, weight)",
+            TypeError,
+        )
+    hidden, weight, bias = autocast(teacher.hidden, teacher.weight, teacher.bias)
+    names = ("teacher.hidden", "teacher.weight", "teacher.bias")
+    for name, value in zip(names, (hidden, weight, bias), strict=True):
+        if value is not None:
+            check.constant(name, value)
+    if hidden.ndim == 0:
+        check.fail(names[0], "have shape [..., Ht]", "a 0-d tensor", "Pass the teacher's last hidden states")
+    check.head(weight, bias, hidden, names)
+    _same_vocabulary(check, "teacher", weight.shape[0], vocab)
+    check.shape(names[0], hidden, (*check.lead, hidden.shape[-1]), f"{check.names[0]}'s leading shape, then Ht")
+    scale = check.number("teacher.logit_scale", teacher.logit_scale, "be a number other than 0", lambda x: x != 0)
+    softcap = teacher.softcap
+    if softcap is not None:
+        softcap = check.number("teacher.softcap", softcap, "be greater than 0 or None", lambda x: x > 0)
+    return _Taught(hidden.reshape(-1, hidden.shape[-1]), Head(weight, bias, scale, softcap))
+
+
+def _same_vocabulary(check: Checks, argument: str, theirs: int, ours: int) -> None:
+    if theirs != ours:
+        remedy = f"Slice the padded one explicitly, e.g. weight[:{min(theirs, ours)}], if the first ids agree"
+        check.fail(argument, f"have the model's vocabulary of {ours}", f"a vocabulary of {theirs}", remedy)

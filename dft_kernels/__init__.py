@@ -1,6 +1,6 @@
 """Fused losses for fine-tuning language models towards distributions. See `linear_distribution_loss`."""
 
-from . import divergences
+from . import divergences, extension  # noqa: F401 - the import checks the build stamp
 from .functional import (
     DistributionStatistics,
     Metrics,

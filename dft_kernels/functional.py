@@ -180,7 +180,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     **ours: Any,
 ) -> Any:
-    """Cross-entropy of `input @ linear_weight.T + linear_bias` with `target`, as `F.linear_cross_entropy`, without logits.
+    """Cross-entropy of `input @ linear_weight.T + linear_bias`, as `F.linear_cross_entropy`, without logits.
 
     input: [..., H]; linear_weight: [V, H]; target: [...] int64; weight: [V] rescales each class, and "mean"
     then divides by the sum of the labels' weights. `ours`: keywords of `linear_distribution_loss`. Two
@@ -292,7 +292,8 @@ def linear_distribution_statistics(
         compact=compact,
         backend=backend,
     )
-    return _outside_graph(_statistics, teacher)(problem, hidden.shape[:-1])
+    result: DistributionStatistics = _outside_graph(_statistics, teacher)(problem, hidden.shape[:-1])
+    return result
 
 
 def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.contract import DIFFERENTIABLE, Row, Terms
+from .backends.contract import Row, Terms
 from .checks import Checks
 from .divergences import Divergence
 from .gemm import accumulate_dtype
@@ -122,7 +122,7 @@ def _schema() -> str:
         "Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "int", "int | None": "int?", "float": "float",
         "float | None": "float?", "str": "str", "bool": "bool",
     }  # fmt: skip
-    fields = {name: getattr(kind, "__forward_arg__", kind) for name, kind in Problem.__annotations__.items()}
+    fields = {name: str(getattr(kind, "__forward_arg__", kind)) for name, kind in Problem.__annotations__.items()}
     return ", ".join(f"{kinds[kind]} {name}" for name, kind in fields.items())
 
 
@@ -178,8 +178,11 @@ def build(
     backend: Any = "auto",
     return_metrics: Any = False,
 ) -> Problem:
-    """Check a call and flatten it. `projected`: there is a weight (else hidden holds logits); `statistics`: the
-    row quantities themselves are the result; `labelled`: target is not optional. The other meanings are those of `functional.linear_distribution_loss`."""
+    """Check a call and flatten it.
+
+    projected: there is a weight (else hidden holds logits); statistics: the row quantities themselves are the
+    result; labelled: target is not optional. The other meanings are those of `linear_distribution_loss`.
+    """
     if projected:
         hidden, weight, bias = autocast(hidden, weight, bias)
     check = Checks(function, names, hidden)
@@ -331,7 +334,7 @@ def _class_weight(
     if label_smoothing != 0:
         got = f"label_smoothing={label_smoothing}"
         check.fail("weight", "come without label_smoothing", got, "Use one of the two, or F.cross_entropy")
-    weight = value.index_select(0, target.clamp(0, vocab - 1))
+    weight: Tensor = value.index_select(0, target.clamp(0, vocab - 1))
     return weight if row_weight is None else weight * row_weight
 
 

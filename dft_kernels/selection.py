@@ -7,7 +7,8 @@ any product.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, NoReturn
+from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ SCRATCH_BYTES = {"cpu": 512 << 20, "cuda": 1536 << 20}  # default memory_budget
 SCRATCH_BYTES_ELSEWHERE = 512 << 20
 
 
-class Selection(NamedTuple):
+@dataclass(frozen=True)
+class Selection:
     """The rows in play."""
 
     index: Tensor | None  # [count], the rows that are visited; None: all

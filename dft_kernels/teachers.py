@@ -27,7 +27,7 @@ _JOIN_SECONDS = 10.0  # how long a closing reader waits for a source that does n
 
 
 class Head(NamedTuple):
-    """How hidden states become logits: cap(logit_scale * (hidden @ weight.T + bias)), cap(x) = softcap tanh(x / softcap).
+    """Hidden states to logits: cap(logit_scale * (hidden @ weight.T + bias)), cap(x) = softcap * tanh(x / softcap).
 
     weight [V, H], or None where `hidden` [.., V] already holds what the product would give.
     """
@@ -48,7 +48,8 @@ class DenseTarget(NamedTuple):
     head: Head
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """A chunk's rows: positions start..stop of the compacted problem, and their original indices (int64,
     ascending, on the problem's device), None where nothing was compacted away."""
 

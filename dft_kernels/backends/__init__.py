@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .contract import Backend
 from .reference import ReferenceBackend
 
-BACKENDS: dict[str, Backend] = {"reference": ReferenceBackend()}  # in the order of preference of "auto"
+BACKENDS: dict[str, Any] = {"reference": ReferenceBackend()}  # in the order of preference of "auto"
 
 
 def choose(name: str, device: torch.device) -> Backend:

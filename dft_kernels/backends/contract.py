@@ -49,7 +49,7 @@ class Terms:
     head: Head
     wanted: frozenset[Row]
     differentiated: frozenset[Row]
-    divergence: Divergence = Divergence("forward_kl")
+    divergence: Divergence
     temperature: float = 1.0
     teacher_temperature: float = 1.0
     potential: Tensor | None = None  # [G, V]

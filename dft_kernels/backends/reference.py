@@ -31,7 +31,7 @@ class Pair(NamedTuple):
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """a (log a - log b) - a + b; where a and b are close as a (e^d - 1 - d), d = log b - log a, which does not cancel."""
+    """a (log a - log b) - a + b; near a = b as a (e^d - 1 - d), d = log b - log a, which does not cancel."""
     d = log_b - log_a
     a, b = log_a.exp(), log_b.exp()
     addend = torch.where(d.abs() < 0.5, a * (torch.expm1(d) - d), b - a * (1.0 + d))
@@ -175,10 +175,10 @@ class ReferenceOperations:
                 if features is not None and terms.features is not None:
                     features[rows] = (terms.features.t() @ q.t()).t()
             if Row.CORRECT in wanted:
-                out[Row.CORRECT] = (tile.z.argmax(-1) == tile.label).to(wide)
+                out[Row.CORRECT] = torch.eq(tile.z.argmax(-1), tile.label_index()[0][:, 0]) & tile.label_index()[1]
             if tile.target is not None:
                 if Row.AGREEMENT in wanted:
-                    out[Row.AGREEMENT] = (tile.z.argmax(-1) == tile.target.argmax(-1)).to(wide)
+                    out[Row.AGREEMENT] = torch.eq(tile.z.argmax(-1), tile.target.argmax(-1))
                 if Row.DIVERGENCE in wanted:
                     self._divergence(tile, terms, out)
         return statistics, features

@@ -1,0 +1,29 @@
+"""The command `dft-kernels`."""
+
+from __future__ import annotations
+
+import sys
+
+from . import info
+
+_USAGE = """usage: dft-kernels COMMAND [options]
+
+  info [--json]   versions, backends available and why not, instruction sets, build stamp, defaults
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; its own --help explains its options."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command == "info":
+        return info.main(rest)
+    print(_USAGE, end="")
+    if command in ("-h", "--help"):
+        return 0
+    print(f"dft-kernels: COMMAND must be one of info, got {command!r}. See the list above.", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

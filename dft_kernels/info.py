@@ -1,0 +1,83 @@
+"""The environment report: `dft-kernels info [--json]`, `python -m dft_kernels.info`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from typing import Any
+
+import torch
+
+from . import __version__, extension
+from .backends import BACKENDS
+from .selection import SCRATCH_BYTES
+
+_PACKAGES = ("transformers", "triton", "accelerate", "peft", "safetensors")
+
+
+def collect() -> dict[str, Any]:
+    """Everything a bug report needs, as plain JSON types."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    built = extension.MODULE is not None
+    return {
+        "dft_kernels": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(device) for device in devices[1:]],
+        "packages": versions,
+        "extension": {
+            "loaded": built,
+            "reason": extension.REASON,
+            "stamp": extension.read_stamp(),
+            "build": extension.MODULE.build_info() if built else None,
+        },
+        "instruction_sets": torch.ops.dft_kernels.instruction_sets()
+        if built
+        else [torch.backends.cpu.get_cpu_capability()],
+        "backends": {
+            name: {str(device): backend.unavailable(device) or "available" for device in devices}
+            for name, backend in BACKENDS.items()
+        },
+        "default_memory_budget": dict(SCRATCH_BYTES),
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text, one `name: value` a line."""
+    lines = []
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            shown = ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
+            lines.append(f"{prefix + ':':42} {'none' if shown is None else shown}")
+
+    walk("", report)
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report."""
+    parser = argparse.ArgumentParser(prog="dft-kernels info", description="Versions, backends, build, defaults.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    report = collect()
+    print(json.dumps(report, indent=1) if options.json else render(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

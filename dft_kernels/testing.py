@@ -1,0 +1,197 @@
+"""For our tests and our users' tests: the oracle, input makers, the error gate, the allocation recorder.
+
+The oracle holds the full logits and lets autograd differentiate textbook formulas in float64; it imports no
+backend, so that it cannot share a mistake with a closed-form gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .divergences import TABLE, Divergence
+from .teachers import LogitStream, TeacherHead, TeacherLogits
+
+
+def textbook_divergence(log_p: Tensor, log_q: Tensor, divergence: Any) -> Tensor:
+    """D(p, q) of each row, summed from its definition; 0 log 0 = 0."""
+    if isinstance(divergence, str):
+        divergence = Divergence(divergence, TABLE[divergence].default)
+    p, q, a = log_p.exp(), log_q.exp(), divergence.parameter
+
+    def kl(log_x: Tensor, log_y: Tensor) -> Tensor:
+        x = log_x.exp()
+        safe_x = torch.where(x > 0, log_x, 0.0)
+        safe_y = torch.where(x > 0, log_y, 0.0)
+        return (x * (safe_x - safe_y)).sum(-1)
+
+    def log_mix(log_x: Tensor, log_y: Tensor, weight: float) -> Tensor:
+        mixed = weight * log_x.exp() + (1 - weight) * log_y.exp()
+        return torch.where(mixed > 0, mixed, 1.0).log()
+
+    name = divergence.name
+    if name == "forward_kl":
+        return kl(log_p, log_q)
+    if name == "reverse_kl":
+        return kl(log_q, log_p)
+    if name == "jensen_shannon":
+        log_m = log_mix(log_p, log_q, a)
+        return a * kl(log_p, log_m) + (1 - a) * kl(log_q, log_m)
+    if name == "skew_kl":
+        return kl(log_p, log_mix(log_p, log_q, a))
+    if name == "skew_reverse_kl":
+        return kl(log_q, log_mix(log_q, log_p, a))
+    if name == "alpha_divergence":
+        return ((a * log_p + (1 - a) * log_q).exp().sum(-1) - 1) / (a * (a - 1))
+    if name == "total_variation":
+        return 0.5 * (p - q).abs().sum(-1)
+    if name == "squared_hellinger":
+        return 0.5 * ((0.5 * log_p).exp() - (0.5 * log_q).exp()).square().sum(-1)
+    raise KeyError(name)
+
+
+def _finish(raw: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    z = raw * logit_scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _teacher_logits(teacher: Any, rows: int, vocab: int, dtype: torch.dtype | None) -> Tensor:
+    def cast(x: Tensor) -> Tensor:
+        return x if dtype is None else x.to(dtype)
+
+    if isinstance(teacher, LogitStream):
+        if not callable(teacher.source):
+            raise TypeError("the oracle reads streams over callables only")
+        return cast(teacher.source(torch.arange(rows)))
+    if isinstance(teacher, TeacherHead):
+        bias = None if teacher.bias is None else cast(teacher.bias)
+        raw = torch.nn.functional.linear(cast(teacher.hidden), cast(teacher.weight), bias).reshape(rows, vocab)
+        return _finish(raw, teacher.logit_scale, teacher.softcap)
+    return cast(teacher.logits if isinstance(teacher, TeacherLogits) else teacher).reshape(rows, vocab)
+
+
+def dense_loss(
+    hidden: Tensor,
+    weight: Tensor | None,
+    target: Tensor | None = None,
+    teacher: Any = None,
+    *,
+    compute_dtype: torch.dtype | None = torch.float64,
+    bias: Tensor | None = None,
+    divergence: Any = "forward_kl",
+    soft_weight: float = 1.0,
+    hard_weight: float | None = None,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    temperature_scaling: str = "none",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    potential: Tensor | None = None,
+    group: Tensor | None = None,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: Any = None,
+) -> Tensor:
+    """`linear_distribution_loss` on full [N, V] logits, by autograd. weight None: hidden holds logits.
+
+    compute_dtype float64: the oracle. None: the eager loss that people write, logits in the input dtype,
+    upcast to fp32 for the log-softmax. Any number of derivatives. Memory: several [N, V] tensors.
+    """
+    lead = hidden.shape[:-1]
+
+    def cast(x: Tensor) -> Tensor:
+        return x if compute_dtype is None else x.to(compute_dtype)
+
+    raw = cast(hidden).reshape(-1, hidden.shape[-1])
+    if weight is not None:
+        raw = torch.nn.functional.linear(raw, cast(weight), None if bias is None else cast(bias))
+    if raw.dtype in (torch.bfloat16, torch.float16):
+        raw = raw.float()
+    z = _finish(raw, logit_scale, softcap)  # [N, V]
+    n, vocab = z.shape
+    log_q = z.log_softmax(-1)
+    total = torch.zeros(n, dtype=z.dtype, device=z.device)
+    if hard_weight is None:
+        hard_weight = 1.0 if teacher is None and target is not None else 0.0
+    valid = torch.ones(n, dtype=torch.bool, device=z.device)
+    if target is not None:
+        target = target.reshape(-1)
+        valid = target != ignore_index
+        if hard_weight:
+            nll = -log_q.gather(1, torch.where(valid, target, 0)[:, None])[:, 0]
+            if label_smoothing:
+                nll = (1 - label_smoothing) * nll - label_smoothing * log_q.mean(-1)
+            total = total + hard_weight * nll
+    if teacher is not None and soft_weight:
+        log_p = _teacher_logits(teacher, n, vocab, compute_dtype).to(z.dtype)
+        log_p = (log_p / (temperature if teacher_temperature is None else teacher_temperature)).log_softmax(-1)
+        scale = temperature**2 if temperature_scaling == "squared" else 1.0
+        soft = textbook_divergence(log_p, (z / temperature).log_softmax(-1), divergence)
+        total = total + soft_weight * scale * soft
+    if z_loss:
+        total = total + z_loss * z.logsumexp(-1).square()
+    if potential is not None:
+        rows = potential[torch.zeros(n, dtype=torch.int64) if group is None else group.reshape(-1)]
+        total = total + (log_q.exp() * rows.to(z.dtype)).sum(-1)
+    weights = torch.ones_like(total) if row_weight is None else row_weight.reshape(-1).to(z.dtype)
+    weights = torch.where(valid, weights, 0.0)
+    total = torch.where(weights != 0, total, 0.0) * weights
+    if reduction == "none":
+        return total.reshape(lead)
+    if reduction == "sum":
+        return total.sum()
+    if num_items is not None:
+        return total.sum() / num_items
+    denominator = weights.sum()
+    return total.sum() / (denominator if float(denominator) != 0 else 1.0)
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """The 2-norm of value - exact over that of exact (over 1 where exact is zero), in float64."""
+    value, exact = value.detach().double(), exact.detach().double()
+    scale = float(exact.norm())
+    return float((value - exact).norm()) / (scale if scale > 0 else 1.0)
+
+
+def allowance(eager: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+    """The error gate: twice the relative error of the same-dtype eager loss, plus one eps of the input dtype."""
+    return 2 * relative_error(eager, exact) + torch.finfo(dtype).eps
+
+
+@dataclass
+class Allocations:
+    """What `record_allocations` saw on the CPU, in bytes."""
+
+    largest: int
+    peak: int  # of memory allocated and not yet freed since the start
+
+
+class record_allocations:  # noqa: N801 - used as a context manager, like torch.no_grad
+    """Record every allocation of torch's CPU allocator, inside operators too (by the profiler's memory events).
+
+    with record_allocations() as seen: ...; afterwards seen.largest and seen.peak are set.
+    """
+
+    def __enter__(self) -> Allocations:
+        self.seen = Allocations(0, 0)
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self.profile.__enter__()
+        return self.seen
+
+    def __exit__(self, *error: Any) -> None:
+        self.profile.__exit__(*error)
+        profiler = self.profile.profiler
+        assert profiler is not None
+        assert profiler.kineto_results is not None
+        events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+        live = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            live += event.nbytes()
+            self.seen.largest = max(self.seen.largest, event.nbytes())
+            self.seen.peak = max(self.seen.peak, live)

@@ -1,0 +1,129 @@
+"""The one table of cases that every backend runs, and how a case becomes tensors."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, NamedTuple
+
+import torch
+
+from dft_kernels import LogitStream, TeacherHead, TeacherLogits, divergences
+
+NAMES = tuple(divergences.TABLE)
+
+
+class Case(NamedTuple):
+    name: str
+    shape: tuple[int, int, int] = (29, 12, 101)  # N, H, V
+    options: dict[str, Any] = {}  # noqa: RUF012
+    teacher: str = ""  # "", logits, head, stream
+    target: str = "some"  # none (no target), some, all_valid, all_ignored
+    tensors: tuple[str, ...] = ()  # of bias, row_weight, potential, group
+    hard: bool = True
+
+
+def table() -> list[Case]:
+    cases = [
+        Case("cross_entropy"),
+        Case("cross_entropy_bias", tensors=("bias",)),
+        Case("label_smoothing", options={"label_smoothing": 0.1}),
+        Case("z_loss", options={"z_loss": 1e-2}),
+        Case("scale_softcap", options={"logit_scale": 0.5, "softcap": 3.0}, tensors=("bias",), teacher="logits"),
+        Case("row_weight", tensors=("row_weight",)),
+        Case("potential", tensors=("potential", "group")),
+        Case("potential_alone", tensors=("potential",), target="none"),
+        Case("sum", options={"reduction": "sum"}, teacher="head"),
+        Case("num_items", options={"num_items": 17}, teacher="head"),
+        Case("none", options={"reduction": "none"}, teacher="head", tensors=("row_weight", "bias")),
+        Case("no_compact", options={"compact": False}, teacher="head", tensors=("row_weight", "group", "potential")),
+        Case("no_compact_none", options={"compact": False, "reduction": "none"}, teacher="head"),
+        Case("stream", teacher="stream", options={"temperature": 2.0}),
+        Case("no_target", teacher="logits", target="none"),
+        Case("all_ignored", teacher="logits", target="all_ignored"),
+        Case("all_valid", teacher="head", target="all_valid"),
+        Case("one_class", shape=(5, 3, 1), teacher="logits"),
+        Case("one_row", shape=(1, 7, 13), teacher="head", target="all_valid"),
+        Case("no_rows", shape=(0, 7, 13), teacher="logits"),
+        Case("wide", shape=(7, 64, 5003), teacher="head", tensors=("bias",)),
+        Case(
+            "everything",
+            teacher="head",
+            tensors=("bias", "row_weight", "potential", "group"),
+            options={
+                "hard_weight": 0.3,
+                "soft_weight": 0.7,
+                "temperature": 2.0,
+                "teacher_temperature": 1.5,
+                "temperature_scaling": "squared",
+                "label_smoothing": 0.05,
+                "z_loss": 1e-3,
+                "logit_scale": 0.8,
+                "softcap": 10.0,
+                "divergence": divergences.jensen_shannon(0.3),
+            },
+        ),
+    ]
+    for name in NAMES:
+        cases.append(Case(name, teacher="head", options={"divergence": name, "temperature": 1.7}))
+    for chosen in (
+        divergences.jensen_shannon(0.9),
+        divergences.skew_kl(0.7),
+        divergences.skew_reverse_kl(0.7),
+        divergences.alpha_divergence(2.0),
+        divergences.alpha_divergence(-0.5),
+    ):
+        cases.append(Case(f"{chosen.name}_{chosen.parameter}", teacher="logits", options={"divergence": chosen}))
+    return cases
+
+
+CASES = {case.name: case for case in table()}
+
+
+def make(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
+    """The arguments of a case: hidden, weight (and bias) require grad."""
+    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+    n, h, v = case.shape
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
+
+    out: dict[str, Any] = {"hidden": normal(n, h), "weight": normal(v, h, scale=0.5), **case.options}
+    if case.target != "none":
+        target = torch.randint(0, v, (n,), generator=generator)
+        if case.target == "some":
+            target[1::3] = -100
+        if case.target == "all_ignored":
+            target[:] = -100
+        out["target"] = target.to(device)
+    if case.teacher == "head":
+        out["teacher"] = TeacherHead(normal(n, h + 5), normal(v, h + 5, scale=0.5), normal(v), 0.7, 8.0)
+    elif case.teacher:
+        logits = normal(n, v, scale=2.0)
+        out["teacher"] = TeacherLogits(logits) if case.teacher == "logits" else LogitStream(lambda rows: logits[rows])
+        if case.hard and case.target != "none" and "hard_weight" not in out:
+            out["hard_weight"] = 0.4
+    if "bias" in case.tensors:
+        out["bias"] = normal(v)
+    if "row_weight" in case.tensors:
+        weights = torch.rand(n, generator=generator)
+        weights[:2] = 0.0
+        out["row_weight"] = weights.to(device)
+    groups = 3 if "group" in case.tensors else 1
+    if "potential" in case.tensors:
+        out["potential"] = torch.randn(groups, v, generator=generator).to(device)
+    if "group" in case.tensors:
+        out["group"] = torch.randint(0, groups, (n,), generator=generator).to(device)
+        out["num_groups"] = groups
+    for name in ("hidden", "weight", "bias"):
+        if name in out:
+            out[name].requires_grad_()
+    return out
+
+
+def leaves(arguments: dict[str, Any]) -> list[torch.Tensor]:
+    return [arguments[name] for name in ("hidden", "weight", "bias") if name in arguments]
+
+
+def oracle_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    drop = ("chunk_size", "memory_budget", "backend", "compact", "num_groups", "return_metrics")
+    return {name: value for name, value in arguments.items() if name not in drop}

@@ -20,7 +20,7 @@ _PACKAGES = ("transformers", "triton", "accelerate", "peft", "safetensors")
 
 def collect() -> dict[str, Any]:
     """Everything a bug report needs, as plain JSON types."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

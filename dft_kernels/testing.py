@@ -189,7 +189,7 @@ class record_allocations:  # noqa: N801 - used as a context manager, like torch.
         profiler = self.profile.profiler
         assert profiler is not None
         assert profiler.kineto_results is not None
-        events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+        events: list[Any] = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
         live = 0
         for event in sorted(events, key=lambda e: e.start_ns()):
             live += event.nbytes()

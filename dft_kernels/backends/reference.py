@@ -86,7 +86,9 @@ PAIRS: dict[str, Pair] = {
     ),
     "skew_kl": Pair(
         lambda log_p, log_q, alpha: _kl(log_p, _mix(log_p, log_q, alpha)),
-        lambda log_p, log_q, alpha: _times((alpha - 1.0) * log_q.exp(), torch.expm1(log_p - _mix(log_p, log_q, alpha))),
+        lambda log_p, log_q, alpha: _times(
+            (1.0 - alpha) * log_q.exp(), -torch.expm1(log_p - _mix(log_p, log_q, alpha))
+        ),
     ),
     "skew_reverse_kl": Pair(
         lambda log_p, log_q, alpha: _kl(log_q, _mix(log_q, log_p, alpha)),

@@ -63,7 +63,7 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
     )
     if seed is not None:
         outcome.dhidden, outcome.dweight, outcome.dbias = _gradients(problem, selection, len(blocks), dhidden)
-    workspace = backend.workspace(size, vocab, hidden, terms)
+    workspace = backend.workspace(size, vocab, hidden, terms, gradient=seed is not None)
     scratch = None if selection.index is None or outcome.dhidden is None else hidden.new_empty(size, hidden.shape[1])
     with torch.autocast(hidden.device.type, enabled=False), _open_teacher(problem, blocks) as targets:
         for number, rows in enumerate(blocks):
@@ -244,18 +244,21 @@ def _gradients_fake(problem: Problem, weight_dtype: torch.dtype) -> tuple[Tensor
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[1], *output[5:])
+    ctx.save_for_backward(*inputs[:2], output[1], *output[5:])
     problem = Problem(*inputs)
     ctx.needs = (problem.need_hidden, problem.need_weight, problem.need_bias)
     ctx.dtype = problem.hidden.dtype
 
 
 def _loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    denominator, *gradients = ctx.saved_tensors
+    hidden, weight, denominator, *gradients = ctx.saved_tensors
     if grad is None:
         return (None,) * len(Problem._fields)
     factor = grad / denominator
-    scaled = (scale(g, factor, ctx.dtype) if need else None for g, need in zip(gradients, ctx.needs, strict=True))
+    scaled = (
+        scale(g, factor, ctx.dtype, hidden, weight) if need else None
+        for g, need in zip(gradients, ctx.needs, strict=True)
+    )
     return _gradients_of(*scaled)
 
 
@@ -265,9 +268,10 @@ def _gradients_of(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 @torch.library.custom_op("dft_kernels::scale", mutates_args=())
-def scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype, hidden: Tensor | None, weight: Tensor | None) -> Tensor:
     """gradient * factor (0-d), multiplied in the accumulation dtype and rounded once to `dtype`; blockwise, so
-    that no second full-size tensor in the accumulation dtype appears."""
+    that no second full-size tensor in the accumulation dtype appears. hidden and weight are only what the
+    gradient depends on, so that a second differentiation finds its way here and is refused."""
     out = torch.empty_like(gradient, dtype=dtype)
     factor = factor.reshape(1)
     step = max(1, (1 << 22) // max(1, gradient[:1].numel())) if gradient.device.type == "cpu" else max(1, len(gradient))
@@ -277,7 +281,7 @@ def scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @scale.register_fake
-def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _(gradient: Tensor, factor: Tensor, dtype: torch.dtype, hidden: Tensor | None, weight: Tensor | None) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype)
 
 
@@ -364,7 +368,7 @@ def _statistics_gradient(*arguments: Any) -> tuple[Tensor, ...]:
     outcome = run(problem, differentiated, seed)
     one = torch.ones((), dtype=problem.dtype, device=problem.hidden.device)
     return tuple(
-        problem.hidden.new_empty(0) if g is None else scale(g, one, problem.hidden.dtype)
+        problem.hidden.new_empty(0) if g is None else scale(g, one, problem.hidden.dtype, None, None)
         for g in (outcome.dhidden, outcome.dweight, outcome.dbias)
     )
 

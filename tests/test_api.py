@@ -47,9 +47,7 @@ def test_linear_cross_entropy_is_torchs(tensors, reduction, extra):
     exact = F.cross_entropy(logits, target.reshape(-1), reduction=reduction, **extra).reshape(ours.shape)
     seed = torch.rand_like(ours)
     inputs = (hidden, weight, bias)
-    close(
-        [ours, *torch.autograd.grad(ours, inputs, seed)], [exact, *torch.autograd.grad(exact, inputs, seed)]
-    )
+    close([ours, *torch.autograd.grad(ours, inputs, seed)], [exact, *torch.autograd.grad(exact, inputs, seed)])
 
 
 @pytest.mark.parametrize("inplace", [False, True])

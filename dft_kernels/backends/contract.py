@@ -105,8 +105,9 @@ class Backend(Protocol):
     def chunk_bytes(self, dtype: torch.dtype, projected: bool) -> int:
         """Scratch bytes for one logit of a chunk, the teacher's included; `projected`: the head has a weight."""
 
-    def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms) -> Workspace:
-        """Scratch for chunks of up to `rows` rows; `like` gives dtype and device of the inputs."""
+    def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> Workspace:
+        """Scratch for chunks of up to `rows` rows; `like` gives dtype and device of the inputs; `gradient`:
+        whether `chunk_gradient` will follow."""
 
     def chunk_statistics(
         self, workspace: Workspace, chunk: Chunk, terms: Terms, columns: Tensor | None

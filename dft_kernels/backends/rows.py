@@ -63,13 +63,13 @@ class RowBackend:
         own = wide + (dtype.itemsize if dtype.itemsize != wide else 0) if projected else 0
         return own + wide
 
-    def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms) -> RowWorkspace:
-        """Buffers for `rows` rows; dlogits only where something is differentiated."""
+    def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> RowWorkspace:
+        """Buffers for `rows` rows; dlogits only where there is a gradient."""
         if terms.head.weight is None:
             return RowWorkspace(rows, None, None)
         wide = gemm.accumulate_dtype(like.dtype)
         logits = torch.empty(rows, vocab, dtype=wide, device=like.device)
-        if not terms.differentiated:
+        if not gradient:
             return RowWorkspace(rows, logits, None)
         return RowWorkspace(rows, logits, logits if wide == like.dtype else torch.empty_like(logits, dtype=like.dtype))
 

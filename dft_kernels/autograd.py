@@ -138,14 +138,14 @@ def _open_teacher(problem: Problem, blocks: list[Rows]) -> AbstractContextManage
 
 def soft_rows(problem: Problem, rows: Any) -> Tensor:
     """D_n times the T^2 of temperature_scaling."""
-    return problem.soft_scale * rows[Row.DIVERGENCE]
+    return problem.soft_scale * rows[Row.DIVERGENCE.value]
 
 
 def hard_rows(problem: Problem, rows: Any) -> Tensor:
     """CE_n = -(1 - eps) log q_y - eps sum_v log q_v / V with eps = label_smoothing."""
     eps = problem.label_smoothing
-    hard: Tensor = -rows[Row.LOG_PROB]
-    return hard if eps == 0 else (1.0 - eps) * hard - eps * rows[Row.MEAN_LOG_PROB]
+    hard: Tensor = -rows[Row.LOG_PROB.value]
+    return hard if eps == 0 else (1.0 - eps) * hard - eps * rows[Row.MEAN_LOG_PROB.value]
 
 
 def loss_rows(problem: Problem, rows: Any, weight: Tensor | None) -> Tensor:
@@ -157,10 +157,10 @@ def loss_rows(problem: Problem, rows: Any, weight: Tensor | None) -> Tensor:
     if Row.DIVERGENCE in live:
         parts.append(problem.soft_weight * soft_rows(problem, rows))
     if Row.LSE in live:
-        parts.append(problem.z_loss * rows[Row.LSE].square())
+        parts.append(problem.z_loss * rows[Row.LSE.value].square())
     if Row.POTENTIAL in live:
-        parts.append(rows[Row.POTENTIAL])
-    total: Tensor = sum(parts[1:], parts[0]) if parts else torch.zeros_like(rows[Row.LSE])
+        parts.append(rows[Row.POTENTIAL.value])
+    total: Tensor = sum(parts[1:], parts[0]) if parts else torch.zeros_like(rows[Row.LSE.value])
     return total if weight is None else torch.where(weight != 0, weight * total, 0.0)
 
 
@@ -331,8 +331,9 @@ def _statistics_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 def _statistics_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, group_weight = ctx.saved_tensors
-    rows, features, columns = grads[:DIFFERENTIABLE], grads[REPORTED], grads[REPORTED + 1]
-    problem = Problem(*tensors, *ctx.rest)
+    problem, rows = Problem(*tensors, *ctx.rest), grads[:DIFFERENTIABLE]
+    features = None if problem.features is None else grads[REPORTED]  # else an empty output, whatever its gradient
+    columns = grads[REPORTED + 1] if problem.columns else None
     needs = (problem.need_hidden, problem.need_weight, problem.need_bias)
     if all(grad is None for grad in (*rows, features, columns)):
         return (None,) * len(Problem._fields)

@@ -358,10 +358,10 @@ def _metrics(problem: Problem, rows: Any, mean: Tensor, lead: torch.Size) -> Met
     return Metrics(
         hard_loss=hard_rows(problem, rows).reshape(lead) if labelled else None,
         soft_loss=soft_rows(problem, rows).reshape(lead) if taught else None,
-        entropy=rows[Row.ENTROPY].reshape(lead),
-        lse=rows[Row.LSE].reshape(lead),
-        correct=rows[Row.CORRECT].bool().reshape(lead) if labelled else None,
-        teacher_agreement=rows[Row.AGREEMENT].bool().reshape(lead) if taught else None,
+        entropy=rows[Row.ENTROPY.value].reshape(lead),
+        lse=rows[Row.LSE.value].reshape(lead),
+        correct=rows[Row.CORRECT.value].bool().reshape(lead) if labelled else None,
+        teacher_agreement=rows[Row.AGREEMENT.value].bool().reshape(lead) if taught else None,
         mean_probability=mean if problem.columns else None,
         backend=backends.choose(problem.backend, problem.hidden.device).name,
     )
@@ -370,10 +370,10 @@ def _metrics(problem: Problem, rows: Any, mean: Tensor, lead: torch.Size) -> Met
 def _statistics(problem: Problem, lead: torch.Size) -> DistributionStatistics:
     *rows, features, mean, group_weight = autograd.statistics(*problem)
     return DistributionStatistics(
-        log_prob=None if problem.target is None else rows[Row.LOG_PROB].reshape(lead),
-        entropy=rows[Row.ENTROPY].reshape(lead),
-        lse=rows[Row.LSE].reshape(lead),
-        divergence=rows[Row.DIVERGENCE].reshape(lead) if problem.has_teacher else None,
+        log_prob=None if problem.target is None else rows[Row.LOG_PROB.value].reshape(lead),
+        entropy=rows[Row.ENTROPY.value].reshape(lead),
+        lse=rows[Row.LSE.value].reshape(lead),
+        divergence=rows[Row.DIVERGENCE.value].reshape(lead) if problem.has_teacher else None,
         features=None if problem.features is None else features.reshape(*lead, problem.num_features),
         mean_probability=mean,
         empty=group_weight == 0,

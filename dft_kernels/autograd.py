@@ -24,6 +24,7 @@ from torch import Tensor
 from . import backends
 from .backends.contract import DIFFERENTIABLE, Chunk, Cotangents, Gradients, Row
 from .problem import SCHEMA, TENSORS, Problem, loss_terms
+from .row_loss import loss_cotangents, loss_rows
 from .selection import Selection, dweight_dtype, plan_rows, select_rows
 from .teachers import Rows, open_head, open_stream, stream_of
 
@@ -131,53 +132,6 @@ def _open_teacher(problem: Problem, blocks: list[Rows]) -> AbstractContextManage
     if problem.teacher_hidden is None:
         return nullcontext()
     return open_head(problem.teacher_hidden, problem.teacher_head, blocks)
-
-
-# ------------------------------------------------------------------------------------------- the loss of a row
-
-
-def soft_rows(problem: Problem, rows: Any) -> Tensor:
-    """D_n times the T^2 of temperature_scaling."""
-    return problem.soft_scale * rows[Row.DIVERGENCE.value]
-
-
-def hard_rows(problem: Problem, rows: Any) -> Tensor:
-    """CE_n = -(1 - eps) log q_y - eps sum_v log q_v / V with eps = label_smoothing."""
-    eps = problem.label_smoothing
-    hard: Tensor = -rows[Row.LOG_PROB.value]
-    return hard if eps == 0 else (1.0 - eps) * hard - eps * rows[Row.MEAN_LOG_PROB.value]
-
-
-def loss_rows(problem: Problem, rows: Any, weight: Tensor | None) -> Tensor:
-    """weight_n (hard_weight CE_n + soft_weight D_n + z_loss lse_n^2 + <q_n, potential>) [N] from row quantities;
-    a row that is ignored or of weight 0 gives 0 whatever it holds. Differentiable in `rows`."""
-    live, parts = loss_terms(problem), []
-    if Row.LOG_PROB in live:
-        parts.append(problem.hard_weight * hard_rows(problem, rows))
-    if Row.DIVERGENCE in live:
-        parts.append(problem.soft_weight * soft_rows(problem, rows))
-    if Row.LSE in live:
-        parts.append(problem.z_loss * rows[Row.LSE.value].square())
-    if Row.POTENTIAL in live:
-        parts.append(rows[Row.POTENTIAL.value])
-    total: Tensor = sum(parts[1:], parts[0]) if parts else torch.zeros_like(rows[Row.LSE.value])
-    return total if weight is None else torch.where(weight != 0, weight * total, 0.0)
-
-
-def loss_cotangents(problem: Problem, statistics: Tensor, weight: Tensor | None) -> Cotangents:
-    """d(sum of `loss_rows`) / d(row quantities), [DIFFERENTIABLE, R]."""
-    live = loss_terms(problem)
-    out = statistics.new_zeros(DIFFERENTIABLE, statistics.shape[1])
-    if Row.LOG_PROB in live:
-        out[Row.LOG_PROB] = -problem.hard_weight * (1.0 - problem.label_smoothing)
-        out[Row.MEAN_LOG_PROB] = -problem.hard_weight * problem.label_smoothing
-    if Row.DIVERGENCE in live:
-        out[Row.DIVERGENCE] = problem.soft_weight * problem.soft_scale
-    if Row.LSE in live:
-        out[Row.LSE] = 2.0 * problem.z_loss * statistics[Row.LSE]
-    if Row.POTENTIAL in live:
-        out[Row.POTENTIAL] = 1.0
-    return Cotangents(out if weight is None else torch.where(weight != 0, out * weight, 0.0))
 
 
 def mean_probability(problem: Problem, outcome: Outcome) -> tuple[Tensor, Tensor]:

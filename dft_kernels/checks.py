@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import backends
 from .divergences import TABLE, Divergence
+from .teachers import Head, LogitStream, TeacherHead, TeacherLogits
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -23,6 +24,26 @@ def fail(
 ) -> NoReturn:
     """Raise the one form of message that users of this package see."""
     raise kind(f"{function}: {argument} must {relation}, got {got}. {remedy}.")
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Cast as `F.linear` would under an active autocast of the tensors' device: all but fp64 to its dtype."""
+    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+class Taught(NamedTuple):
+    """A teacher, flattened: tensors and their head, or a stream's handle."""
+
+    hidden: Tensor | None = None
+    head: Head = Head()
+    stream: int = 0
 
 
 class Checks:
@@ -170,3 +191,50 @@ class Checks:
             return value, None, value.shape[1]
         value = value.to_sparse_coo().coalesce()
         return value.values(), value.indices(), value.shape[1]
+
+    def teacher(self, teacher: Any, vocab: int) -> Taught:
+        """A teacher, checked against the model's rows and vocabulary, and flattened."""
+        if teacher is None:
+            return Taught()
+        if isinstance(teacher, LogitStream):
+            self.positive_int("LogitStream prefetch", teacher.prefetch)
+            if not callable(teacher.source) and not hasattr(teacher.source, "__iter__"):
+                got = type(teacher.source).__name__
+                remedy = "Pass an iterator of logits, or a function rows -> logits"
+                self.fail("LogitStream source", "be an iterator or a callable", got, remedy, TypeError)
+            return Taught(stream=teacher.handle)
+        if isinstance(teacher, Tensor):
+            teacher = TeacherLogits(teacher)
+        if isinstance(teacher, TeacherLogits):
+            logits = self.constant("teacher", teacher.logits)
+            self._same_vocabulary("teacher", logits.shape[-1] if logits.ndim else 0, vocab)
+            self.shape("teacher", logits, (*self.lead, vocab), f"{self.names[0]}'s leading shape and V")
+            return Taught(logits.reshape(-1, vocab))
+        if not isinstance(teacher, TeacherHead):
+            self.fail(
+                "teacher",
+                "be a tensor of logits, TeacherLogits, TeacherHead or LogitStream",
+                type(teacher).__name__,
+                "Wrap the teacher's hidden states and head as TeacherHead(hidden, weight)",
+                TypeError,
+            )
+        hidden, weight, bias = autocast(teacher.hidden, teacher.weight, teacher.bias)
+        names = ("teacher.hidden", "teacher.weight", "teacher.bias")
+        for name, value in zip(names, (hidden, weight, bias), strict=True):
+            if value is not None:
+                self.constant(name, value)
+        if hidden.ndim == 0:
+            self.fail(names[0], "have shape [..., Ht]", "a 0-d tensor", "Pass the teacher's last hidden states")
+        self.head(weight, bias, hidden, names)
+        self._same_vocabulary("teacher", weight.shape[0], vocab)
+        self.shape(names[0], hidden, (*self.lead, hidden.shape[-1]), f"{self.names[0]}'s leading shape, then Ht")
+        scale = self.number("teacher.logit_scale", teacher.logit_scale, "be a number other than 0", lambda x: x != 0)
+        softcap = teacher.softcap
+        if softcap is not None:
+            softcap = self.number("teacher.softcap", softcap, "be greater than 0 or None", lambda x: x > 0)
+        return Taught(hidden.reshape(-1, hidden.shape[-1]), Head(weight, bias, scale, softcap))
+
+    def _same_vocabulary(self, argument: str, theirs: int, ours: int) -> None:
+        if theirs != ours:
+            remedy = f"Slice the padded one explicitly, e.g. weight[:{min(theirs, ours)}], if the first ids agree"
+            self.fail(argument, f"have the model's vocabulary of {ours}", f"a vocabulary of {theirs}", remedy)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from . import info
+from . import demo, info
 
 _USAGE = """usage: dft-kernels COMMAND [options]
 
+  demo            a real model trained with the chunked and with the eager loss, side by side
   info [--json]   versions, backends available and why not, instruction sets, build stamp, defaults
 """
 
@@ -16,12 +17,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; its own --help explains its options."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if command == "info":
-        return info.main(rest)
+    commands = {"demo": demo.main, "info": info.main}
+    if command in commands:
+        return commands[command](rest)
     print(_USAGE, end="")
     if command in ("-h", "--help"):
         return 0
-    print(f"dft-kernels: COMMAND must be one of info, got {command!r}. See the list above.", file=sys.stderr)
+    print(
+        f"dft-kernels: COMMAND must be one of {', '.join(commands)}, got {command!r}. See the list above.",
+        file=sys.stderr,
+    )
     return 2
 
 

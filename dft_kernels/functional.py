@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from . import autograd, backends
-from .autograd import InplaceLoss, hard_rows, loss_rows, soft_rows
+from .autograd import InplaceLoss
 from .backends.contract import Row
 from .checks import fail
 from .problem import Problem, build
+from .row_loss import hard_rows, loss_rows, soft_rows
 from .teachers import LogitStream
 
 

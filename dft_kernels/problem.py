@@ -15,10 +15,10 @@ from torch import Tensor
 
 from . import backends
 from .backends.contract import Row, Terms
-from .checks import Checks
+from .checks import Checks, autocast
 from .divergences import Divergence
 from .gemm import accumulate_dtype
-from .teachers import Head, LogitStream, TeacherHead, TeacherLogits
+from .teachers import Head, LogitStream
 
 TENSORS = 13  # the leading fields of a Problem that are tensors
 
@@ -129,18 +129,6 @@ def _schema() -> str:
 SCHEMA = _schema()
 
 
-def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Cast as `F.linear` would under an active autocast of the tensors' device: all but fp64 to its dtype."""
-    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    )
-
-
 def build(
     function: str,
     hidden: Any,
@@ -242,7 +230,7 @@ def build(
     if not (asked or statistics):
         check.fail("target or teacher", "be given", "neither", "Pass labels, a teacher, or a potential")
 
-    taught = _teacher(check, teacher, vocab)
+    taught = check.teacher(teacher, vocab)
     grad = torch.is_grad_enabled()
     problem = Problem(
         hidden=hidden.reshape(-1, hidden.shape[-1]),
@@ -350,59 +338,3 @@ def _num_items(check: Checks, value: Any, reduction: str) -> Tensor | None:
         return value
     number = check.number("num_items", value, "be greater than 0", lambda x: x > 0)
     return torch.tensor(number, dtype=torch.float64)
-
-
-class _Taught(NamedTuple):
-    """A teacher, flattened."""
-
-    hidden: Tensor | None = None
-    head: Head = Head()
-    stream: int = 0
-
-
-def _teacher(check: Checks, teacher: Any, vocab: int) -> _Taught:
-    if teacher is None:
-        return _Taught()
-    if isinstance(teacher, LogitStream):
-        check.positive_int("LogitStream prefetch", teacher.prefetch)
-        if not callable(teacher.source) and not hasattr(teacher.source, "__iter__"):
-            got = type(teacher.source).__name__
-            remedy = "Pass an iterator of logits, or a function rows -> logits"
-            check.fail("LogitStream source", "be an iterator or a callable", got, remedy, TypeError)
-        return _Taught(stream=teacher.handle)
-    if isinstance(teacher, Tensor):
-        teacher = TeacherLogits(teacher)
-    if isinstance(teacher, TeacherLogits):
-        logits = check.constant("teacher", teacher.logits)
-        _same_vocabulary(check, "teacher", logits.shape[-1] if logits.ndim else 0, vocab)
-        check.shape("teacher", logits, (*check.lead, vocab), f"{check.names[0]}'s leading shape and V")
-        return _Taught(logits.reshape(-1, vocab))
-    if not isinstance(teacher, TeacherHead):
-        check.fail(
-            "teacher",
-            "be a tensor of logits, TeacherLogits, TeacherHead or LogitStream",
-            type(teacher).__name__,
-            "Wrap the teacher's hidden states and head as TeacherHead(hidden, weight)",
-            TypeError,
-        )
-    hidden, weight, bias = autocast(teacher.hidden, teacher.weight, teacher.bias)
-    names = ("teacher.hidden", "teacher.weight", "teacher.bias")
-    for name, value in zip(names, (hidden, weight, bias), strict=True):
-        if value is not None:
-            check.constant(name, value)
-    if hidden.ndim == 0:
-        check.fail(names[0], "have shape [..., Ht]", "a 0-d tensor", "Pass the teacher's last hidden states")
-    check.head(weight, bias, hidden, names)
-    _same_vocabulary(check, "teacher", weight.shape[0], vocab)
-    check.shape(names[0], hidden, (*check.lead, hidden.shape[-1]), f"{check.names[0]}'s leading shape, then Ht")
-    scale = check.number("teacher.logit_scale", teacher.logit_scale, "be a number other than 0", lambda x: x != 0)
-    softcap = teacher.softcap
-    if softcap is not None:
-        softcap = check.number("teacher.softcap", softcap, "be greater than 0 or None", lambda x: x > 0)
-    return _Taught(hidden.reshape(-1, hidden.shape[-1]), Head(weight, bias, scale, softcap))
-
-
-def _same_vocabulary(check: Checks, argument: str, theirs: int, ours: int) -> None:
-    if theirs != ours:
-        remedy = f"Slice the padded one explicitly, e.g. weight[:{min(theirs, ours)}], if the first ids agree"
-        check.fail(argument, f"have the model's vocabulary of {ours}", f"a vocabulary of {theirs}", remedy)

@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dft_kernels import LogitStream, TeacherHead, TeacherLogits, divergences
+from dft_kernels import LogitStream, TeacherHead, TeacherLogits, divergences, linear_distribution_loss
+from dft_kernels.backends import BACKENDS
+from dft_kernels.testing import allowance, dense_loss, relative_error
 
 NAMES = tuple(divergences.TABLE)
+PRESENT = [name for name, backend in BACKENDS.items() if backend.unavailable(torch.device("cpu")) is None]
 
 
 class Case(NamedTuple):
@@ -127,3 +130,33 @@ def leaves(arguments: dict[str, Any]) -> list[torch.Tensor]:
 def oracle_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     drop = ("chunk_size", "memory_budget", "backend", "compact", "num_groups", "return_metrics")
     return {name: value for name, value in arguments.items() if name not in drop}
+
+
+def differentiate(loss: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    seed = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    return [loss.detach(), *torch.autograd.grad(loss, inputs, seed)]
+
+
+def compare(case: Case, dtype: torch.dtype, backend: str, slack: float = 0.0, **options: object) -> None:
+    """One case through one backend: loss and gradients within the error gate (and slack) of the float64 oracle."""
+    arguments = make(case, dtype)
+    inputs = leaves(arguments)
+    ours = differentiate(linear_distribution_loss(**{**arguments, "backend": backend, **options}), inputs)
+    plain = oracle_arguments(arguments)
+    wide = {
+        name: value.detach().double().requires_grad_()
+        for name, value in plain.items()
+        if name in ("hidden", "weight", "bias")
+    }
+    exact = differentiate(dense_loss(**{**plain, **wide}), list(wide.values()))
+    eager = differentiate(dense_loss(**plain, compute_dtype=None if dtype != torch.float64 else dtype), inputs)
+    assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for name, value, truth, usual in zip(("loss", "dhidden", "dweight", "dbias"), ours, exact, eager, strict=False):
+        gate = allowance(usual, truth, dtype) if dtype != torch.float64 else 1e-12  # the oracle rounds too
+        if name == "loss":  # never below what a sum of fp32 addends of this size can hold
+            gate = max(gate, 4 * torch.finfo(ours[0].dtype).eps)
+        else:
+            assert value.dtype == dtype
+        error = relative_error(value, truth)
+        gate += slack
+        assert error <= gate, f"{name}: error {error:.2e}, allowed {gate:.2e}"

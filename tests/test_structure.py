@@ -23,7 +23,7 @@ FLOORS = [
     {"modules"},
     {"functional"},
     {"autograd"},
-    {"selection", "distributed"},
+    {"selection", "row_loss", "distributed"},
     {"problem"},
     {"checks"},
     {"backends"},
@@ -106,4 +106,4 @@ def test_every_public_name_is_documented() -> None:
 
 def test_files_stay_small() -> None:
     for path in FILES:
-        assert len(path.read_text().splitlines()) <= 450, path.name
+        assert len(path.read_text().splitlines()) <= 400, path.name

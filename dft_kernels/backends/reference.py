@@ -6,7 +6,6 @@ memory bill. Every formula of the row mathematics stands here once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -30,17 +29,17 @@ class Pair(NamedTuple):
     slope: Callable[[Tensor, Tensor, float], Tensor]
 
 
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """a (log a - log b) - a + b; near a = b as a (e^d - 1 - d), d = log b - log a, which does not cancel."""
-    d = log_b - log_a
-    a, b = log_a.exp(), log_b.exp()
+def _kl(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
+    """a (log a - log b) - a + b with d = log b - log a; near a = b as a (e^d - 1 - d), which does not cancel."""
     addend = torch.where(d.abs() < 0.5, a * (torch.expm1(d) - d), b - a * (1.0 + d))
     return torch.where(a > 0, addend, b)
 
 
-def _mix(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
-    """log(weight a + (1 - weight) b)"""
-    return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
+def _mix_over(d: Tensor, weight: float) -> Tensor:
+    """log((weight a + (1 - weight) b) / b) with d = log a - log b; an error of d comes out as `weight` of it."""
+    below = torch.log1p(weight * torch.expm1(d))
+    above = d + torch.log1p((1.0 - weight) * torch.expm1(-d))
+    return torch.where(d > 0, above, below)
 
 
 def _times(q: Tensor, factor: Tensor) -> Tensor:
@@ -49,12 +48,19 @@ def _times(q: Tensor, factor: Tensor) -> Tensor:
 
 
 def _jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    log_m = _mix(log_p, log_q, beta)
-    return beta * _kl(log_p, log_m) + (1.0 - beta) * _kl(log_q, log_m)
+    p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
+    m = beta * p + (1.0 - beta) * q
+    return beta * _kl(p, m, _mix_over(-d, 1.0 - beta)) + (1.0 - beta) * _kl(q, m, _mix_over(d, beta))
+
+
+def _skewed(log_a: Tensor, log_b: Tensor, alpha: float) -> Tensor:
+    """KL(a‖alpha a + (1 - alpha) b)"""
+    a = log_a.exp()
+    return _kl(a, alpha * a + (1.0 - alpha) * log_b.exp(), _mix_over(log_b - log_a, 1.0 - alpha))
 
 
 def _skew_reverse_slope(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
-    ratio = log_q - _mix(log_q, log_p, alpha)
+    ratio = -_mix_over(log_p - log_q, 1.0 - alpha)
     return _times(log_q.exp(), ratio - alpha * torch.expm1(ratio))
 
 
@@ -73,27 +79,24 @@ def _alpha(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
 
 PAIRS: dict[str, Pair] = {
     "forward_kl": Pair(
-        lambda log_p, log_q, _: _kl(log_p, log_q),
+        lambda log_p, log_q, _: _kl(log_p.exp(), log_q.exp(), log_q - log_p),
         lambda log_p, log_q, _: log_q.exp() - log_p.exp(),
     ),
     "reverse_kl": Pair(
-        lambda log_p, log_q, _: _kl(log_q, log_p),
+        lambda log_p, log_q, _: _kl(log_q.exp(), log_p.exp(), log_p - log_q),
         lambda log_p, log_q, _: _times(log_q.exp(), log_q - log_p),
     ),
     "jensen_shannon": Pair(
         _jensen_shannon,
-        lambda log_p, log_q, beta: _times((1.0 - beta) * log_q.exp(), log_q - _mix(log_p, log_q, beta)),
+        lambda log_p, log_q, beta: _times(log_q.exp(), (beta - 1.0) * _mix_over(log_p - log_q, beta)),
     ),
     "skew_kl": Pair(
-        lambda log_p, log_q, alpha: _kl(log_p, _mix(log_p, log_q, alpha)),
+        _skewed,
         lambda log_p, log_q, alpha: _times(
-            (1.0 - alpha) * log_q.exp(), -torch.expm1(log_p - _mix(log_p, log_q, alpha))
+            log_q.exp(), (alpha - 1.0) * torch.expm1(-_mix_over(log_q - log_p, 1.0 - alpha))
         ),
     ),
-    "skew_reverse_kl": Pair(
-        lambda log_p, log_q, alpha: _kl(log_q, _mix(log_q, log_p, alpha)),
-        _skew_reverse_slope,
-    ),
+    "skew_reverse_kl": Pair(lambda log_p, log_q, alpha: _skewed(log_q, log_p, alpha), _skew_reverse_slope),
     "alpha_divergence": Pair(
         _alpha,
         lambda log_p, log_q, alpha: (log_q.exp() - _power(log_p, log_q, alpha)) / alpha,

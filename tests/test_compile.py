@@ -13,7 +13,7 @@ from dft_kernels.problem import build
 from dft_kernels.testing import relative_error
 
 
-@pytest.mark.parametrize("backend", ["aot_eager"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("case", ["everything", "none", "cross_entropy_bias", "no_compact"])
 @pytest.mark.filterwarnings("ignore")
 def test_fullgraph_with_dynamic_rows(case, backend):

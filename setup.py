@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -17,7 +18,18 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 STAMP = HERE / "dft_kernels" / "_build.json"  # what the extension was built against, or why there is none
-SOURCES = ["csrc/build_info.cpp", "csrc/ops.cpp"]
+SOURCES = ["csrc/bindings.cpp", "csrc/ops.cpp", "csrc/step_cpu.cpp"]
+HEADERS = [str(path) for pattern in ("*.h", "*.inc") for path in sorted((HERE / "csrc").glob(pattern))]
+
+# One source, compiled for each instruction set, chosen at run time: a binary built on one x86-64 runs on any.
+INSTRUCTION_SETS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["avx512"] = [
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512")
+    ]
+# -fno-math-errno, -fno-trapping-math let selects become vector selects; results and NaN stay as IEEE has them
+KERNEL_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
 
 
 class OptionalBuild(BuildExtension):
@@ -35,11 +47,19 @@ class OptionalBuild(BuildExtension):
             print(f"dft_kernels: the C++ extension was not built ({reason}); install a C++ compiler and repeat.")
         STAMP.write_text(json.dumps(stamp, indent=1) + "\n")
 
+    def build_extensions(self):
+        for name, flags in INSTRUCTION_SETS.items():
+            options = {"output_dir": self.build_temp, "depends": HEADERS, "extra_postargs": [*KERNEL_FLAGS, *flags]}
+            extension.extra_objects += self.compiler.compile([f"csrc/rows_{name}.cpp"], **options)
+        super().build_extensions()
+
 
 extension = CppExtension(
     "dft_kernels._C",
     SOURCES,
-    extra_compile_args=["-O2", "-g0", "-fvisibility=hidden"],
+    depends=HEADERS,
+    extra_compile_args=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-fopenmp"],
+    extra_link_args=["-fopenmp"],
 )
 extension.optional = True
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))

@@ -1,6 +1,7 @@
 """Fused losses for fine-tuning language models towards distributions. See `linear_distribution_loss`."""
 
 from . import divergences, extension  # noqa: F401 - the import checks the build stamp
+from .backends import release_scratch
 from .functional import (
     DistributionStatistics,
     Metrics,
@@ -30,5 +31,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_distribution_loss",
     "linear_distribution_statistics",
+    "release_scratch",
     "shift_labels",
 ]

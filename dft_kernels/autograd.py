@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import backends
 from .backends.contract import DIFFERENTIABLE, Chunk, Cotangents, Gradients, Row
+from .extension import large_pages
 from .problem import SCHEMA, TENSORS, Problem, loss_terms
 from .row_loss import loss_cotangents, loss_rows
 from .selection import Selection, dweight_dtype, plan_rows, select_rows
@@ -76,20 +77,20 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
                 target=next(targets) if targets is not None else None,
             )
             statistics, features = backend.chunk_statistics(workspace, chunk, terms, outcome.columns)
-            rows.put(outcome.rows, statistics[:REPORTED], dim=1)
             if outcome.features is not None and features is not None:
                 rows.put(outcome.features, features)
-            if seed is None:
-                continue
-            out = None
-            if outcome.dhidden is not None:
-                out = outcome.dhidden[rows.start : rows.stop] if scratch is None else scratch[: rows.stop - rows.start]
-            gradients = Gradients(out, outcome.dweight, outcome.dbias, first=number == 0)
-            backend.chunk_gradient(
-                workspace, chunk, terms, statistics, features, seed(chunk, rows, statistics), gradients
-            )
-            if scratch is not None and outcome.dhidden is not None and out is not None:
-                rows.put(outcome.dhidden, out)
+            if seed is not None:
+                out = None
+                if outcome.dhidden is not None:
+                    count = rows.stop - rows.start
+                    out = outcome.dhidden[rows.start : rows.stop] if scratch is None else scratch[:count]
+                gradients = Gradients(out, outcome.dweight, outcome.dbias, first=number == 0)
+                backend.chunk_gradient(
+                    workspace, chunk, terms, statistics, features, seed(chunk, rows, statistics), gradients
+                )
+                if scratch is not None and outcome.dhidden is not None and out is not None:
+                    rows.put(outcome.dhidden, out)
+            rows.put(outcome.rows, statistics[:REPORTED], dim=1)
         if targets is not None:
             next(targets, None)  # lets a stream check that it ended where the rows do
     if selection.ignored is not None:
@@ -114,7 +115,7 @@ def _gradients(
             dhidden.zero_()
     if problem.need_weight:
         assert problem.weight is not None
-        dweight = problem.weight.new_empty(problem.weight.shape, dtype=dweight_dtype(problem))
+        dweight = large_pages(problem.weight.new_empty(problem.weight.shape, dtype=dweight_dtype(problem)))
     if problem.need_bias:
         assert problem.bias is not None
         dbias = problem.bias.new_empty(problem.bias.shape, dtype=problem.dtype)
@@ -226,7 +227,7 @@ def scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype, hidden: Tensor |
     """gradient * factor (0-d), multiplied in the accumulation dtype and rounded once to `dtype`; blockwise, so
     that no second full-size tensor in the accumulation dtype appears. hidden and weight are only what the
     gradient depends on, so that a second differentiation finds its way here and is refused."""
-    out = torch.empty_like(gradient, dtype=dtype)
+    out = large_pages(torch.empty_like(gradient, dtype=dtype))
     factor = factor.reshape(1)
     step = max(1, (1 << 22) // max(1, gradient[:1].numel())) if gradient.device.type == "cpu" else max(1, len(gradient))
     for start in range(0, gradient.shape[0], step):

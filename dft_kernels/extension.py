@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 STAMP = Path(__file__).with_name("_build.json")
 REBUILD = "Rebuild with: pip install --no-build-isolation -e ."
@@ -52,3 +53,11 @@ def load() -> tuple[Any, str | None]:
 
 
 MODULE, REASON = load()
+
+
+def large_pages(fresh: Tensor) -> Tensor:
+    """`fresh` itself, a tensor not yet written to: on a CPU its pages are asked to be large, so that the first
+    touch of a big one does not cost as much as the work on it."""
+    if MODULE is not None and fresh.device.type == "cpu" and fresh.nbytes >= 4 << 20:
+        MODULE.advise_large_pages(fresh)
+    return fresh

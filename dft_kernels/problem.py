@@ -98,7 +98,12 @@ class Problem(NamedTuple):
         return Head(self.teacher_weight, self.teacher_bias, self.teacher_logit_scale, self.teacher_softcap)
 
     def terms(self, differentiated: frozenset[Row]) -> Terms:
-        """What to ask of a backend, where the quantities `differentiated` take cotangents."""
+        """What to ask of a backend, where the quantities `differentiated` take cotangents. Of these, and of what is
+        wanted, only what the call has tensors for."""
+        absent = {Row.LOG_PROB, Row.CORRECT} if self.target is None else set()
+        absent |= set() if self.has_teacher else {Row.DIVERGENCE, Row.AGREEMENT}
+        absent |= set() if self.potential is not None else {Row.POTENTIAL}
+        differentiated -= absent
         features = self.features
         if features is not None and self.feature_index is not None:
             shape = (self.vocab, self.num_features)
@@ -112,6 +117,7 @@ class Problem(NamedTuple):
             divergence=Divergence(self.divergence, self.parameter),
             temperature=self.temperature,
             teacher_temperature=self.teacher_temperature,
+            taught=self.has_teacher,
             potential=self.potential,
             features=None if features is None else features.to(self.dtype),
         )
@@ -222,7 +228,7 @@ def build(
         check.fail("chunk_size", "be None where memory_budget is given", chunk_size, "Give one of the two")
     backend = check.backend(backend)
     if memory_budget is not None:
-        row = backends.choose(backend, hidden.device).chunk_bytes(hidden.dtype, projected) * vocab
+        row = backends.choose(backend, hidden.device).chunk_bytes(hidden.dtype, projected, teacher is not None) * vocab
         if memory_budget < row:
             relation = f"be at least {row} bytes (one row of {vocab} logits)"
             check.fail("memory_budget", relation, memory_budget, "Raise it, or give chunk_size=1")

@@ -117,7 +117,9 @@ def most_rows(problem: Problem) -> int:
     if problem.chunk_size is not None:
         return problem.chunk_size
     backend = backends.choose(problem.backend, problem.hidden.device)
-    row_bytes = backend.chunk_bytes(problem.hidden.dtype, problem.weight is not None) * problem.vocab
+    row_bytes = (
+        backend.chunk_bytes(problem.hidden.dtype, problem.weight is not None, problem.has_teacher) * problem.vocab
+    )
     budget = problem.memory_budget or scratch_bytes(problem.hidden.device)
     return max(1, min(backend.best_rows, budget // row_bytes))
 

@@ -20,8 +20,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import gemm
-
 _Item = tuple[Tensor, "torch.cuda.Event | None"] | BaseException | None  # None: the source ended where it should
 _JOIN_SECONDS = 10.0  # how long a closing reader waits for a source that does not return
 
@@ -39,12 +37,12 @@ class Head(NamedTuple):
 
 
 class DenseTarget(NamedTuple):
-    """The target distribution of a chunk: softmax over `logits` [R, V] after `head`'s scale and softcap.
+    """The target distribution of a chunk: softmax over what `head` makes of `hidden`, any floating dtype.
 
-    Any floating dtype; `head.weight` and `head.bias` are spent.
+    hidden [R, Ht] with a head's weight, whose product is the backend's to do; logits [R, V] without one.
     """
 
-    logits: Tensor
+    hidden: Tensor
     head: Head
 
 
@@ -133,21 +131,8 @@ def stream_of(handle: int) -> LogitStream:
 
 @contextmanager
 def open_head(hidden: Tensor, head: Head, blocks: Sequence[Rows]) -> Generator[Iterator[DenseTarget]]:
-    """Targets of `blocks` from a teacher that is tensors. The product's buffer is reused from block to block."""
-
-    def targets() -> Iterator[DenseTarget]:
-        buffer = hidden.new_empty(0)
-        for rows in blocks:
-            logits = rows.take(hidden)
-            if head.weight is not None:
-                shape = (logits.shape[0], head.weight.shape[0])
-                if buffer.numel() < shape[0] * shape[1]:
-                    dtype = gemm.accumulate_dtype(hidden.dtype)
-                    buffer = torch.empty(shape, dtype=dtype, device=hidden.device)
-                logits = gemm.logits_(logits, head.weight, head.bias, buffer.view(-1, shape[1])[: shape[0]])
-            yield DenseTarget(logits, head)
-
-    yield targets()
+    """Targets of `blocks` from a teacher that is tensors."""
+    yield (DenseTarget(rows.take(hidden), head) for rows in blocks)
 
 
 @contextmanager

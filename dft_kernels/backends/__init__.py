@@ -7,9 +7,13 @@ from typing import Any
 import torch
 
 from .contract import Backend
+from .native import NativeBackend, release_scratch
 from .reference import ReferenceBackend
 
-BACKENDS: dict[str, Any] = {"reference": ReferenceBackend()}  # in the order of preference of "auto"
+__all__ = ["BACKENDS", "choose", "release_scratch"]
+
+# in the order of preference of "auto"
+BACKENDS: dict[str, Any] = {"native": NativeBackend(), "reference": ReferenceBackend()}
 
 
 def choose(name: str, device: torch.device) -> Backend:

@@ -52,6 +52,7 @@ class Terms:
     divergence: Divergence
     temperature: float = 1.0
     teacher_temperature: float = 1.0
+    taught: bool = False  # whether chunks come with a target
     potential: Tensor | None = None  # [G, V]
     features: Tensor | None = None  # [V, K], dense or sparse COO
 
@@ -64,7 +65,7 @@ class Chunk:
     label: Tensor | None = None  # [R] int64
     group: Tensor | None = None  # [R] int64, None: all rows are of group 0
     weight: Tensor | None = None  # [R] in the accumulation dtype, None: all 1
-    target: DenseTarget | None = None  # logits [R, V]
+    target: DenseTarget | None = None
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class Backend(Protocol):
     def unavailable(self, device: torch.device) -> str | None:
         """Why tensors on `device` cannot be served, None if they can."""
 
-    def chunk_bytes(self, dtype: torch.dtype, projected: bool) -> int:
-        """Scratch bytes for one logit of a chunk, the teacher's included; `projected`: the head has a weight."""
+    def chunk_bytes(self, dtype: torch.dtype, projected: bool, taught: bool) -> int:
+        """Scratch bytes for one logit of a chunk. projected: the head has a weight; taught: there is a teacher."""
 
     def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> Workspace:
         """Scratch for chunks of up to `rows` rows; `like` gives dtype and device of the inputs; `gradient`:
@@ -125,4 +126,6 @@ class Backend(Protocol):
         cotangents: Cotangents,
         gradients: Gradients,
     ) -> None:
-        """Gradients from the logits that the last `chunk_statistics` left in the workspace (which it may spend)."""
+        """Gradients from the logits that the last `chunk_statistics` left in the workspace (which it may spend).
+        Where a workspace was made for gradients, DIVERGENCE may have been left to this half, which then writes it
+        into `statistics`: no cotangent depends on it."""

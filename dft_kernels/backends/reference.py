@@ -139,7 +139,7 @@ class _Tile:
         self.group = None if chunk.group is None else chunk.group[tile]
         self.target = None
         if chunk.target is not None:
-            self.target = _finished(chunk.target.logits[tile], chunk.target.head).to(self.z.dtype)
+            self.target = _finished(chunk.target.hidden[tile], chunk.target.head).to(self.z.dtype)
 
     def potential(self, table: Tensor) -> Tensor:
         """The potential of each row: [r, V], or [1, V] where there is one group."""

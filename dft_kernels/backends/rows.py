@@ -6,13 +6,14 @@ softcap are its business) and a chunk's target, and never touches hidden states 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import gemm
+from ..teachers import DenseTarget
 from .contract import Chunk, Cotangents, Gradients, Terms
 
 
@@ -40,14 +41,30 @@ class RowOperations(Protocol):
         """columns[group_n] += weight_n q_n over the chunk's rows, deterministically; columns [G, V]."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RowWorkspace:
     """logits [rows, V] in the accumulation dtype and dlogits [rows, V] in the input dtype: one memory where the
-    two dtypes agree, and none at all for logits that the caller holds (dlogits go where `dhidden` points)."""
+    two dtypes agree, and none at all for logits that the caller holds (dlogits go where `dhidden` points).
+    target: the same for a teacher head's logits, made by the first chunk that needs them."""
 
     rows: int
     logits: Tensor | None
     dlogits: Tensor | None
+    target: Tensor | None = None
+
+    def resolved(self, chunk: Chunk, multiply: bool) -> Chunk:
+        """The chunk with its target as logits [R, V]; multiply: compute them, else they are still here."""
+        if chunk.target is None or chunk.target.head.weight is None:
+            return chunk
+        hidden, head = chunk.target
+        assert head.weight is not None
+        if self.target is None:
+            wide = gemm.accumulate_dtype(hidden.dtype)
+            self.target = torch.empty(self.rows, head.weight.shape[0], dtype=wide, device=hidden.device)
+        logits = self.target[: hidden.shape[0]]
+        if multiply:
+            gemm.logits_(hidden, head.weight, head.bias, logits)
+        return replace(chunk, target=DenseTarget(logits, head._replace(weight=None, bias=None)))
 
 
 class RowBackend:
@@ -57,11 +74,11 @@ class RowBackend:
     best_rows = 4096
     operations: RowOperations
 
-    def chunk_bytes(self, dtype: torch.dtype, projected: bool) -> int:
+    def chunk_bytes(self, dtype: torch.dtype, projected: bool, taught: bool) -> int:
         """Own logits and the teacher's in the accumulation dtype, dlogits where that is another dtype."""
         wide = gemm.accumulate_dtype(dtype).itemsize
         own = wide + (dtype.itemsize if dtype.itemsize != wide else 0) if projected else 0
-        return own + wide
+        return max(1, own + (wide if taught else 0))
 
     def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> RowWorkspace:
         """Buffers for `rows` rows; dlogits only where there is a gradient."""
@@ -83,6 +100,7 @@ class RowBackend:
         logits = self._logits(workspace, chunk)  # [R, V]
         if terms.head.weight is not None:
             gemm.logits_(chunk.hidden, terms.head.weight, terms.head.bias, logits)
+        chunk = workspace.resolved(chunk, multiply=True)
         statistics, features = self.operations.row_statistics(logits, chunk, terms)
         if columns is not None:
             self.operations.accumulate_columns_(logits, chunk, terms, statistics, columns)
@@ -106,6 +124,7 @@ class RowBackend:
         else:
             assert workspace.dlogits is not None
             out = workspace.dlogits[: logits.shape[0]]
+        chunk = workspace.resolved(chunk, multiply=False)
         self.operations.row_gradient_(logits, chunk, terms, statistics, features, cotangents, out)
         if terms.head.weight is not None and gradients.dhidden is not None:
             gemm.dhidden_(out, terms.head.weight, gradients.dhidden)

@@ -1,0 +1,66 @@
+// The pybind11 module dft_kernels._C: what this binary was built from, and the CPU chunk step.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "step_cpu.h"
+
+namespace py = pybind11;
+using namespace dft;
+
+static py::dict build_info() {
+  py::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] =
+#if defined(__clang__)
+      "clang " __clang_version__;
+#elif defined(__GNUC__)
+      "gcc " __VERSION__;
+#else
+      "unknown";
+#endif
+  info["cxx_standard"] = static_cast<long>(__cplusplus);
+  return info;
+}
+
+using Optional = std::optional<at::Tensor>;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled room of dft_kernels.";
+  m.def("build_info", &build_info, "Compiler, C++ standard and torch version of this binary.");
+  m.def("instruction_set", &instruction_set, "The compiled instruction set that the CPU kernels run with.");
+  m.def("multiplies_bf16", &multiplies_bf16, "Whether this processor multiplies bf16 tile by tile.");
+  m.def("advise_large_pages", &advise_large_pages, "Ask for large pages under a large fresh CPU tensor.");
+  m.def("evaluate", &evaluate, "exp (0), expm1 (1), log1p (2) or tanh (3) as the CPU kernels compute it.");
+
+  py::class_<HeadArguments>(m, "Head").def(
+      py::init([](Optional weight, Optional bias, double scale, double cap) {
+        return HeadArguments{std::move(weight), std::move(bias), scale, cap};
+      }),
+      py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("cap"));
+
+  py::class_<ChunkArguments>(m, "Chunk").def(
+      py::init([](at::Tensor hidden, Optional label, Optional group, Optional weight, Optional target, HeadArguments teacher) {
+        return ChunkArguments{std::move(hidden), std::move(label),  std::move(group),
+                              std::move(weight), std::move(target), std::move(teacher)};
+      }),
+      py::arg("hidden"), py::arg("label"), py::arg("group"), py::arg("weight"), py::arg("target"), py::arg("teacher"));
+
+  py::class_<CpuStep>(m, "CpuStep")
+      .def(py::init([](HeadArguments model, int64_t vocab, int64_t wanted, int64_t differentiated, bool differentiates,
+                       int64_t divergence, double parameter, double temperature, double teacher_temperature,
+                       Optional potential, Optional feature_rows, Optional feature_columns, Optional feature_entries,
+                       int64_t features, at::Tensor logits, Optional target) {
+             return make_step({std::move(model), vocab, wanted, differentiated, differentiates, divergence, parameter,
+                               temperature, teacher_temperature, std::move(potential), std::move(feature_rows),
+                               std::move(feature_columns), std::move(feature_entries), features, std::move(logits),
+                               std::move(target)});
+           }),
+           py::kw_only(), py::arg("model"), py::arg("vocab"), py::arg("wanted"),
+           py::arg("differentiated"), py::arg("differentiates"), py::arg("divergence"), py::arg("parameter"), py::arg("temperature"),
+           py::arg("teacher_temperature"), py::arg("potential"), py::arg("feature_rows"), py::arg("feature_columns"),
+           py::arg("feature_entries"), py::arg("features"), py::arg("logits"), py::arg("target"))
+      .def("statistics", &CpuStep::statistics, py::call_guard<py::gil_scoped_release>())
+      .def("gradient", &CpuStep::gradient, py::call_guard<py::gil_scoped_release>());
+}

@@ -1,0 +1,639 @@
+// The chunk step on the CPU: products, the three sweeps of rows_cpu.h over their hot tiles, products again.
+//
+// Logits stand transposed, [V, C]: the weight's rows are then the left operand as they are stored, and only the
+// small chunk of hidden states is packed. Where the processor multiplies bf16 (AVX512-BF16, AMX) each thread walks
+// its share of the vocabulary tile by tile: product, sweep, next tile; and on the way back sweep, then the tile's
+// dlogits straight into the fp32 dweight. Elsewhere, and for the other dtypes, a block of the vocabulary at a time
+// is multiplied by ATen in fp32 (fp64), upcast if need be, with the same sweeps between. Threads own disjoint rows
+// of the vocabulary, and sums meet in the order of the threads: no atomics, the same bits for the same threads.
+#include "step_cpu.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/native/CPUBlas.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "divergence.h"
+#include "rows_cpu.h"
+
+namespace dft {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+// bench/LOG.md says how these were found
+constexpr int64_t kTile = 64;     // vocabulary rows a tile: with 512 tokens 128 KB of logits
+constexpr int64_t kBlock = 2048;  // vocabulary rows an ATen product
+constexpr int64_t kWidth = 64;    // columns a brgemm call
+
+enum Row { kLogProb, kMeanLogProb, kEntropy, kLse, kDivergence, kPotential, kCorrect, kAgreement, kSoftLse, kTargetLse, kSlope, kRows };
+
+template <class T>
+const Kernels<T>& kernels() {
+  static const Kernels<T>& chosen = []() -> const Kernels<T>& {
+    const std::string level = instruction_set();
+    if constexpr (sizeof(T) == 4) {
+#if defined(__x86_64__)
+      if (level == "avx512") return avx512_float();
+      if (level == "avx2") return avx2_float();
+#endif
+      return baseline_float();
+    } else {
+#if defined(__x86_64__)
+      if (level == "avx512") return avx512_double();
+      if (level == "avx2") return avx2_double();
+#endif
+      return baseline_double();
+    }
+  }();
+  return chosen;
+}
+
+Element element_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return Element::f32;
+    case at::kDouble: return Element::f64;
+    case at::kBFloat16: return Element::bf16;
+    case at::kHalf: return Element::f16;
+    default: TORCH_CHECK(false, "dft_kernels: logits must be floating, got ", type);
+  }
+}
+
+// Whether the tile product (bf16 x bf16 -> fp32) runs here: brgemm throws where the processor lacks it.
+bool has_tile_product() {
+  static const bool works = [] {
+    std::vector<at::BFloat16> a(2 * 32), b(2 * 32);
+    std::vector<float> c(32 * 32);
+    try {
+      at::native::cpublas::brgemm(32, 32, 2, 2, 32, 32, false, a.data(), b.data(), c.data(), true);
+      at::native::cpublas::brgemm_release(true);
+    } catch (const std::exception&) {
+      return false;
+    }
+    return true;
+  }();
+  return works;
+}
+
+// c [m, n] (+)= a [m, k] b [k, n], b packed in pairs of k
+void tile_product(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const uint32_t* b, float* c, bool add) {
+  for (int64_t j = 0; j < n; j += kWidth)
+    at::native::cpublas::brgemm(m, std::min(kWidth, n - j), k, lda, n, n, add, a,
+                                reinterpret_cast<const at::BFloat16*>(b + j), c + j, true);
+}
+
+// [h / 2][c][2] of x [rows, h], tokens beyond `rows` zero: the right operand of logits
+std::vector<uint32_t> pack_hidden(const Tensor& x, int64_t c) {
+  int64_t rows = x.size(0), pairs = x.size(1) / 2, stride = x.stride(0);
+  const auto* in = x.const_data_ptr<at::BFloat16>();
+  std::vector<uint32_t> out(pairs * c);
+  at::parallel_for(0, pairs, 32, [&](int64_t begin, int64_t end) {
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t k = begin; k < end; k++) std::memcpy(&out[k * c + r], in + r * stride + 2 * k, 4);
+  });
+  return out;
+}
+
+// [c / 2][h][2] of x [rows, h]: the right operand of dweight
+std::vector<uint32_t> pack_tokens(const Tensor& x, int64_t c) {
+  int64_t rows = x.size(0), h = x.size(1), stride = x.stride(0);
+  const auto* in = reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>());
+  std::vector<uint32_t> out(c / 2 * h);
+  at::parallel_for(0, (rows + 1) / 2, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++)
+      for (int64_t k = 0; k < h; k++) {
+        uint32_t low = in[2 * p * stride + k], high = 2 * p + 1 < rows ? in[(2 * p + 1) * stride + k] : 0;
+        out[p * h + k] = low | high << 16;
+      }
+  });
+  return out;
+}
+
+// Runs f(thread, first row, end row) over rows [begin, end), each thread a run of whole tiles.
+template <class F>
+void share(int64_t begin, int64_t end, F f) {
+  int64_t threads = at::get_num_threads(), tiles = (end - begin + kTile - 1) / kTile;
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t++)
+      f(t, begin + tiles * t / threads * kTile, std::min(end, begin + tiles * (t + 1) / threads * kTile));
+  });
+}
+
+template <class T>
+std::vector<T> padded(const Tensor& row, int64_t c) {
+  std::vector<T> out(c, T(0));
+  Tensor values = row.to(c10::CppTypeToScalarType<T>::value).contiguous();
+  std::memcpy(out.data(), values.const_data_ptr(), values.numel() * sizeof(T));
+  return out;
+}
+
+// One matrix of logits of the chunk: where they come from, and where they are kept, [V, c]
+template <class T>
+struct Source {
+  const HeadArguments& head;
+  Tensor hidden;   // [R, H], or [R, V] where the head has no weight
+  Tensor wide;     // hidden in T, where ATen multiplies
+  T* logits;
+  int64_t vocab, c;
+  bool tiles = false;  // multiplied tile by tile
+  std::vector<uint32_t> packed;
+  std::vector<T> bias;
+
+  Source(const HeadArguments& head, Tensor x, T* logits, int64_t vocab, int64_t c)
+      : head(head), hidden(std::move(x)), logits(logits), vocab(vocab), c(c) {
+    if (hidden.stride(1) != 1) hidden = hidden.contiguous();
+    if (head.weight) {
+      tiles = hidden.scalar_type() == at::kBFloat16 && hidden.size(1) % 2 == 0 && hidden.size(1) > 0 &&
+              head.weight->stride(1) == 1 && has_tile_product();
+      if (tiles)
+        packed = pack_hidden(hidden, c);
+      else
+        wide = hidden.to(c10::CppTypeToScalarType<T>::value);
+    }
+    if (head.bias) bias = padded<T>(*head.bias, vocab);
+  }
+
+  bool blocks() const { return head.weight && !tiles; }
+  Finish<T> finish(int64_t v) const {
+    return {bias.empty() ? nullptr : bias.data() + v, T(head.scale), T(head.cap)};
+  }
+  Tensor weight_block(int64_t v, int64_t n) const { return head.weight->narrow(0, v, n).to(wide.scalar_type()); }
+  // the logits of vocabulary rows [v, v + n) as a tensor [n, R]
+  Tensor view(int64_t v, int64_t n) const {
+    return at::from_blob(logits + v * c, {n, hidden.size(0)}, {c, 1}, wide.options());
+  }
+  void multiply_block(int64_t v, int64_t n) const {
+    Tensor out = view(v, n);
+    at::mm_out(out, weight_block(v, n), wide.t());
+  }
+  void fill_tile(int64_t v, int64_t m) const {
+    if constexpr (sizeof(T) == 4) {
+      if (tiles)
+        return tile_product(m, c, hidden.size(1), head.weight->const_data_ptr<at::BFloat16>() + v * head.weight->stride(0),
+                            head.weight->stride(0), packed.data(), logits + v * c, false);
+    }
+    if (!head.weight)
+      kernels<T>().load(logits + v * c, m, c, hidden.const_data_ptr(), element_of(hidden.scalar_type()),
+                        hidden.size(0), hidden.stride(0), v);
+  }
+};
+
+template <class T>
+struct Online {  // a thread's sums over its share of the vocabulary
+  std::vector<T> max;
+  std::vector<Integer<T>> arg;
+  std::vector<double> sum[2];
+  Online(int64_t c, bool wants_arg, int temperatures)
+      : max(c, std::numeric_limits<T>::lowest()), arg(wants_arg ? c : 0) {
+    for (int k = 0; k < temperatures; k++) sum[k].assign(c, 0.0);
+  }
+  Sums<T> sums(int temperatures, const T* inverse) {
+    return {max.data(), arg.empty() ? nullptr : arg.data(), temperatures, {inverse[0], inverse[1]}, {sum[0].data(), sum[1].data()}};
+  }
+};
+
+// lse [c] at temperature k of all threads' sums
+template <class T>
+std::vector<T> merge(const std::vector<Online<T>>& parts, int k, T inverse) {
+  std::vector<T> out(parts[0].max.size());
+  for (size_t l = 0; l < out.size(); l++) {
+    T top = parts[0].max[l];
+    for (const auto& part : parts) top = std::max(top, part.max[l]);
+    double total = 0;
+    for (const auto& part : parts) total += part.sum[k][l] * std::exp((double(part.max[l]) - top) * inverse);
+    out[l] = T(double(top) * inverse + std::log(total));
+  }
+  return out;
+}
+
+template <class T>
+std::vector<int64_t> merge_arg(const std::vector<Online<T>>& parts) {
+  std::vector<int64_t> out(parts[0].max.size());
+  for (size_t l = 0; l < out.size(); l++) {
+    size_t best = 0;
+    for (size_t t = 1; t < parts.size(); t++)
+      if (parts[t].max[l] > parts[best].max[l]) best = t;
+    out[l] = parts[best].arg[l];
+  }
+  return out;
+}
+
+std::vector<double> total(const std::vector<std::vector<double>>& parts) {
+  std::vector<double> out(parts[0]);
+  for (size_t t = 1; t < parts.size(); t++)
+    for (size_t i = 0; i < out.size(); i++) out[i] += parts[t][i];
+  return out;
+}
+
+template <class T>
+class Step final : public CpuStep {
+ public:
+  explicit Step(StepArguments arguments) : a_(std::move(arguments)) {
+    auto type = c10::CppTypeToScalarType<T>::value;
+    if (a_.potential) {
+      table_ = a_.potential->to(type).t().contiguous();  // [V, G]
+      groups_ = table_.size(1);
+    }
+    if (a_.feature_entries) entries_ = a_.feature_entries->to(type).contiguous();
+  }
+
+  std::tuple<Tensor, Tensor> statistics(const ChunkArguments& chunk, const optional<Tensor>& columns) override {
+    const Source<T> model = source(a_.model, chunk.hidden, a_.logits), teacher = teacher_source(chunk);
+    const int64_t c = model.c, threads = at::get_num_threads();
+    const bool taught = chunk.target.has_value();
+    const bool hard = wants(kLogProb) || wants(kMeanLogProb) || wants(kEntropy) || wants(kLse) || wants(kPotential) ||
+                      columns || a_.feature_rows;
+    const bool soft = taught && wants(kDivergence);
+    const bool apart = soft && hard && a_.temperature != 1.0;  // two temperatures of the model
+    const T inverse[2] = {T(hard ? 1.0 : 1.0 / a_.temperature), T(1.0 / a_.temperature)};
+    const T target_inverse[2] = {T(1.0 / a_.teacher_temperature), T(0)};
+    std::vector<Online<T>> online(threads, Online<T>(c, wants(kCorrect) || wants(kAgreement), 1 + apart));
+    std::vector<Online<T>> target_online(threads, Online<T>(c, wants(kAgreement), 1));
+
+    over_blocks(model, teacher, taught, [&](int64_t t, int64_t v, int64_t m) {
+      model.fill_tile(v, m);
+      kernels<T>().sums({model.logits + v * c, m, c, v}, model.finish(v), online[t].sums(1 + apart, inverse));
+      if (taught) {
+        teacher.fill_tile(v, m);
+        kernels<T>().sums({teacher.logits + v * c, m, c, v}, teacher.finish(v), target_online[t].sums(1, target_inverse));
+      }
+    });
+    auto lse = merge(online, 0, inverse[0]);
+    auto soft_lse = apart ? merge(online, 1, inverse[1]) : lse;
+    auto target_lse = taught ? merge(target_online, 0, target_inverse[0]) : std::vector<T>();
+
+    const int64_t rows = chunk.hidden.size(0);
+    Tensor out = at::zeros({kRows, rows}, options());
+    Tensor features = a_.feature_rows ? at::empty({rows, a_.features}, options()) : at::empty({0}, options());
+    second_sweep(model, teacher, chunk, columns, soft && !waits(), lse, soft_lse, target_lse, out, features);
+    put(out, kLse, lse);
+    if (soft) put(out, kSoftLse, soft_lse), put(out, kTargetLse, target_lse);
+    if (wants(kLogProb) || wants(kCorrect) || wants(kAgreement)) picks(model, chunk, lse, online, target_online, out);
+    return {out, features};
+  }
+
+  void gradient(const ChunkArguments& chunk, const Tensor& statistics, const Tensor& features, const Tensor& cotangents,
+                const optional<Tensor>& feature_cotangents, const optional<Tensor>& dhidden,
+                const optional<Tensor>& dweight, const optional<Tensor>& dbias, bool first) override {
+    const Source<T> model(a_.model, chunk.hidden, a_.logits.data_ptr<T>(), a_.vocab, padded_rows(chunk));
+    const int64_t c = model.c, rows = chunk.hidden.size(0), threads = at::get_num_threads();
+    const auto constants = fold(chunk, statistics, features, cotangents, feature_cotangents, c);
+    Gradient<T> shared = constants.kernel(a_);
+    shared.narrow = model.tiles;
+    const int which = shared.soft_lse ? a_.divergence : int(kDivergences);
+    const T* teacher = a_.target ? a_.target->template const_data_ptr<T>() : nullptr;
+    std::vector<uint32_t> packed;
+    if (model.tiles && dweight) packed = pack_tokens(model.hidden, c);
+    const bool rounds = dweight && dweight->scalar_type() != c10::CppTypeToScalarType<T>::value;
+    const int64_t h = model.hidden.size(1);
+    std::vector<std::vector<float>> rounding(threads, std::vector<float>(rounds && model.tiles ? kTile * h : 0));
+    std::vector<std::vector<double>> sums(threads, std::vector<double>(dbias ? kTile : 0));
+    std::vector<std::vector<double>> value(threads, std::vector<double>(c));
+    Tensor wide_dhidden;
+    if (dhidden && model.blocks()) wide_dhidden = dhidden->scalar_type() == options().dtype() ? *dhidden : at::empty_like(*dhidden, options());
+
+    for (int64_t v0 = 0, step = model.blocks() ? kBlock : a_.vocab; v0 < a_.vocab; v0 += step) {
+      const int64_t end = std::min(a_.vocab, v0 + step);
+      share(v0, end, [&](int64_t t, int64_t from, int64_t to) {
+        for (int64_t v = from; v < to; v += kTile) {
+          const int64_t m = std::min(kTile, to - v);
+          Gradient<T> at = shared;
+          if (at.table) at.table += v * groups_;
+          if (at.row_start) at.row_start += v;
+          if (at.teacher) at.teacher = teacher + v * c;
+          std::fill(sums[t].begin(), sums[t].end(), 0.0);
+          at.bias = dbias ? sums[t].data() : nullptr;
+          at.value = value[t].data();
+          kernels<T>().gradient[which]({model.logits + v * c, m, c, v}, at);
+          if (dbias) {
+            T* out = dbias->template data_ptr<T>() + v;
+            for (int64_t i = 0; i < m; i++) out[i] = T(first ? sums[t][i] : out[i] + sums[t][i]);
+          }
+          if (!a_.model.weight && dhidden)
+            kernels<T>().save(model.logits + v * c, m, c, dhidden->data_ptr(), element_of(dhidden->scalar_type()), rows, dhidden->stride(0), v);
+          if constexpr (sizeof(T) == 4) {
+            if (model.tiles && dweight) {
+              const auto* dlogits = reinterpret_cast<const at::BFloat16*>(model.logits + v * c);
+              float* to = rounds ? rounding[t].data() : dweight->template data_ptr<float>() + v * h;
+              tile_product(m, h, c, dlogits, 2 * c, packed.data(), to, !rounds && !first);
+              if (rounds)
+                kernels<T>().round(to, dweight->template data_ptr<at::BFloat16>() + v * h, Element::bf16, m * h);
+            }
+          }
+        }
+        if (model.tiles) at::native::cpublas::brgemm_release(true);
+      });
+      if (!model.blocks()) continue;
+      Tensor dlogits = model.view(v0, end - v0);  // [n, R]
+      if (dweight) {
+        Tensor block = dweight->narrow(0, v0, end - v0);
+        if (rounds)
+          block.copy_(at::mm(dlogits, model.wide));
+        else
+          at::addmm_out(block, block, dlogits, model.wide, first ? 0.0 : 1.0);
+      }
+      if (dhidden) at::addmm_out(wide_dhidden, wide_dhidden, dlogits.t(), model.weight_block(v0, end - v0), v0 == 0 ? 0.0 : 1.0);
+    }
+    if (waits()) put(statistics, kDivergence, total(value));
+    if (dhidden && model.tiles) {  // rounded dlogits [R, V] as the sweep left them, each row over half of its logits
+      Tensor dlogits = at::from_blob(model.logits, {rows, a_.vocab}, {1, 2 * c}, dhidden->options());
+      Tensor out = *dhidden;
+      at::mm_out(out, dlogits, *a_.model.weight);
+    } else if (dhidden && model.blocks() && !wide_dhidden.is_same(*dhidden)) {
+      dhidden->copy_(wide_dhidden);
+    }
+  }
+
+ private:
+  StepArguments a_;
+  Tensor table_, entries_;
+  int64_t groups_ = 1;
+
+  // whether the divergence's value is left to the gradient's sweep
+  bool waits() const { return a_.differentiates && live(kDivergence) && a_.divergence == kForwardKl; }
+  bool wants(Row row) const { return a_.wanted >> row & 1; }
+  bool live(Row row) const { return a_.differentiated >> row & 1; }
+  at::TensorOptions options() const { return a_.logits.options(); }
+  static int64_t padded_rows(const ChunkArguments& chunk) { return (chunk.hidden.size(0) + kLanes - 1) / kLanes * kLanes; }
+
+  Source<T> source(const HeadArguments& head, const Tensor& hidden, const Tensor& room) const {
+    const int64_t c = (hidden.size(0) + kLanes - 1) / kLanes * kLanes;
+    TORCH_CHECK(room.numel() >= a_.vocab * c, "dft_kernels: workspace too small");
+    return Source<T>(head, hidden, room.data_ptr<T>(), a_.vocab, c);
+  }
+  Source<T> teacher_source(const ChunkArguments& chunk) const {
+    if (!chunk.target) return Source<T>(chunk.teacher, chunk.hidden.narrow(0, 0, 0), nullptr, 0, 0);
+    TORCH_CHECK(a_.target, "dft_kernels: no workspace for a target");
+    return source(chunk.teacher, *chunk.target, *a_.target);
+  }
+
+  // f(thread, v, m) for every tile of the vocabulary, after the products that ATen does a block at a time
+  template <class F>
+  void over_blocks(const Source<T>& model, const Source<T>& teacher, bool taught, F f) const {
+    const bool blocks = model.blocks() || (taught && teacher.blocks());
+    for (int64_t v0 = 0, step = blocks ? kBlock : a_.vocab; v0 < a_.vocab; v0 += step) {
+      const int64_t end = std::min(a_.vocab, v0 + step);
+      if (model.blocks()) model.multiply_block(v0, end - v0);
+      if (taught && teacher.blocks()) teacher.multiply_block(v0, end - v0);
+      share(v0, end, [&](int64_t t, int64_t from, int64_t to) {
+        for (int64_t v = from; v < to; v += kTile) f(t, v, std::min(kTile, to - v));
+        if (model.tiles || teacher.tiles) at::native::cpublas::brgemm_release(true);
+      });
+    }
+  }
+
+  template <class X>
+  static void put(const Tensor& out, Row row, const std::vector<X>& values, double scale = 1.0) {
+    T* to = out.data_ptr<T>() + row * out.size(1);
+    for (int64_t r = 0; r < out.size(1); r++) to[r] = T(values[r] * scale);
+  }
+
+  void second_sweep(const Source<T>& model, const Source<T>& teacher, const ChunkArguments& chunk,
+                    const optional<Tensor>& columns, bool soft, const std::vector<T>& lse, const std::vector<T>& soft_lse,
+                    const std::vector<T>& target_lse, const Tensor& out, const Tensor& features) const {
+    const int64_t c = model.c, rows = out.size(1), threads = at::get_num_threads(), k = a_.features;
+    const bool moments = wants(kMeanLogProb) || wants(kEntropy) || wants(kPotential) || columns || a_.feature_rows;
+    if (!soft && !moments) return;
+    using Parts = std::vector<std::vector<double>>;
+    auto parts = [&](bool needed, int64_t n) { return Parts(threads, std::vector<double>(needed ? n : 0)); };
+    Parts value = parts(soft, c), slope = parts(soft, c), mean = parts(wants(kMeanLogProb), c),
+          entropy = parts(wants(kEntropy), c), potential = parts(wants(kPotential), c),
+          feature = parts(a_.feature_rows.has_value(), k * c);
+    const int64_t groups = columns ? columns->size(0) : groups_;
+    Parts column = parts(columns.has_value(), groups * kTile);
+    std::vector<T> weight(c, T(0));
+    if (columns) {
+      if (chunk.weight)
+        weight = padded<T>(*chunk.weight, c);
+      else
+        std::fill(weight.begin(), weight.begin() + rows, T(1));
+    }
+    auto group = groups_of(chunk, c);
+    auto data = [](std::vector<double>& x) { return x.empty() ? nullptr : x.data(); };
+    share(0, a_.vocab, [&](int64_t t, int64_t from, int64_t to) {
+      for (int64_t v = from; v < to; v += kTile) {
+        const int64_t m = std::min(kTile, to - v);
+        const Tile<T> tile{model.logits + v * c, m, c, v};
+        if (soft)
+          kernels<T>().divergence[a_.divergence](
+              tile, {teacher.logits + v * c, T(1.0 / a_.temperature), T(1.0 / a_.teacher_temperature), soft_lse.data(),
+                     target_lse.data(), T(a_.parameter), value[t].data(), slope[t].data()});
+        if (!moments) continue;
+        Moments<T> at{};
+        at.lse = lse.data();
+        at.mean = data(mean[t]), at.entropy = data(entropy[t]), at.potential = data(potential[t]);
+        at.table = table_.defined() ? table_.const_data_ptr<T>() + v * groups_ : nullptr;
+        at.group = group.empty() ? nullptr : group.data();
+        at.groups = groups_;
+        if (a_.feature_rows) {
+          at.row_start = a_.feature_rows->const_data_ptr<int64_t>() + v;
+          at.column = a_.feature_columns->const_data_ptr<int64_t>();
+          at.entry = entries_.const_data_ptr<T>();
+          at.features = feature[t].data();
+        }
+        if (columns) {
+          std::fill(column[t].begin(), column[t].end(), 0.0);
+          at.columns = column[t].data(), at.columns_stride = kTile, at.weight = weight.data();
+        }
+        kernels<T>().moments(tile, at);
+        if (columns)
+          for (int64_t g = 0; g < groups; g++) {
+            T* to = columns->data_ptr<T>() + g * a_.vocab + v;
+            for (int64_t i = 0; i < m; i++) to[i] += T(column[t][g * kTile + i]);
+          }
+      }
+    });
+    if (soft) put(out, kDivergence, total(value)), put(out, kSlope, total(slope));
+    if (wants(kMeanLogProb)) {
+      put(out, kMeanLogProb, total(mean), 1.0 / double(a_.vocab));
+      T* to = out.data_ptr<T>() + kMeanLogProb * rows;
+      for (int64_t r = 0; r < rows; r++) to[r] -= lse[r];
+    }
+    if (wants(kEntropy)) put(out, kEntropy, total(entropy));
+    if (wants(kPotential)) put(out, kPotential, total(potential));
+    if (a_.feature_rows) {
+      auto sums = total(feature);
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < k; j++) features.data_ptr<T>()[r * k + j] = T(sums[j * c + r]);
+    }
+  }
+
+  // What is read off single logits: the label's log-probability, and where the maxima are.
+  void picks(const Source<T>& model, const ChunkArguments& chunk, const std::vector<T>& lse,
+             const std::vector<Online<T>>& online, const std::vector<Online<T>>& target_online, const Tensor& out) const {
+    const int64_t rows = out.size(1);
+    T* to = out.data_ptr<T>();
+    std::vector<int64_t> label, best, target_best;
+    if (chunk.label) label = labels_of(chunk);
+    if (wants(kCorrect) || wants(kAgreement)) best = merge_arg(online);
+    if (wants(kAgreement)) target_best = merge_arg(target_online);
+    for (int64_t r = 0; r < rows; r++) {
+      if (wants(kLogProb)) {
+        bool inside = label[r] >= 0 && label[r] < a_.vocab;
+        to[kLogProb * rows + r] = inside ? model.logits[label[r] * model.c + r] - lse[r] : std::numeric_limits<T>::quiet_NaN();
+      }
+      if (wants(kCorrect)) to[kCorrect * rows + r] = T(best[r] == label[r]);
+      if (wants(kAgreement)) to[kAgreement * rows + r] = T(best[r] == target_best[r]);
+    }
+  }
+
+  static std::vector<int64_t> labels_of(const ChunkArguments& chunk) {
+    Tensor label = chunk.label->contiguous();
+    return {label.const_data_ptr<int64_t>(), label.const_data_ptr<int64_t>() + label.numel()};
+  }
+  static std::vector<int64_t> groups_of(const ChunkArguments& chunk, int64_t c) {
+    if (!chunk.group) return {};
+    std::vector<int64_t> out(c, 0);
+    Tensor group = chunk.group->contiguous();
+    std::copy_n(group.const_data_ptr<int64_t>(), group.numel(), out.begin());
+    return out;
+  }
+
+  // Everything of the gradient that does not depend on the vocabulary entry, [c] each
+  struct Constants {
+    std::vector<T> lse, factor, entropy, pull, label, mean, soft_lse, target_lse, soft, slope, active, features;
+    std::vector<Integer<T>> target;
+    std::vector<int64_t> group;
+    const T *table = nullptr, *entry = nullptr, *teacher = nullptr;
+    int64_t groups = 1;
+
+    Gradient<T> kernel(const StepArguments& a) const {
+      auto data = [](const std::vector<T>& x) { return x.empty() ? nullptr : x.data(); };
+      Gradient<T> g{};
+      g.lse = data(lse), g.factor = data(factor), g.entropy = data(entropy), g.pull = data(pull);
+      g.label = data(label), g.mean = data(mean), g.target = target.empty() ? nullptr : target.data();
+      g.table = table, g.group = group.empty() ? nullptr : group.data(), g.groups = groups;
+      if (!features.empty()) {
+        g.row_start = a.feature_rows->const_data_ptr<int64_t>();
+        g.column = a.feature_columns->const_data_ptr<int64_t>();
+        g.entry = entry, g.features = features.data();
+      }
+      g.soft_lse = data(soft_lse), g.target_lse = data(target_lse), g.soft = data(soft), g.slope = data(slope);
+      g.teacher = teacher;
+      g.inverse = T(1.0 / a.temperature), g.target_inverse = T(1.0 / a.teacher_temperature), g.parameter = T(a.parameter);
+      g.active = active.data(), g.scale = T(a.model.scale), g.cap = T(a.model.cap);
+      return g;
+    }
+  };
+
+  Constants fold(const ChunkArguments& chunk, const Tensor& statistics, const Tensor& features, const Tensor& cotangents,
+                 const optional<Tensor>& feature_cotangents, int64_t c) const {
+    const int64_t rows = chunk.hidden.size(0), k = a_.features;
+    auto known = [&](Row row) { return padded<T>(statistics[row], c); };
+    auto seed = [&](Row row) { return padded<T>(cotangents[row], c); };
+    Constants out;
+    out.active.assign(c, T(0));
+    for (int row = 0; row <= kPotential; row++) {
+      auto values = seed(Row(row));
+      for (int64_t r = 0; r < rows; r++)
+        if (values[r] != 0) out.active[r] = T(1);
+    }
+    const bool hard = live(kLogProb) || live(kMeanLogProb) || live(kEntropy) || live(kLse) || live(kPotential) || feature_cotangents;
+    if (hard) {
+      out.lse = known(kLse);
+      out.factor = seed(kLse);
+      auto subtract = [&](const std::vector<T>& x) {
+        for (int64_t r = 0; r < rows; r++) out.factor[r] -= x[r];
+      };
+      if (live(kLogProb)) {
+        out.label = seed(kLogProb);
+        subtract(out.label);
+        auto label = labels_of(chunk);
+        out.target.assign(c, -1);
+        for (int64_t r = 0; r < rows; r++) {
+          if (label[r] >= 0 && label[r] < a_.vocab)
+            out.target[r] = Integer<T>(label[r]);
+          else
+            out.factor[r] = std::numeric_limits<T>::quiet_NaN();
+        }
+      }
+      if (live(kMeanLogProb)) {
+        out.mean = seed(kMeanLogProb);
+        subtract(out.mean);
+        for (auto& x : out.mean) x /= T(a_.vocab);
+      }
+      auto product = [&](std::vector<T> x, const std::vector<T>& y) {
+        for (int64_t r = 0; r < rows; r++) x[r] = x[r] == 0 ? T(0) : x[r] * y[r];
+        return x;
+      };
+      if (live(kEntropy)) {
+        out.entropy = seed(kEntropy);
+        subtract(product(out.entropy, known(kEntropy)));
+      }
+      if (live(kPotential)) {
+        out.pull = seed(kPotential);
+        subtract(product(out.pull, known(kPotential)));
+        out.table = table_.const_data_ptr<T>();
+        out.groups = groups_;
+        out.group = groups_of(chunk, c);
+      }
+      if (feature_cotangents) {
+        Tensor cotangent = feature_cotangents->to(options().dtype()).contiguous();
+        const T *from = cotangent.const_data_ptr<T>(), *found = features.const_data_ptr<T>();
+        out.features.assign(k * c, T(0));
+        out.entry = entries_.const_data_ptr<T>();
+        for (int64_t r = 0; r < rows; r++)
+          for (int64_t j = 0; j < k; j++) {
+            T x = from[r * k + j];
+            out.features[j * c + r] = x;
+            if (x != 0) out.active[r] = T(1), out.factor[r] -= x * found[r * k + j];
+          }
+      }
+    }
+    if (live(kDivergence) && a_.target) {
+      out.soft_lse = known(kSoftLse), out.target_lse = known(kTargetLse), out.slope = known(kSlope);
+      out.soft = seed(kDivergence);
+      for (auto& x : out.soft) x /= T(a_.temperature);
+      out.teacher = a_.target->template const_data_ptr<T>();
+    }
+    return out;
+  }
+};
+
+}  // namespace
+
+std::string instruction_set() {
+#if defined(__x86_64__)
+  const std::string level = at::get_cpu_capability();  // ATEN_CPU_CAPABILITY may have lowered it
+  if (level.rfind("AVX512", 0) == 0) return "avx512";
+  if (level == "AVX2") return "avx2";
+#endif
+  return "baseline";
+}
+
+bool multiplies_bf16() { return has_tile_product(); }
+
+std::unique_ptr<CpuStep> make_step(StepArguments arguments) {
+  if (arguments.logits.scalar_type() == at::kDouble) return std::make_unique<Step<double>>(std::move(arguments));
+  return std::make_unique<Step<float>>(std::move(arguments));
+}
+
+void advise_large_pages(const at::Tensor& fresh) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.data_ptr()), end = begin + fresh.nbytes();
+  begin = (begin + kPage - 1) / kPage * kPage, end = end / kPage * kPage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal is no error
+#endif
+}
+
+at::Tensor evaluate(int64_t function, const at::Tensor& x) {
+  at::Tensor in = x.contiguous(), out = at::empty_like(in);
+  TORCH_CHECK(in.numel() % kLanes == 0, "dft_kernels: evaluate needs a multiple of ", kLanes, " numbers");
+  if (in.scalar_type() == at::kDouble)
+    kernels<double>().evaluate(int(function), in.const_data_ptr<double>(), out.data_ptr<double>(), in.numel());
+  else
+    kernels<float>().evaluate(int(function), in.const_data_ptr<float>(), out.data_ptr<float>(), in.numel());
+  return out;
+}
+
+}  // namespace dft

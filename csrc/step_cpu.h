@@ -1,0 +1,61 @@
+// The chunk step on the CPU, as dft_kernels/backends/native.py drives it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace dft {
+
+// hidden states to logits: cap(scale * (hidden weight.T + bias)); no weight: the "hidden states" are logits. cap 0: none
+struct HeadArguments {
+  std::optional<at::Tensor> weight, bias;
+  double scale = 1.0, cap = 0.0;
+};
+
+// The constants of a call; wanted and differentiated are sets of bits 1 << Row (backends/contract.py).
+struct StepArguments {
+  HeadArguments model;
+  int64_t vocab = 0;
+  int64_t wanted = 0, differentiated = 0;
+  bool differentiates = false;  // whether gradient() follows every statistics()
+  int64_t divergence = 0;
+  double parameter = 0.0, temperature = 1.0, teacher_temperature = 1.0;
+  std::optional<at::Tensor> potential;                                        // [G, V]
+  std::optional<at::Tensor> feature_rows, feature_columns, feature_entries;   // CSR of features [V, K]
+  int64_t features = 0;                                                       // K
+  at::Tensor logits;                 // workspace of V x (rows rounded up to 32) numbers, fp32 or fp64
+  std::optional<at::Tensor> target;  // the same for the target's logits
+};
+
+struct ChunkArguments {
+  at::Tensor hidden;                                   // [R, H] or [R, V]
+  std::optional<at::Tensor> label, group, weight;      // [R]
+  std::optional<at::Tensor> target;                    // the teacher's hidden states [R, Ht], or logits [R, V]
+  HeadArguments teacher;
+};
+
+class CpuStep {
+ public:
+  virtual ~CpuStep() = default;
+  // Row quantities [rows, R] and features [R, K]; adds to columns [G, V]; leaves the logits in the workspace, and the
+  // value of a flat divergence to gradient(), if that follows: it then writes it into `statistics`.
+  virtual std::tuple<at::Tensor, at::Tensor> statistics(const ChunkArguments& chunk, const std::optional<at::Tensor>& columns) = 0;
+  // dhidden [R, H] written; dweight [V, H] and dbias [V] written by the first chunk, added to by the others.
+  virtual void gradient(const ChunkArguments& chunk, const at::Tensor& statistics, const at::Tensor& features,
+                        const at::Tensor& cotangents, const std::optional<at::Tensor>& feature_cotangents,
+                        const std::optional<at::Tensor>& dhidden, const std::optional<at::Tensor>& dweight,
+                        const std::optional<at::Tensor>& dbias, bool first) = 0;
+};
+
+std::unique_ptr<CpuStep> make_step(StepArguments arguments);
+std::string instruction_set();  // which of the compiled ones runs here
+bool multiplies_bf16();         // whether bf16 products go tile by tile
+// Asks for large pages under a large fresh tensor: touching 4 KB pages costs as much as a sweep. Linux; else nothing.
+void advise_large_pages(const at::Tensor& fresh);
+at::Tensor evaluate(int64_t function, const at::Tensor& x);  // exp, expm1, log1p, tanh of the kernels, for tests
+
+}  // namespace dft

@@ -18,7 +18,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 STAMP = HERE / "dft_kernels" / "_build.json"  # what the extension was built against, or why there is none
-SOURCES = ["csrc/bindings.cpp", "csrc/ops.cpp", "csrc/step_cpu.cpp"]
+SOURCES = ["csrc/bindings.cpp", "csrc/memory.cpp", "csrc/ops.cpp", "csrc/step_cpu.cpp"]
 HEADERS = [str(path) for pattern in ("*.h", "*.inc") for path in sorted((HERE / "csrc").glob(pattern))]
 
 # One source, compiled for each instruction set, chosen at run time: a binary built on one x86-64 runs on any.

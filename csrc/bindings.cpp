@@ -4,6 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "memory.h"
 #include "step_cpu.h"
 
 namespace py = pybind11;
@@ -31,7 +32,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, C++ standard and torch version of this binary.");
   m.def("instruction_set", &instruction_set, "The compiled instruction set that the CPU kernels run with.");
   m.def("multiplies_bf16", &multiplies_bf16, "Whether this processor multiplies bf16 tile by tile.");
-  m.def("advise_large_pages", &advise_large_pages, "Ask for large pages under a large fresh CPU tensor.");
+  m.def("pooled", [](std::vector<int64_t> shape, at::ScalarType type) { return pooled(shape, type); },
+        "An uninitialised CPU tensor whose memory is kept between calls.");
+  m.def("release_pool", &release_pool, "Free the pool's memory that no tensor holds; its bytes.");
+  m.def("pool_bytes", &pool_bytes, "Bytes of the pool, held by tensors or free.");
   m.def("evaluate", &evaluate, "exp (0), expm1 (1), log1p (2) or tanh (3) as the CPU kernels compute it.");
 
   py::class_<HeadArguments>(m, "Head").def(

@@ -13,12 +13,9 @@
 #include <ATen/Version.h>
 #include <ATen/native/CPUBlas.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <cmath>
 #include <limits>
+#include <new>
 #include <vector>
 
 #include "divergence.h"
@@ -30,10 +27,25 @@ namespace {
 using at::Tensor;
 using std::optional;
 
+// A vector that starts on a cache line: a product whose packed operand does not is a quarter slower.
+template <class X>
+struct OnCacheLine {
+  using value_type = X;
+  OnCacheLine() = default;
+  template <class Y>
+  OnCacheLine(const OnCacheLine<Y>&) {}
+  X* allocate(size_t n) { return static_cast<X*>(::operator new(n * sizeof(X), std::align_val_t(64))); }
+  void deallocate(X* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const OnCacheLine&) const { return true; }
+};
+template <class X>
+using Numbers = std::vector<X, OnCacheLine<X>>;
+
 // bench/LOG.md says how these were found
 constexpr int64_t kTile = 64;     // vocabulary rows a tile: with 512 tokens 128 KB of logits
 constexpr int64_t kBlock = 2048;  // vocabulary rows an ATen product
-constexpr int64_t kWidth = 64;    // columns a brgemm call
+constexpr int64_t kTokens = 64;   // columns of a tile's logits a brgemm call
+constexpr int64_t kHidden = 256;  // columns of a tile's dweight a brgemm call
 
 enum Row { kLogProb, kMeanLogProb, kEntropy, kLse, kDivergence, kPotential, kCorrect, kAgreement, kSoftLse, kTargetLse, kSlope, kRows };
 
@@ -71,8 +83,8 @@ Element element_of(at::ScalarType type) {
 // Whether the tile product (bf16 x bf16 -> fp32) runs here: brgemm throws where the processor lacks it.
 bool has_tile_product() {
   static const bool works = [] {
-    std::vector<at::BFloat16> a(2 * 32), b(2 * 32);
-    std::vector<float> c(32 * 32);
+    Numbers<at::BFloat16> a(2 * 32), b(2 * 32);
+    Numbers<float> c(32 * 32);
     try {
       at::native::cpublas::brgemm(32, 32, 2, 2, 32, 32, false, a.data(), b.data(), c.data(), true);
       at::native::cpublas::brgemm_release(true);
@@ -85,17 +97,18 @@ bool has_tile_product() {
 }
 
 // c [m, n] (+)= a [m, k] b [k, n], b packed in pairs of k
-void tile_product(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const uint32_t* b, float* c, bool add) {
-  for (int64_t j = 0; j < n; j += kWidth)
-    at::native::cpublas::brgemm(m, std::min(kWidth, n - j), k, lda, n, n, add, a,
+void tile_product(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const uint32_t* b, float* c, bool add,
+                  int64_t width) {
+  for (int64_t j = 0; j < n; j += width)
+    at::native::cpublas::brgemm(m, std::min(width, n - j), k, lda, n, n, add, a,
                                 reinterpret_cast<const at::BFloat16*>(b + j), c + j, true);
 }
 
 // [h / 2][c][2] of x [rows, h], tokens beyond `rows` zero: the right operand of logits
-std::vector<uint32_t> pack_hidden(const Tensor& x, int64_t c) {
+Numbers<uint32_t> pack_hidden(const Tensor& x, int64_t c) {
   int64_t rows = x.size(0), pairs = x.size(1) / 2, stride = x.stride(0);
   const auto* in = x.const_data_ptr<at::BFloat16>();
-  std::vector<uint32_t> out(pairs * c);
+  Numbers<uint32_t> out(pairs * c);
   at::parallel_for(0, pairs, 32, [&](int64_t begin, int64_t end) {
     for (int64_t r = 0; r < rows; r++)
       for (int64_t k = begin; k < end; k++) std::memcpy(&out[k * c + r], in + r * stride + 2 * k, 4);
@@ -104,10 +117,10 @@ std::vector<uint32_t> pack_hidden(const Tensor& x, int64_t c) {
 }
 
 // [c / 2][h][2] of x [rows, h]: the right operand of dweight
-std::vector<uint32_t> pack_tokens(const Tensor& x, int64_t c) {
+Numbers<uint32_t> pack_tokens(const Tensor& x, int64_t c) {
   int64_t rows = x.size(0), h = x.size(1), stride = x.stride(0);
   const auto* in = reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>());
-  std::vector<uint32_t> out(c / 2 * h);
+  Numbers<uint32_t> out(c / 2 * h);
   at::parallel_for(0, (rows + 1) / 2, 4, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; p++)
       for (int64_t k = 0; k < h; k++) {
@@ -129,8 +142,8 @@ void share(int64_t begin, int64_t end, F f) {
 }
 
 template <class T>
-std::vector<T> padded(const Tensor& row, int64_t c) {
-  std::vector<T> out(c, T(0));
+Numbers<T> padded(const Tensor& row, int64_t c) {
+  Numbers<T> out(c, T(0));
   Tensor values = row.to(c10::CppTypeToScalarType<T>::value).contiguous();
   std::memcpy(out.data(), values.const_data_ptr(), values.numel() * sizeof(T));
   return out;
@@ -145,8 +158,8 @@ struct Source {
   T* logits;
   int64_t vocab, c;
   bool tiles = false;  // multiplied tile by tile
-  std::vector<uint32_t> packed;
-  std::vector<T> bias;
+  Numbers<uint32_t> packed;
+  Numbers<T> bias;
 
   Source(const HeadArguments& head, Tensor x, T* logits, int64_t vocab, int64_t c)
       : head(head), hidden(std::move(x)), logits(logits), vocab(vocab), c(c) {
@@ -179,7 +192,7 @@ struct Source {
     if constexpr (sizeof(T) == 4) {
       if (tiles)
         return tile_product(m, c, hidden.size(1), head.weight->const_data_ptr<at::BFloat16>() + v * head.weight->stride(0),
-                            head.weight->stride(0), packed.data(), logits + v * c, false);
+                            head.weight->stride(0), packed.data(), logits + v * c, false, kTokens);
     }
     if (!head.weight)
       kernels<T>().load(logits + v * c, m, c, hidden.const_data_ptr(), element_of(hidden.scalar_type()),
@@ -189,9 +202,9 @@ struct Source {
 
 template <class T>
 struct Online {  // a thread's sums over its share of the vocabulary
-  std::vector<T> max;
-  std::vector<Integer<T>> arg;
-  std::vector<double> sum[2];
+  Numbers<T> max;
+  Numbers<Integer<T>> arg;
+  Numbers<double> sum[2];
   Online(int64_t c, bool wants_arg, int temperatures)
       : max(c, std::numeric_limits<T>::lowest()), arg(wants_arg ? c : 0) {
     for (int k = 0; k < temperatures; k++) sum[k].assign(c, 0.0);
@@ -203,8 +216,8 @@ struct Online {  // a thread's sums over its share of the vocabulary
 
 // lse [c] at temperature k of all threads' sums
 template <class T>
-std::vector<T> merge(const std::vector<Online<T>>& parts, int k, T inverse) {
-  std::vector<T> out(parts[0].max.size());
+Numbers<T> merge(const std::vector<Online<T>>& parts, int k, T inverse) {
+  Numbers<T> out(parts[0].max.size());
   for (size_t l = 0; l < out.size(); l++) {
     T top = parts[0].max[l];
     for (const auto& part : parts) top = std::max(top, part.max[l]);
@@ -216,8 +229,8 @@ std::vector<T> merge(const std::vector<Online<T>>& parts, int k, T inverse) {
 }
 
 template <class T>
-std::vector<int64_t> merge_arg(const std::vector<Online<T>>& parts) {
-  std::vector<int64_t> out(parts[0].max.size());
+Numbers<int64_t> merge_arg(const std::vector<Online<T>>& parts) {
+  Numbers<int64_t> out(parts[0].max.size());
   for (size_t l = 0; l < out.size(); l++) {
     size_t best = 0;
     for (size_t t = 1; t < parts.size(); t++)
@@ -227,8 +240,8 @@ std::vector<int64_t> merge_arg(const std::vector<Online<T>>& parts) {
   return out;
 }
 
-std::vector<double> total(const std::vector<std::vector<double>>& parts) {
-  std::vector<double> out(parts[0]);
+Numbers<double> total(const std::vector<Numbers<double>>& parts) {
+  Numbers<double> out(parts[0]);
   for (size_t t = 1; t < parts.size(); t++)
     for (size_t i = 0; i < out.size(); i++) out[i] += parts[t][i];
   return out;
@@ -269,7 +282,7 @@ class Step final : public CpuStep {
     });
     auto lse = merge(online, 0, inverse[0]);
     auto soft_lse = apart ? merge(online, 1, inverse[1]) : lse;
-    auto target_lse = taught ? merge(target_online, 0, target_inverse[0]) : std::vector<T>();
+    auto target_lse = taught ? merge(target_online, 0, target_inverse[0]) : Numbers<T>();
 
     const int64_t rows = chunk.hidden.size(0);
     Tensor out = at::zeros({kRows, rows}, options());
@@ -291,13 +304,13 @@ class Step final : public CpuStep {
     shared.narrow = model.tiles;
     const int which = shared.soft_lse ? a_.divergence : int(kDivergences);
     const T* teacher = a_.target ? a_.target->template const_data_ptr<T>() : nullptr;
-    std::vector<uint32_t> packed;
+    Numbers<uint32_t> packed;
     if (model.tiles && dweight) packed = pack_tokens(model.hidden, c);
     const bool rounds = dweight && dweight->scalar_type() != c10::CppTypeToScalarType<T>::value;
     const int64_t h = model.hidden.size(1);
-    std::vector<std::vector<float>> rounding(threads, std::vector<float>(rounds && model.tiles ? kTile * h : 0));
-    std::vector<std::vector<double>> sums(threads, std::vector<double>(dbias ? kTile : 0));
-    std::vector<std::vector<double>> value(threads, std::vector<double>(c));
+    std::vector<Numbers<float>> rounding(threads, Numbers<float>(rounds && model.tiles ? kTile * h : 0));
+    std::vector<Numbers<double>> sums(threads, Numbers<double>(dbias ? kTile : 0));
+    std::vector<Numbers<double>> value(threads, Numbers<double>(c));
     Tensor wide_dhidden;
     if (dhidden && model.blocks()) wide_dhidden = dhidden->scalar_type() == options().dtype() ? *dhidden : at::empty_like(*dhidden, options());
 
@@ -324,7 +337,7 @@ class Step final : public CpuStep {
             if (model.tiles && dweight) {
               const auto* dlogits = reinterpret_cast<const at::BFloat16*>(model.logits + v * c);
               float* to = rounds ? rounding[t].data() : dweight->template data_ptr<float>() + v * h;
-              tile_product(m, h, c, dlogits, 2 * c, packed.data(), to, !rounds && !first);
+              tile_product(m, h, c, dlogits, 2 * c, packed.data(), to, !rounds && !first, kHidden);
               if (rounds)
                 kernels<T>().round(to, dweight->template data_ptr<at::BFloat16>() + v * h, Element::bf16, m * h);
             }
@@ -392,25 +405,25 @@ class Step final : public CpuStep {
   }
 
   template <class X>
-  static void put(const Tensor& out, Row row, const std::vector<X>& values, double scale = 1.0) {
+  static void put(const Tensor& out, Row row, const Numbers<X>& values, double scale = 1.0) {
     T* to = out.data_ptr<T>() + row * out.size(1);
     for (int64_t r = 0; r < out.size(1); r++) to[r] = T(values[r] * scale);
   }
 
   void second_sweep(const Source<T>& model, const Source<T>& teacher, const ChunkArguments& chunk,
-                    const optional<Tensor>& columns, bool soft, const std::vector<T>& lse, const std::vector<T>& soft_lse,
-                    const std::vector<T>& target_lse, const Tensor& out, const Tensor& features) const {
+                    const optional<Tensor>& columns, bool soft, const Numbers<T>& lse, const Numbers<T>& soft_lse,
+                    const Numbers<T>& target_lse, const Tensor& out, const Tensor& features) const {
     const int64_t c = model.c, rows = out.size(1), threads = at::get_num_threads(), k = a_.features;
     const bool moments = wants(kMeanLogProb) || wants(kEntropy) || wants(kPotential) || columns || a_.feature_rows;
     if (!soft && !moments) return;
-    using Parts = std::vector<std::vector<double>>;
-    auto parts = [&](bool needed, int64_t n) { return Parts(threads, std::vector<double>(needed ? n : 0)); };
+    using Parts = std::vector<Numbers<double>>;
+    auto parts = [&](bool needed, int64_t n) { return Parts(threads, Numbers<double>(needed ? n : 0)); };
     Parts value = parts(soft, c), slope = parts(soft, c), mean = parts(wants(kMeanLogProb), c),
           entropy = parts(wants(kEntropy), c), potential = parts(wants(kPotential), c),
           feature = parts(a_.feature_rows.has_value(), k * c);
     const int64_t groups = columns ? columns->size(0) : groups_;
     Parts column = parts(columns.has_value(), groups * kTile);
-    std::vector<T> weight(c, T(0));
+    Numbers<T> weight(c, T(0));
     if (columns) {
       if (chunk.weight)
         weight = padded<T>(*chunk.weight, c);
@@ -418,7 +431,7 @@ class Step final : public CpuStep {
         std::fill(weight.begin(), weight.begin() + rows, T(1));
     }
     auto group = groups_of(chunk, c);
-    auto data = [](std::vector<double>& x) { return x.empty() ? nullptr : x.data(); };
+    auto data = [](Numbers<double>& x) { return x.empty() ? nullptr : x.data(); };
     share(0, a_.vocab, [&](int64_t t, int64_t from, int64_t to) {
       for (int64_t v = from; v < to; v += kTile) {
         const int64_t m = std::min(kTile, to - v);
@@ -468,11 +481,11 @@ class Step final : public CpuStep {
   }
 
   // What is read off single logits: the label's log-probability, and where the maxima are.
-  void picks(const Source<T>& model, const ChunkArguments& chunk, const std::vector<T>& lse,
+  void picks(const Source<T>& model, const ChunkArguments& chunk, const Numbers<T>& lse,
              const std::vector<Online<T>>& online, const std::vector<Online<T>>& target_online, const Tensor& out) const {
     const int64_t rows = out.size(1);
     T* to = out.data_ptr<T>();
-    std::vector<int64_t> label, best, target_best;
+    Numbers<int64_t> label, best, target_best;
     if (chunk.label) label = labels_of(chunk);
     if (wants(kCorrect) || wants(kAgreement)) best = merge_arg(online);
     if (wants(kAgreement)) target_best = merge_arg(target_online);
@@ -486,13 +499,13 @@ class Step final : public CpuStep {
     }
   }
 
-  static std::vector<int64_t> labels_of(const ChunkArguments& chunk) {
+  static Numbers<int64_t> labels_of(const ChunkArguments& chunk) {
     Tensor label = chunk.label->contiguous();
     return {label.const_data_ptr<int64_t>(), label.const_data_ptr<int64_t>() + label.numel()};
   }
-  static std::vector<int64_t> groups_of(const ChunkArguments& chunk, int64_t c) {
+  static Numbers<int64_t> groups_of(const ChunkArguments& chunk, int64_t c) {
     if (!chunk.group) return {};
-    std::vector<int64_t> out(c, 0);
+    Numbers<int64_t> out(c, 0);
     Tensor group = chunk.group->contiguous();
     std::copy_n(group.const_data_ptr<int64_t>(), group.numel(), out.begin());
     return out;
@@ -500,14 +513,14 @@ class Step final : public CpuStep {
 
   // Everything of the gradient that does not depend on the vocabulary entry, [c] each
   struct Constants {
-    std::vector<T> lse, factor, entropy, pull, label, mean, soft_lse, target_lse, soft, slope, active, features;
-    std::vector<Integer<T>> target;
-    std::vector<int64_t> group;
+    Numbers<T> lse, factor, entropy, pull, label, mean, soft_lse, target_lse, soft, slope, active, features;
+    Numbers<Integer<T>> target;
+    Numbers<int64_t> group;
     const T *table = nullptr, *entry = nullptr, *teacher = nullptr;
     int64_t groups = 1;
 
     Gradient<T> kernel(const StepArguments& a) const {
-      auto data = [](const std::vector<T>& x) { return x.empty() ? nullptr : x.data(); };
+      auto data = [](const Numbers<T>& x) { return x.empty() ? nullptr : x.data(); };
       Gradient<T> g{};
       g.lse = data(lse), g.factor = data(factor), g.entropy = data(entropy), g.pull = data(pull);
       g.label = data(label), g.mean = data(mean), g.target = target.empty() ? nullptr : target.data();
@@ -541,7 +554,7 @@ class Step final : public CpuStep {
     if (hard) {
       out.lse = known(kLse);
       out.factor = seed(kLse);
-      auto subtract = [&](const std::vector<T>& x) {
+      auto subtract = [&](const Numbers<T>& x) {
         for (int64_t r = 0; r < rows; r++) out.factor[r] -= x[r];
       };
       if (live(kLogProb)) {
@@ -561,7 +574,7 @@ class Step final : public CpuStep {
         subtract(out.mean);
         for (auto& x : out.mean) x /= T(a_.vocab);
       }
-      auto product = [&](std::vector<T> x, const std::vector<T>& y) {
+      auto product = [&](Numbers<T> x, const Numbers<T>& y) {
         for (int64_t r = 0; r < rows; r++) x[r] = x[r] == 0 ? T(0) : x[r] * y[r];
         return x;
       };
@@ -615,15 +628,6 @@ bool multiplies_bf16() { return has_tile_product(); }
 std::unique_ptr<CpuStep> make_step(StepArguments arguments) {
   if (arguments.logits.scalar_type() == at::kDouble) return std::make_unique<Step<double>>(std::move(arguments));
   return std::make_unique<Step<float>>(std::move(arguments));
-}
-
-void advise_large_pages(const at::Tensor& fresh) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = uintptr_t(2) << 20;
-  uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.data_ptr()), end = begin + fresh.nbytes();
-  begin = (begin + kPage - 1) / kPage * kPage, end = end / kPage * kPage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal is no error
-#endif
 }
 
 at::Tensor evaluate(int64_t function, const at::Tensor& x) {

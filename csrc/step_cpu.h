@@ -54,8 +54,6 @@ class CpuStep {
 std::unique_ptr<CpuStep> make_step(StepArguments arguments);
 std::string instruction_set();  // which of the compiled ones runs here
 bool multiplies_bf16();         // whether bf16 products go tile by tile
-// Asks for large pages under a large fresh tensor: touching 4 KB pages costs as much as a sweep. Linux; else nothing.
-void advise_large_pages(const at::Tensor& fresh);
 at::Tensor evaluate(int64_t function, const at::Tensor& x);  // exp, expm1, log1p, tanh of the kernels, for tests
 
 }  // namespace dft

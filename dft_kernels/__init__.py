@@ -1,7 +1,7 @@
 """Fused losses for fine-tuning language models towards distributions. See `linear_distribution_loss`."""
 
 from . import divergences, extension  # noqa: F401 - the import checks the build stamp
-from .backends import release_scratch
+from .extension import release_scratch
 from .functional import (
     DistributionStatistics,
     Metrics,

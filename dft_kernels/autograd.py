@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import backends
 from .backends.contract import DIFFERENTIABLE, Chunk, Cotangents, Gradients, Row
-from .extension import large_pages
+from .extension import scratch
 from .problem import SCHEMA, TENSORS, Problem, loss_terms
 from .row_loss import loss_cotangents, loss_rows
 from .selection import Selection, dweight_dtype, plan_rows, select_rows
@@ -66,7 +66,7 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
     if seed is not None:
         outcome.dhidden, outcome.dweight, outcome.dbias = _gradients(problem, selection, len(blocks), dhidden)
     workspace = backend.workspace(size, vocab, hidden, terms, gradient=seed is not None)
-    scratch = None if selection.index is None or outcome.dhidden is None else hidden.new_empty(size, hidden.shape[1])
+    apart = None if selection.index is None or outcome.dhidden is None else hidden.new_empty(size, hidden.shape[1])
     with torch.autocast(hidden.device.type, enabled=False), _open_teacher(problem, blocks) as targets:
         for number, rows in enumerate(blocks):
             chunk = Chunk(
@@ -83,12 +83,12 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
                 out = None
                 if outcome.dhidden is not None:
                     count = rows.stop - rows.start
-                    out = outcome.dhidden[rows.start : rows.stop] if scratch is None else scratch[:count]
+                    out = outcome.dhidden[rows.start : rows.stop] if apart is None else apart[:count]
                 gradients = Gradients(out, outcome.dweight, outcome.dbias, first=number == 0)
                 backend.chunk_gradient(
                     workspace, chunk, terms, statistics, features, seed(chunk, rows, statistics), gradients
                 )
-                if scratch is not None and outcome.dhidden is not None and out is not None:
+                if apart is not None and outcome.dhidden is not None and out is not None:
                     rows.put(outcome.dhidden, out)
             rows.put(outcome.rows, statistics[:REPORTED], dim=1)
         if targets is not None:
@@ -115,7 +115,7 @@ def _gradients(
             dhidden.zero_()
     if problem.need_weight:
         assert problem.weight is not None
-        dweight = large_pages(problem.weight.new_empty(problem.weight.shape, dtype=dweight_dtype(problem)))
+        dweight = scratch(problem.weight.shape, dweight_dtype(problem), problem.weight.device)
     if problem.need_bias:
         assert problem.bias is not None
         dbias = problem.bias.new_empty(problem.bias.shape, dtype=problem.dtype)
@@ -227,7 +227,7 @@ def scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype, hidden: Tensor |
     """gradient * factor (0-d), multiplied in the accumulation dtype and rounded once to `dtype`; blockwise, so
     that no second full-size tensor in the accumulation dtype appears. hidden and weight are only what the
     gradient depends on, so that a second differentiation finds its way here and is refused."""
-    out = large_pages(torch.empty_like(gradient, dtype=dtype))
+    out = scratch(gradient.shape, dtype, gradient.device)
     factor = factor.reshape(1)
     step = max(1, (1 << 22) // max(1, gradient[:1].numel())) if gradient.device.type == "cpu" else max(1, len(gradient))
     for start in range(0, gradient.shape[0], step):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 STAMP = Path(__file__).with_name("_build.json")
+_LARGE = 1 << 20  # bytes
 REBUILD = "Rebuild with: pip install --no-build-isolation -e ."
 
 
@@ -55,9 +58,18 @@ def load() -> tuple[Any, str | None]:
 MODULE, REASON = load()
 
 
-def large_pages(fresh: Tensor) -> Tensor:
-    """`fresh` itself, a tensor not yet written to: on a CPU its pages are asked to be large, so that the first
-    touch of a big one does not cost as much as the work on it."""
-    if MODULE is not None and fresh.device.type == "cpu" and fresh.nbytes >= 4 << 20:
-        MODULE.advise_large_pages(fresh)
-    return fresh
+def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor for a large result. On a CPU its memory is kept for the next call when the tensor is
+    gone, until `release_scratch`: touching fresh memory costs as much as a sweep over it."""
+    if MODULE is None or device.type != "cpu" or math.prod(shape) * dtype.itemsize < _LARGE:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return MODULE.pooled(list(shape), dtype)
+
+
+def release_scratch() -> int:
+    """Give the scratch that the CPU kernels keep between calls back to the system; returns its bytes.
+
+    Kept are the logits of a chunk (4 bytes each, 8 with a teacher), dweight's fp32 accumulator [V, H] once its graph
+    is gone, and the gradients that backward returned once nobody refers to them; what a tensor holds is left alone.
+    """
+    return 0 if MODULE is None else MODULE.release_pool()

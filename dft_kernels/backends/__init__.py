@@ -7,10 +7,8 @@ from typing import Any
 import torch
 
 from .contract import Backend
-from .native import NativeBackend, release_scratch
+from .native import NativeBackend
 from .reference import ReferenceBackend
-
-__all__ = ["BACKENDS", "choose", "release_scratch"]
 
 # in the order of preference of "auto"
 BACKENDS: dict[str, Any] = {"native": NativeBackend(), "reference": ReferenceBackend()}

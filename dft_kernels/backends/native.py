@@ -1,13 +1,12 @@
 """The native CPU backend: the chunk step in C++ (csrc/step_cpu.cpp), products and row work tile by tile.
 
 Scratch: 4 bytes a logit of a chunk (8 for fp64), twice that with a teacher; the gradient is written over the
-logits. It is kept between calls, and given back by `release_scratch`.
+logits. It is kept between calls, until `release_scratch`.
 """
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,51 +21,12 @@ from .contract import Chunk, Cotangents, Gradients, Row, Terms
 _LANES = 32  # rows of a chunk are padded to this (csrc/rows_cpu.h)
 
 
-class _Scratch:
-    """Buffers that are not in use, by dtype; a buffer belongs to one workspace at a time."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.free: list[Tensor] = []
-
-    def take(self, numbers: int, dtype: torch.dtype) -> Tensor:
-        with self.lock:
-            fitting = [b for b in self.free if b.dtype == dtype and b.numel() >= numbers]
-            buffer = min(fitting, key=torch.Tensor.numel, default=None)
-            self.free = [b for b in self.free if b is not buffer]
-            if buffer is None:  # too small for this call is of no use to the next one like it
-                self.free = [b for b in self.free if b.dtype != dtype]
-        return extension.large_pages(torch.empty(numbers, dtype=dtype)) if buffer is None else buffer
-
-    def give(self, *buffers: Tensor) -> None:
-        with self.lock:
-            self.free.extend(buffers)
-
-    def release(self) -> None:
-        with self.lock:
-            self.free.clear()
-
-
-_scratch = _Scratch()
-
-
-def release_scratch() -> None:
-    """Give the CPU kernels' scratch back to the allocator. It is kept between calls (4 bytes a logit of a chunk,
-    8 with a teacher), because touching fresh memory costs as much as a sweep over it; buffers in use are not
-    concerned."""
-    _scratch.release()
-
-
-@dataclass
+@dataclass(frozen=True)
 class NativeWorkspace:
-    """The C++ step of one call, and the scratch that it borrows."""
+    """The C++ step of one call; its scratch goes back to the pool with it."""
 
     rows: int
     step: Any
-    buffers: list[Tensor] = field(default_factory=list)
-
-    def __del__(self) -> None:
-        _scratch.give(*self.buffers)
 
 
 class NativeBackend:
@@ -89,7 +49,7 @@ class NativeBackend:
         """Borrow scratch for `rows` rows and set up the step."""
         native, wide = extension.MODULE, accumulate_dtype(like.dtype)
         numbers = vocab * (-(-rows // _LANES) * _LANES)
-        buffers = [_scratch.take(numbers, wide) for _ in range(2 if terms.taught else 1)]
+        buffers = [extension.scratch([numbers], wide, like.device) for _ in range(2 if terms.taught else 1)]
         index: tuple[Tensor | None, ...] = (None, None, None)
         if terms.features is not None:
             sparse = terms.features.to_sparse_csr()
@@ -112,7 +72,7 @@ class NativeBackend:
             logits=buffers[0],
             target=buffers[1] if terms.taught else None,
         )
-        return NativeWorkspace(rows, step, buffers)
+        return NativeWorkspace(rows, step)
 
     def chunk_statistics(
         self, workspace: NativeWorkspace, chunk: Chunk, terms: Terms, columns: Tensor | None

@@ -2,6 +2,9 @@
 // per-token quantities are vectors and nothing is reduced across lanes. The chunk step (step_cpu.cpp) calls these
 // kernels on tiles that are still in the cache; they are compiled once for each instruction set (rows_*.cpp).
 //
+// A log-sum-exp comes as the number nearest to it and what that rounding dropped: log q = (z / T - lse) - low is then
+// good to an ulp of log q, not of lse.
+//
 // c is a multiple of kLanes; lanes beyond the chunk's rows are padding, computed and ignored.
 #pragma once
 
@@ -11,6 +14,11 @@
 namespace dft {
 
 constexpr int64_t kLanes = 32;
+
+template <class T>
+struct LogSumExp {
+  const T *lse, *low;  // [c]; null: not there
+};
 
 template <class T>
 using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;  // as wide as T
@@ -45,7 +53,7 @@ template <class T>
 struct Divergence {
   const T* target;                 // [m, c], finished
   T inverse, target_inverse;       // 1 / temperature
-  const T *lse, *target_lse;       // [c], at those temperatures
+  LogSumExp<T> model_lse, target_lse;  // at those temperatures
   T parameter;
   double *value, *slope;           // [c]
 };
@@ -53,7 +61,7 @@ struct Divergence {
 // Sweep 2 of what else is asked for at T = 1; null: not asked for.
 template <class T>
 struct Moments {
-  const T* lse;                    // [c]
+  LogSumExp<T> lse;
   double* mean;                    // [c]: += sum z
   double* entropy;                 // [c]: += -sum q log q
   double* potential;               // [c]: += <q, potential[group]>
@@ -73,7 +81,7 @@ struct Moments {
 // Per-token constants fold everything that does not depend on v; null: not there.
 template <class T>
 struct Gradient {
-  const T* lse;                    // [c]; null: no term at T = 1
+  LogSumExp<T> lse;                // null: no term at T = 1
   const T *factor, *entropy, *pull, *label, *mean;   // [c]
   const Integer<T>* target;         // [c]: labels, -1 where there is none
   const T* table;                  // as in Moments
@@ -82,8 +90,8 @@ struct Gradient {
   const int64_t *row_start, *column;
   const T* entry;
   const T* features;               // [K, c]: cotangents
-  const T* soft_lse;               // [c]; null: no divergence
-  const T *soft, *slope, *target_lse;
+  LogSumExp<T> soft_lse, target_lse;  // null: no divergence
+  const T *soft, *slope;           // [c]
   const T* teacher;                // [m, c]
   T inverse, target_inverse, parameter;
   const T* active;                 // [c]: 1 or 0
@@ -106,7 +114,7 @@ struct Kernels {
   void (*save)(const T* in, int64_t m, int64_t c, void* out, Element element, int64_t rows, int64_t stride, int64_t v);
   // out [n] = in [n], rounded to nearest even
   void (*round)(const T* in, void* out, Element element, int64_t n);
-  // y = exp, expm1, log1p, tanh of x [n], for the tests of accuracy; n a multiple of kLanes
+  // y = exp, expm1, log1p, tanh, exp_any (simd.h) of x [n], for the tests of accuracy; n a multiple of kLanes
   void (*evaluate)(int function, const T* x, T* y, int64_t n);
 };
 

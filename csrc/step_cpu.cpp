@@ -47,7 +47,8 @@ constexpr int64_t kBlock = 2048;  // vocabulary rows an ATen product
 constexpr int64_t kTokens = 64;   // columns of a tile's logits a brgemm call
 constexpr int64_t kHidden = 256;  // columns of a tile's dweight a brgemm call
 
-enum Row { kLogProb, kMeanLogProb, kEntropy, kLse, kDivergence, kPotential, kCorrect, kAgreement, kSoftLse, kTargetLse, kSlope, kRows };
+enum Row { kLogProb, kMeanLogProb, kEntropy, kLse, kDivergence, kPotential, kCorrect, kAgreement, kSoftLse, kTargetLse, kSlope,
+           kLseLow, kSoftLseLow, kTargetLseLow, kRows };
 
 template <class T>
 const Kernels<T>& kernels() {
@@ -214,16 +215,26 @@ struct Online {  // a thread's sums over its share of the vocabulary
   }
 };
 
-// lse [c] at temperature k of all threads' sums
+// A log-sum-exp [c], and what its rounding dropped
 template <class T>
-Numbers<T> merge(const std::vector<Online<T>>& parts, int k, T inverse) {
-  Numbers<T> out(parts[0].max.size());
-  for (size_t l = 0; l < out.size(); l++) {
+struct Merged {
+  Numbers<T> lse, low;
+  LogSumExp<T> data() const { return {lse.empty() ? nullptr : lse.data(), low.empty() ? nullptr : low.data()}; }
+};
+
+// of all threads' sums at temperature k
+template <class T>
+Merged<T> merge(const std::vector<Online<T>>& parts, int k, T inverse) {
+  const size_t c = parts[0].max.size();
+  Merged<T> out{Numbers<T>(c), Numbers<T>(c)};
+  for (size_t l = 0; l < c; l++) {
     T top = parts[0].max[l];
     for (const auto& part : parts) top = std::max(top, part.max[l]);
     double total = 0;
     for (const auto& part : parts) total += part.sum[k][l] * std::exp((double(part.max[l]) - top) * inverse);
-    out[l] = T(double(top) * inverse + std::log(total));
+    const double exact = double(top) * inverse + std::log(total);
+    out.lse[l] = T(exact);
+    out.low[l] = std::isfinite(exact) ? T(exact - double(out.lse[l])) : T(0);
   }
   return out;
 }
@@ -282,14 +293,17 @@ class Step final : public CpuStep {
     });
     auto lse = merge(online, 0, inverse[0]);
     auto soft_lse = apart ? merge(online, 1, inverse[1]) : lse;
-    auto target_lse = taught ? merge(target_online, 0, target_inverse[0]) : Numbers<T>();
+    auto target_lse = taught ? merge(target_online, 0, target_inverse[0]) : Merged<T>();
 
     const int64_t rows = chunk.hidden.size(0);
     Tensor out = at::zeros({kRows, rows}, options());
     Tensor features = a_.feature_rows ? at::empty({rows, a_.features}, options()) : at::empty({0}, options());
     second_sweep(model, teacher, chunk, columns, soft && !waits(), lse, soft_lse, target_lse, out, features);
-    put(out, kLse, lse);
-    if (soft) put(out, kSoftLse, soft_lse), put(out, kTargetLse, target_lse);
+    put(out, kLse, lse.lse), put(out, kLseLow, lse.low);
+    if (soft) {
+      put(out, kSoftLse, soft_lse.lse), put(out, kSoftLseLow, soft_lse.low);
+      put(out, kTargetLse, target_lse.lse), put(out, kTargetLseLow, target_lse.low);
+    }
     if (wants(kLogProb) || wants(kCorrect) || wants(kAgreement)) picks(model, chunk, lse, online, target_online, out);
     return {out, features};
   }
@@ -302,7 +316,7 @@ class Step final : public CpuStep {
     const auto constants = fold(chunk, statistics, features, cotangents, feature_cotangents, c);
     Gradient<T> shared = constants.kernel(a_);
     shared.narrow = model.tiles;
-    const int which = shared.soft_lse ? a_.divergence : int(kDivergences);
+    const int which = shared.soft_lse.lse ? a_.divergence : int(kDivergences);
     const T* teacher = a_.target ? a_.target->template const_data_ptr<T>() : nullptr;
     Numbers<uint32_t> packed;
     if (model.tiles && dweight) packed = pack_tokens(model.hidden, c);
@@ -411,8 +425,8 @@ class Step final : public CpuStep {
   }
 
   void second_sweep(const Source<T>& model, const Source<T>& teacher, const ChunkArguments& chunk,
-                    const optional<Tensor>& columns, bool soft, const Numbers<T>& lse, const Numbers<T>& soft_lse,
-                    const Numbers<T>& target_lse, const Tensor& out, const Tensor& features) const {
+                    const optional<Tensor>& columns, bool soft, const Merged<T>& lse, const Merged<T>& soft_lse,
+                    const Merged<T>& target_lse, const Tensor& out, const Tensor& features) const {
     const int64_t c = model.c, rows = out.size(1), threads = at::get_num_threads(), k = a_.features;
     const bool moments = wants(kMeanLogProb) || wants(kEntropy) || wants(kPotential) || columns || a_.feature_rows;
     if (!soft && !moments) return;
@@ -469,7 +483,7 @@ class Step final : public CpuStep {
     if (wants(kMeanLogProb)) {
       put(out, kMeanLogProb, total(mean), 1.0 / double(a_.vocab));
       T* to = out.data_ptr<T>() + kMeanLogProb * rows;
-      for (int64_t r = 0; r < rows; r++) to[r] -= lse[r];
+      for (int64_t r = 0; r < rows; r++) to[r] -= lse.lse[r];
     }
     if (wants(kEntropy)) put(out, kEntropy, total(entropy));
     if (wants(kPotential)) put(out, kPotential, total(potential));
@@ -481,7 +495,7 @@ class Step final : public CpuStep {
   }
 
   // What is read off single logits: the label's log-probability, and where the maxima are.
-  void picks(const Source<T>& model, const ChunkArguments& chunk, const Numbers<T>& lse,
+  void picks(const Source<T>& model, const ChunkArguments& chunk, const Merged<T>& lse,
              const std::vector<Online<T>>& online, const std::vector<Online<T>>& target_online, const Tensor& out) const {
     const int64_t rows = out.size(1);
     T* to = out.data_ptr<T>();
@@ -492,7 +506,7 @@ class Step final : public CpuStep {
     for (int64_t r = 0; r < rows; r++) {
       if (wants(kLogProb)) {
         bool inside = label[r] >= 0 && label[r] < a_.vocab;
-        to[kLogProb * rows + r] = inside ? model.logits[label[r] * model.c + r] - lse[r] : std::numeric_limits<T>::quiet_NaN();
+        to[kLogProb * rows + r] = inside ? (model.logits[label[r] * model.c + r] - lse.lse[r]) - lse.low[r] : std::numeric_limits<T>::quiet_NaN();
       }
       if (wants(kCorrect)) to[kCorrect * rows + r] = T(best[r] == label[r]);
       if (wants(kAgreement)) to[kAgreement * rows + r] = T(best[r] == target_best[r]);
@@ -513,7 +527,8 @@ class Step final : public CpuStep {
 
   // Everything of the gradient that does not depend on the vocabulary entry, [c] each
   struct Constants {
-    Numbers<T> lse, factor, entropy, pull, label, mean, soft_lse, target_lse, soft, slope, active, features;
+    Merged<T> lse, soft_lse, target_lse;
+    Numbers<T> factor, entropy, pull, label, mean, soft, slope, active, features;
     Numbers<Integer<T>> target;
     Numbers<int64_t> group;
     const T *table = nullptr, *entry = nullptr, *teacher = nullptr;
@@ -522,7 +537,7 @@ class Step final : public CpuStep {
     Gradient<T> kernel(const StepArguments& a) const {
       auto data = [](const Numbers<T>& x) { return x.empty() ? nullptr : x.data(); };
       Gradient<T> g{};
-      g.lse = data(lse), g.factor = data(factor), g.entropy = data(entropy), g.pull = data(pull);
+      g.lse = lse.data(), g.factor = data(factor), g.entropy = data(entropy), g.pull = data(pull);
       g.label = data(label), g.mean = data(mean), g.target = target.empty() ? nullptr : target.data();
       g.table = table, g.group = group.empty() ? nullptr : group.data(), g.groups = groups;
       if (!features.empty()) {
@@ -530,7 +545,7 @@ class Step final : public CpuStep {
         g.column = a.feature_columns->const_data_ptr<int64_t>();
         g.entry = entry, g.features = features.data();
       }
-      g.soft_lse = data(soft_lse), g.target_lse = data(target_lse), g.soft = data(soft), g.slope = data(slope);
+      g.soft_lse = soft_lse.data(), g.target_lse = target_lse.data(), g.soft = data(soft), g.slope = data(slope);
       g.teacher = teacher;
       g.inverse = T(1.0 / a.temperature), g.target_inverse = T(1.0 / a.teacher_temperature), g.parameter = T(a.parameter);
       g.active = active.data(), g.scale = T(a.model.scale), g.cap = T(a.model.cap);
@@ -552,7 +567,7 @@ class Step final : public CpuStep {
     }
     const bool hard = live(kLogProb) || live(kMeanLogProb) || live(kEntropy) || live(kLse) || live(kPotential) || feature_cotangents;
     if (hard) {
-      out.lse = known(kLse);
+      out.lse = {known(kLse), known(kLseLow)};
       out.factor = seed(kLse);
       auto subtract = [&](const Numbers<T>& x) {
         for (int64_t r = 0; r < rows; r++) out.factor[r] -= x[r];
@@ -603,7 +618,9 @@ class Step final : public CpuStep {
       }
     }
     if (live(kDivergence) && a_.target) {
-      out.soft_lse = known(kSoftLse), out.target_lse = known(kTargetLse), out.slope = known(kSlope);
+      out.soft_lse = {known(kSoftLse), known(kSoftLseLow)};
+      out.target_lse = {known(kTargetLse), known(kTargetLseLow)};
+      out.slope = known(kSlope);
       out.soft = seed(kDivergence);
       for (auto& x : out.soft) x /= T(a_.temperature);
       out.teacher = a_.target->template const_data_ptr<T>();

@@ -54,6 +54,6 @@ class CpuStep {
 std::unique_ptr<CpuStep> make_step(StepArguments arguments);
 std::string instruction_set();  // which of the compiled ones runs here
 bool multiplies_bf16();         // whether bf16 products go tile by tile
-at::Tensor evaluate(int64_t function, const at::Tensor& x);  // exp, expm1, log1p, tanh of the kernels, for tests
+at::Tensor evaluate(int64_t function, const at::Tensor& x);  // the kernels' exp, expm1, ..., for tests
 
 }  // namespace dft

@@ -113,7 +113,7 @@ def make(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
         out["row_weight"] = weights.to(device)
     groups = 3 if "group" in case.tensors else 1
     if "potential" in case.tensors:
-        out["potential"] = torch.randn(groups, v, generator=generator).to(device)
+        out["potential"] = (1 + torch.randn(groups, v, generator=generator)).to(device)  # its mean does not cancel
     if "group" in case.tensors:
         out["group"] = torch.randint(0, groups, (n,), generator=generator).to(device)
         out["num_groups"] = groups

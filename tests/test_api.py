@@ -7,14 +7,22 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, leaves, make, oracle_arguments
+from cases import CASES, PRESENT, leaves, make, oracle_arguments
 from torch.utils.checkpoint import checkpoint
 
 import dft_kernels as dk
-from dft_kernels import backends
+from dft_kernels import backends, extension
 from dft_kernels.testing import dense_loss, record_allocations, relative_error, textbook_divergence
 
 N, H, V = 33, 8, 57
+
+
+@pytest.fixture(autouse=True, params=PRESENT)
+def backend(request, monkeypatch):
+    """Every test of this file runs over every backend present: "auto" is made to choose it."""
+    chosen = backends.BACKENDS[request.param]
+    monkeypatch.setattr(backends, "BACKENDS", {request.param: chosen, **backends.BACKENDS})
+    return request.param
 
 
 @pytest.fixture
@@ -88,7 +96,7 @@ def test_distribution_loss_is_the_linear_one_on_logits(tensors):
     close([ours, *torch.autograd.grad(ours, logits)], [exact, *torch.autograd.grad(exact, logits)])
 
 
-def test_metrics(tensors):
+def test_metrics(backend, tensors):
     hidden, weight, bias, target, teacher = tensors
     group = torch.arange(11).expand(3, 11) % 2
     loss, m = dk.linear_distribution_loss(
@@ -112,7 +120,7 @@ def test_metrics(tensors):
         want = rows.mean(0) if len(rows) else torch.zeros(V)
         close([m.mean_probability[g]], [want])
     assert not m.hard_loss.requires_grad
-    assert m.backend == backends.choose("auto", torch.device("cpu")).name
+    assert m.backend == backend
     alone, same = dk.linear_distribution_loss(hidden, weight, target, reduction="none", return_metrics=True)
     close([same.hard_loss], [alone.detach()])
     assert same.soft_loss is None
@@ -238,13 +246,14 @@ def test_fp16_gradients_do_not_flush():
     close(small, [g.half() for g in torch.autograd.grad(exact, (hidden, weight))], 4e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("masked", ["model", "both"])
 @pytest.mark.parametrize("name", dk.divergences.TABLE)
-def test_masked_vocabulary(name, masked):
+def test_masked_vocabulary(name, masked, dtype):
     """-inf logits: gradients are finite, the loss is the textbook one, +inf exactly where q = 0 < p makes it so."""
     g = torch.Generator().manual_seed(2)
-    logits = torch.randn(6, 11, generator=g, dtype=torch.float64)
-    teacher = torch.randn(6, 11, generator=g, dtype=torch.float64)
+    logits = torch.randn(6, 11, generator=g, dtype=dtype)
+    teacher = torch.randn(6, 11, generator=g, dtype=dtype)
     logits[:, 3] = -torch.inf
     if masked == "both":
         teacher[:, 3] = -torch.inf
@@ -260,7 +269,7 @@ def test_masked_vocabulary(name, masked):
     if masked == "model":  # the closed forms where q_3 = 0
         assert torch.isfinite(loss)
     else:
-        close([loss], [exact], 1e-9)
+        close([loss], [exact], 1e-9 if dtype == torch.float64 else 2e-6)
     (grad,) = torch.autograd.grad(loss, logits)
     assert torch.isfinite(grad).all()
     assert (grad[:, 3] == 0).all()
@@ -299,6 +308,9 @@ def test_memory_no_tensor_of_rows_by_vocabulary():
     weight = torch.randn(v, h).bfloat16().requires_grad_()
     teacher = dk.TeacherHead(torch.randn(n, h).bfloat16(), torch.randn(v, h).bfloat16())
     target = torch.randint(0, v, (n,))
+    dk.release_scratch()
+    pool = extension.MODULE.pool_bytes if extension.MODULE is not None else int
+    held = pool()  # what the recorder does not see: scratch kept between calls
     for reduction in ("mean", "none"):
         with record_allocations() as seen:
             dk.linear_distribution_loss(
@@ -306,7 +318,8 @@ def test_memory_no_tensor_of_rows_by_vocabulary():
             ).sum().backward()
         hidden.grad = weight.grad = None
         assert seen.largest < n * v  # bytes: a sixteenth of an fp32 [N, V]... and one tile is 4 MiB
-        assert seen.peak < 48 << 20
+        assert seen.peak + pool() - held < 48 << 20
+        assert pool() - held < 4 * 4 * chunk * v + 4 * v * h + (12 << 20)  # whole pages of 2 MB
     with record_allocations() as seen, torch.no_grad():
         dk.linear_distribution_loss(hidden, weight, target, teacher, chunk_size=chunk)
     assert seen.largest < n * v

@@ -36,6 +36,9 @@ class Row(IntEnum):
     SOFT_LSE = 8  # log sum exp z / T              (for the gradient)
     TARGET_LSE = 9  # log sum exp of the target's logits / its temperature
     SLOPE = 10  # sum g                            (for the gradient)
+    LSE_LOW = 11  # what the rounding of LSE dropped: log q = (z - LSE) - LSE_LOW is good to an ulp of itself,
+    SOFT_LSE_LOW = 12  # where z - LSE alone is good to one of LSE, and q - p cancels
+    TARGET_LSE_LOW = 13
 
 
 DIFFERENTIABLE = 6  # the rows of `Row` before CORRECT take cotangents

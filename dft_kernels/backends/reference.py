@@ -125,9 +125,18 @@ def _finished(raw: Tensor, head: Head) -> Tensor:
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 
-def _log_softmax(z: Tensor, temperature: float, lse: Tensor) -> Tensor:
-    """z / T - lse [r, 1]"""
-    return (z if temperature == 1.0 else z / temperature) - lse[:, None]
+def _lse(z: Tensor) -> tuple[Tensor, Tensor]:
+    """log sum exp z [r], and what its rounding dropped."""
+    top = z.amax(-1)
+    top = torch.where(top.isinf(), 0.0, top)
+    rest = (z - top[:, None]).exp_().sum(-1).log()
+    lse = top + rest
+    return lse, torch.where(lse.isfinite(), (top - lse) + rest, 0.0)
+
+
+def _log_softmax(z: Tensor, temperature: float, lse: Tensor, low: Tensor) -> Tensor:
+    """z / T - (lse + low); lse, low [r, 1]"""
+    return ((z if temperature == 1.0 else z / temperature) - lse) - low
 
 
 class _Tile:
@@ -163,9 +172,8 @@ class ReferenceOperations:
         features = None if terms.features is None else statistics.new_empty(logits.shape[0], terms.features.shape[1])
         for rows in _tiles(logits):
             tile, out, wanted = _Tile(logits, chunk, terms, rows), statistics[:, rows], terms.wanted
-            lse = torch.logsumexp(tile.z, -1)  # [r]
-            out[Row.LSE] = lse
-            log_q = tile.z - lse[:, None]
+            out[Row.LSE], out[Row.LSE_LOW] = _lse(tile.z)
+            log_q = _log_softmax(tile.z, 1.0, out[Row.LSE, :, None], out[Row.LSE_LOW, :, None])
             if Row.LOG_PROB in wanted:
                 index, inside = tile.label_index()
                 out[Row.LOG_PROB] = torch.where(inside, log_q.gather(1, index)[:, 0], torch.nan)
@@ -191,13 +199,20 @@ class ReferenceOperations:
     def _divergence(self, tile: _Tile, terms: Terms, out: Tensor) -> None:
         assert tile.target is not None
         pair = PAIRS[terms.divergence.name]
-        out[Row.SOFT_LSE] = torch.logsumexp(tile.z / terms.temperature, -1)
-        out[Row.TARGET_LSE] = torch.logsumexp(tile.target / terms.teacher_temperature, -1)
-        log_q = _log_softmax(tile.z, terms.temperature, out[Row.SOFT_LSE])
-        log_p = _log_softmax(tile.target, terms.teacher_temperature, out[Row.TARGET_LSE])
+        out[Row.SOFT_LSE], out[Row.SOFT_LSE_LOW] = _lse(tile.z / terms.temperature)
+        out[Row.TARGET_LSE], out[Row.TARGET_LSE_LOW] = _lse(tile.target / terms.teacher_temperature)
+        log_q, log_p = self._logs(tile, terms, out[..., None])
         out[Row.DIVERGENCE] = pair.value(log_p, log_q, terms.divergence.parameter).sum(-1)
         if Row.DIVERGENCE in terms.differentiated:
             out[Row.SLOPE] = pair.slope(log_p, log_q, terms.divergence.parameter).sum(-1)
+
+    @staticmethod
+    def _logs(tile: _Tile, terms: Terms, known: Tensor) -> tuple[Tensor, Tensor]:
+        """log qT and log p [r, V] of a tile; known [., r, 1]."""
+        assert tile.target is not None
+        log_q = _log_softmax(tile.z, terms.temperature, known[Row.SOFT_LSE], known[Row.SOFT_LSE_LOW])
+        log_p = _log_softmax(tile.target, terms.teacher_temperature, known[Row.TARGET_LSE], known[Row.TARGET_LSE_LOW])
+        return log_q, log_p
 
     def row_gradient_(
         self,
@@ -221,7 +236,7 @@ class ReferenceOperations:
             tile, known = _Tile(logits, chunk, terms, rows), statistics[:, rows, None]  # [., r, 1]
             cotangent = cotangents.rows[:, rows, None]
             z = tile.z
-            log_q = z - known[Row.LSE]
+            log_q = _log_softmax(z, 1.0, known[Row.LSE], known[Row.LSE_LOW])
             factor = (cotangent[Row.LSE] - cotangent[Row.LOG_PROB] - cotangent[Row.MEAN_LOG_PROB]).expand_as(z)
             if Row.ENTROPY in live:
                 factor = factor - cotangent[Row.ENTROPY] * (log_q + known[Row.ENTROPY])
@@ -238,8 +253,7 @@ class ReferenceOperations:
             if Row.MEAN_LOG_PROB in live:
                 dz += cotangent[Row.MEAN_LOG_PROB] / z.shape[1]
             if Row.DIVERGENCE in live and tile.target is not None:
-                log_q = _log_softmax(z, terms.temperature, known[Row.SOFT_LSE, :, 0])
-                log_p = _log_softmax(tile.target, terms.teacher_temperature, known[Row.TARGET_LSE, :, 0])
+                log_q, log_p = self._logs(tile, terms, known)
                 slope = PAIRS[terms.divergence.name].slope(log_p, log_q, terms.divergence.parameter)
                 dz += cotangent[Row.DIVERGENCE] / terms.temperature * (slope - _times(log_q.exp(), known[Row.SLOPE]))
             if terms.head.softcap is not None:
@@ -258,7 +272,7 @@ class ReferenceOperations:
         groups = torch.arange(columns.shape[0], device=columns.device)[:, None]
         for rows in _tiles(logits):
             z = _finished(logits[rows], terms.head)
-            q = (z - statistics[Row.LSE, rows, None]).exp()
+            q = _log_softmax(z, 1.0, statistics[Row.LSE, rows, None], statistics[Row.LSE_LOW, rows, None]).exp()
             weight = q.new_ones(q.shape[0]) if chunk.weight is None else chunk.weight[rows]
             q.masked_fill_(weight[:, None] == 0, 0.0)
             if chunk.group is not None:

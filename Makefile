@@ -1,6 +1,7 @@
 # make demo, make test: each sets up all it needs. Options:
 #   PYTHON=/path/to/python   use that environment (it must have torch) instead of making .venv
 #   TORCH='torch==2.13.0'    what pip installs as torch into .venv
+# make sanitize: the C++ code under ASan and UBSan
 TORCH ?= torch==2.13.0
 ifdef PYTHON
 PY := $(PYTHON)
@@ -9,7 +10,7 @@ PY := .venv/bin/python
 endif
 STAMP := build/installed-$(subst /,_,$(subst =,_,$(PY)-$(TORCH)))
 
-.PHONY: test demo install lint clean
+.PHONY: test demo install lint sanitize clean
 
 test: $(STAMP) lint
 	$(PY) -m pytest
@@ -23,6 +24,16 @@ demo: $(STAMP)
 	$(PY) -m dft_kernels.cli demo
 
 install: $(STAMP)
+
+# the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy beside the usual build
+sanitize: $(STAMP)
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r setup.py pyproject.toml README.md LICENSE csrc dft_kernels tests build/sanitize/
+	rm -f build/sanitize/dft_kernels/*.so
+	cd build/sanitize && DFT_KERNELS_SANITIZE=1 $(abspath $(PY)) setup.py -q build_ext --inplace
+	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		$(abspath $(PY)) -m pytest tests/test_native.py tests/test_contract.py -k "native and not every_path"
 
 .venv/bin/python:
 	python3 -m venv .venv || { echo "make: python3 needs its venv module (Debian: apt-get install python3-venv)"; exit 1; }

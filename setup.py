@@ -30,6 +30,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ]
 # -fno-math-errno, -fno-trapping-math let selects become vector selects; results and NaN stay as IEEE has them
 KERNEL_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+SANITIZE = ["-fsanitize=address,undefined", "-g1"] if os.environ.get("DFT_KERNELS_SANITIZE") == "1" else []
 
 
 class OptionalBuild(BuildExtension):
@@ -49,7 +50,11 @@ class OptionalBuild(BuildExtension):
 
     def build_extensions(self):
         for name, flags in INSTRUCTION_SETS.items():
-            options = {"output_dir": self.build_temp, "depends": HEADERS, "extra_postargs": [*KERNEL_FLAGS, *flags]}
+            options = {
+                "output_dir": self.build_temp,
+                "depends": HEADERS,
+                "extra_postargs": [*KERNEL_FLAGS, *flags, *SANITIZE],
+            }
             extension.extra_objects += self.compiler.compile([f"csrc/rows_{name}.cpp"], **options)
         super().build_extensions()
 
@@ -58,8 +63,8 @@ extension = CppExtension(
     "dft_kernels._C",
     SOURCES,
     depends=HEADERS,
-    extra_compile_args=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-fopenmp"],
-    extra_link_args=["-fopenmp"],
+    extra_compile_args=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-fopenmp", *SANITIZE],
+    extra_link_args=["-fopenmp", *SANITIZE],
 )
 extension.optional = True
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))

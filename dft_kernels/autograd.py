@@ -229,7 +229,7 @@ def scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype, hidden: Tensor |
     gradient depends on, so that a second differentiation finds its way here and is refused."""
     out = scratch(gradient.shape, dtype, gradient.device)
     factor = factor.reshape(1)
-    step = max(1, (1 << 22) // max(1, gradient[:1].numel())) if gradient.device.type == "cpu" else max(1, len(gradient))
+    step = max(1, (1 << 18) // max(1, gradient[:1].numel())) if gradient.device.type == "cpu" else max(1, len(gradient))
     for start in range(0, gradient.shape[0], step):
         torch.mul(gradient[start : start + step], factor, out=out[start : start + step])
     return out

@@ -233,7 +233,8 @@ def cross_entropy(
         got = f"reduction={reduction!r}, contiguous={logits.is_contiguous()}"
         relation = "come with a scalar reduction and contiguous logits"
         fail("cross_entropy", "inplace_gradient=True", relation, got, "Leave inplace_gradient at False")
-    return _inplace(problem, logits, terms)
+    reason = "inplace_gradient writes over its argument; leave it at False to compile"
+    return torch.compiler.disable(_inplace, reason=reason)(problem, logits, terms)
 
 
 def linear_distribution_statistics(
@@ -337,7 +338,6 @@ def _scalar_loss(problem: Problem, lead: torch.Size) -> tuple[Tensor, Metrics | 
     return loss, _metrics(problem, rows, mean, lead)
 
 
-@torch.compiler.disable(reason="inplace_gradient writes over its argument; leave it at False to compile")
 def _inplace(problem: Problem, logits: Tensor, terms: dict[str, Any]) -> Any:
     loss, _, rows, mean, *_ = InplaceLoss.apply(logits, problem)
     return (loss, _metrics(problem, rows, mean, logits.shape[:-1])) if terms.get("return_metrics") else loss

@@ -5,7 +5,7 @@
 #include <torch/version.h>
 
 #include "memory.h"
-#include "step_cpu.h"
+#include "products_cpu.h"
 
 namespace py = pybind11;
 using namespace dft;
@@ -32,24 +32,26 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, C++ standard and torch version of this binary.");
   m.def("instruction_set", &instruction_set, "The compiled instruction set that the CPU kernels run with.");
   m.def("multiplies_bf16", &multiplies_bf16, "Whether this processor multiplies bf16 tile by tile.");
-  m.def("pooled", [](std::vector<int64_t> shape, at::ScalarType type) { return pooled(shape, type); },
-        "An uninitialised CPU tensor whose memory is kept between calls.");
+  m.def(
+      "pooled", [](std::vector<int64_t> shape, at::ScalarType type) { return pooled(shape, type); },
+      "An uninitialised CPU tensor whose memory is kept between calls.");
   m.def("release_pool", &release_pool, "Free the pool's memory that no tensor holds; its bytes.");
   m.def("pool_bytes", &pool_bytes, "Bytes of the pool, held by tensors or free.");
   m.def("evaluate", &evaluate, "exp (0), expm1 (1), log1p (2), tanh (3) or exp_any (4) as the CPU kernels compute it.");
 
-  py::class_<HeadArguments>(m, "Head").def(
-      py::init([](Optional weight, Optional bias, double scale, double cap) {
-        return HeadArguments{std::move(weight), std::move(bias), scale, cap};
-      }),
-      py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("cap"));
+  py::class_<HeadArguments>(m, "Head").def(py::init([](Optional weight, Optional bias, double scale, double cap) {
+                                             return HeadArguments{std::move(weight), std::move(bias), scale, cap};
+                                           }),
+                                           py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("cap"));
 
-  py::class_<ChunkArguments>(m, "Chunk").def(
-      py::init([](at::Tensor hidden, Optional label, Optional group, Optional weight, Optional target, HeadArguments teacher) {
-        return ChunkArguments{std::move(hidden), std::move(label),  std::move(group),
-                              std::move(weight), std::move(target), std::move(teacher)};
-      }),
-      py::arg("hidden"), py::arg("label"), py::arg("group"), py::arg("weight"), py::arg("target"), py::arg("teacher"));
+  py::class_<ChunkArguments>(m, "Chunk")
+      .def(py::init([](at::Tensor hidden, Optional label, Optional group, Optional weight, Optional target,
+                       HeadArguments teacher) {
+             return ChunkArguments{std::move(hidden), std::move(label),  std::move(group),
+                                   std::move(weight), std::move(target), std::move(teacher)};
+           }),
+           py::arg("hidden"), py::arg("label"), py::arg("group"), py::arg("weight"), py::arg("target"),
+           py::arg("teacher"));
 
   py::class_<CpuStep>(m, "CpuStep")
       .def(py::init([](HeadArguments model, int64_t vocab, int64_t wanted, int64_t differentiated, bool differentiates,
@@ -61,8 +63,8 @@ PYBIND11_MODULE(_C, m) {
                                std::move(feature_columns), std::move(feature_entries), features, std::move(logits),
                                std::move(target)});
            }),
-           py::kw_only(), py::arg("model"), py::arg("vocab"), py::arg("wanted"),
-           py::arg("differentiated"), py::arg("differentiates"), py::arg("divergence"), py::arg("parameter"), py::arg("temperature"),
+           py::kw_only(), py::arg("model"), py::arg("vocab"), py::arg("wanted"), py::arg("differentiated"),
+           py::arg("differentiates"), py::arg("divergence"), py::arg("parameter"), py::arg("temperature"),
            py::arg("teacher_temperature"), py::arg("potential"), py::arg("feature_rows"), py::arg("feature_columns"),
            py::arg("feature_entries"), py::arg("features"), py::arg("logits"), py::arg("target"))
       .def("statistics", &CpuStep::statistics, py::call_guard<py::gil_scoped_release>())

@@ -46,7 +46,8 @@ struct Pool {
     }
     if (fits != free.begin()) drop(std::prev(fits));  // the next smaller one: calls have grown
     void* memory = std::aligned_alloc(kPage, bytes);
-    TORCH_CHECK_WITH(OutOfMemoryError, memory, "dft_kernels: no memory for ", bytes, " bytes of scratch. Lower memory_budget.");
+    TORCH_CHECK_WITH(OutOfMemoryError, memory, "dft_kernels: no memory for ", bytes,
+                     " bytes of scratch. Lower memory_budget.");
     advise(memory, bytes);
     total += bytes;
     return {memory, bytes};
@@ -68,7 +69,8 @@ Pool& pool() {
 at::Tensor pooled(at::IntArrayRef shape, at::ScalarType type) {
   size_t bytes = c10::elementSize(type) * c10::multiply_integers(shape);
   auto [memory, size] = pool().take(bytes);
-  return at::from_blob(memory, shape, [size = size](void* p) { pool().give(p, size); }, at::TensorOptions().dtype(type));
+  return at::from_blob(
+      memory, shape, [size = size](void* p) { pool().give(p, size); }, at::TensorOptions().dtype(type));
 }
 
 int64_t release_pool() {

@@ -51,29 +51,29 @@ struct Sums {
 // Sweep 2 of the divergence, where the log-sum-exps are known: value += sum f, slope += sum g.
 template <class T>
 struct Divergence {
-  const T* target;                 // [m, c], finished
-  T inverse, target_inverse;       // 1 / temperature
+  const T* target;                     // [m, c], finished
+  T inverse, target_inverse;           // 1 / temperature
   LogSumExp<T> model_lse, target_lse;  // at those temperatures
   T parameter;
-  double *value, *slope;           // [c]
+  double *value, *slope;  // [c]
 };
 
 // Sweep 2 of what else is asked for at T = 1; null: not asked for.
 template <class T>
 struct Moments {
   LogSumExp<T> lse;
-  double* mean;                    // [c]: += sum z
-  double* entropy;                 // [c]: += -sum q log q
-  double* potential;               // [c]: += <q, potential[group]>
-  const T* table;                  // potentials of this tile [m, groups]
-  double* columns;                 // [groups, stride]: += sum over tokens of weight q
+  double* mean;       // [c]: += sum z
+  double* entropy;    // [c]: += -sum q log q
+  double* potential;  // [c]: += <q, potential[group]>
+  const T* table;     // potentials of this tile [m, groups]
+  double* columns;    // [groups, stride]: += sum over tokens of weight q
   int64_t columns_stride;
-  const T* weight;                 // [c], 0 for padding
-  const int64_t* group;            // [c], null: one group
+  const T* weight;       // [c], 0 for padding
+  const int64_t* group;  // [c], null: one group
   int64_t groups;
   const int64_t *row_start, *column;  // features as rows of a sparse matrix: entries row_start[i]..row_start[i+1]
   const T* entry;
-  double* features;                // [K, c]: += <q, phi_k>
+  double* features;  // [K, c]: += <q, phi_k>
 };
 
 // Sweep 3: dz = q (factor - entropy log q + pull (G - ..) + phi k) + label [v = y] + mean
@@ -81,24 +81,24 @@ struct Moments {
 // Per-token constants fold everything that does not depend on v; null: not there.
 template <class T>
 struct Gradient {
-  LogSumExp<T> lse;                // null: no term at T = 1
-  const T *factor, *entropy, *pull, *label, *mean;   // [c]
-  const Integer<T>* target;         // [c]: labels, -1 where there is none
-  const T* table;                  // as in Moments
+  LogSumExp<T> lse;                                 // null: no term at T = 1
+  const T *factor, *entropy, *pull, *label, *mean;  // [c]
+  const Integer<T>* target;                         // [c]: labels, -1 where there is none
+  const T* table;                                   // as in Moments
   const int64_t* group;
   int64_t groups;
   const int64_t *row_start, *column;
   const T* entry;
-  const T* features;               // [K, c]: cotangents
+  const T* features;                  // [K, c]: cotangents
   LogSumExp<T> soft_lse, target_lse;  // null: no divergence
-  const T *soft, *slope;           // [c]
-  const T* teacher;                // [m, c]
+  const T *soft, *slope;              // [c]
+  const T* teacher;                   // [m, c]
   T inverse, target_inverse, parameter;
-  const T* active;                 // [c]: 1 or 0
+  const T* active;  // [c]: 1 or 0
   T scale, cap;
-  bool narrow;                     // write bf16, each row over the first half of its own logits, else T over them
-  double* bias;                    // [m]: += sum over tokens, or null
-  double* value;                   // [c]: += sum f, for a flat divergence (divergence.h), whose sweep 2 this replaces
+  bool narrow;    // write bf16, each row over the first half of its own logits, else T over them
+  double* bias;   // [m]: += sum over tokens, or null
+  double* value;  // [c]: += sum f, for a flat divergence (divergence.h), whose sweep 2 this replaces
 };
 
 enum class Element { f32, f64, bf16, f16 };
@@ -118,8 +118,8 @@ struct Kernels {
   void (*evaluate)(int function, const T* x, T* y, int64_t n);
 };
 
-#define DFT_DECLARE(ISA)                  \
-  const Kernels<float>& ISA##_float();    \
+#define DFT_DECLARE(ISA)               \
+  const Kernels<float>& ISA##_float(); \
   const Kernels<double>& ISA##_double();
 DFT_DECLARE(baseline)
 #if defined(__x86_64__)

@@ -127,11 +127,19 @@ struct Lanes<float> : Common<float, int32_t> {
 template <>
 struct Lanes<double> : Common<double, int64_t> {
   DFT_INLINE N abs(N x) { return x < 0 ? -x : x; }
-  DFT_INLINE N exp(N x) { return map(x, [](double v) { return std::exp(v); }); }
+  DFT_INLINE N exp(N x) {
+    return map(x, [](double v) { return std::exp(v); });
+  }
   DFT_INLINE N exp_any(N x) { return exp(x); }
-  DFT_INLINE N expm1(N x) { return map(x, [](double v) { return std::expm1(v); }); }
-  DFT_INLINE N log1p(N x) { return map(x, [](double v) { return std::log1p(v); }); }
-  DFT_INLINE N tanh(N x) { return map(x, [](double v) { return std::tanh(v); }); }
+  DFT_INLINE N expm1(N x) {
+    return map(x, [](double v) { return std::expm1(v); });
+  }
+  DFT_INLINE N log1p(N x) {
+    return map(x, [](double v) { return std::log1p(v); });
+  }
+  DFT_INLINE N tanh(N x) {
+    return map(x, [](double v) { return std::tanh(v); });
+  }
 };
 
 }  // namespace

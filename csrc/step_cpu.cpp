@@ -8,197 +8,31 @@
 // of the vocabulary, and sums meet in the order of the threads: no atomics, the same bits for the same threads.
 #include "step_cpu.h"
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
-#include <ATen/native/CPUBlas.h>
-
 #include <cmath>
 #include <limits>
-#include <new>
-#include <vector>
 
 #include "divergence.h"
-#include "rows_cpu.h"
+#include "products_cpu.h"
 
 namespace dft {
 namespace {
 
-using at::Tensor;
-using std::optional;
-
-// A vector that starts on a cache line: a product whose packed operand does not is a quarter slower.
-template <class X>
-struct OnCacheLine {
-  using value_type = X;
-  OnCacheLine() = default;
-  template <class Y>
-  OnCacheLine(const OnCacheLine<Y>&) {}
-  X* allocate(size_t n) { return static_cast<X*>(::operator new(n * sizeof(X), std::align_val_t(64))); }
-  void deallocate(X* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
-  bool operator==(const OnCacheLine&) const { return true; }
-};
-template <class X>
-using Numbers = std::vector<X, OnCacheLine<X>>;
-
-// bench/LOG.md says how these were found
-constexpr int64_t kTile = 64;     // vocabulary rows a tile: with 512 tokens 128 KB of logits
-constexpr int64_t kBlock = 2048;  // vocabulary rows an ATen product
-constexpr int64_t kTokens = 64;   // columns of a tile's logits a brgemm call
-constexpr int64_t kHidden = 256;  // columns of a tile's dweight a brgemm call
-
-enum Row { kLogProb, kMeanLogProb, kEntropy, kLse, kDivergence, kPotential, kCorrect, kAgreement, kSoftLse, kTargetLse, kSlope,
-           kLseLow, kSoftLseLow, kTargetLseLow, kRows };
-
-template <class T>
-const Kernels<T>& kernels() {
-  static const Kernels<T>& chosen = []() -> const Kernels<T>& {
-    const std::string level = instruction_set();
-    if constexpr (sizeof(T) == 4) {
-#if defined(__x86_64__)
-      if (level == "avx512") return avx512_float();
-      if (level == "avx2") return avx2_float();
-#endif
-      return baseline_float();
-    } else {
-#if defined(__x86_64__)
-      if (level == "avx512") return avx512_double();
-      if (level == "avx2") return avx2_double();
-#endif
-      return baseline_double();
-    }
-  }();
-  return chosen;
-}
-
-Element element_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat: return Element::f32;
-    case at::kDouble: return Element::f64;
-    case at::kBFloat16: return Element::bf16;
-    case at::kHalf: return Element::f16;
-    default: TORCH_CHECK(false, "dft_kernels: logits must be floating, got ", type);
-  }
-}
-
-// Whether the tile product (bf16 x bf16 -> fp32) runs here: brgemm throws where the processor lacks it.
-bool has_tile_product() {
-  static const bool works = [] {
-    Numbers<at::BFloat16> a(2 * 32), b(2 * 32);
-    Numbers<float> c(32 * 32);
-    try {
-      at::native::cpublas::brgemm(32, 32, 2, 2, 32, 32, false, a.data(), b.data(), c.data(), true);
-      at::native::cpublas::brgemm_release(true);
-    } catch (const std::exception&) {
-      return false;
-    }
-    return true;
-  }();
-  return works;
-}
-
-// c [m, n] (+)= a [m, k] b [k, n], b packed in pairs of k
-void tile_product(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const uint32_t* b, float* c, bool add,
-                  int64_t width) {
-  for (int64_t j = 0; j < n; j += width)
-    at::native::cpublas::brgemm(m, std::min(width, n - j), k, lda, n, n, add, a,
-                                reinterpret_cast<const at::BFloat16*>(b + j), c + j, true);
-}
-
-// [h / 2][c][2] of x [rows, h], tokens beyond `rows` zero: the right operand of logits
-Numbers<uint32_t> pack_hidden(const Tensor& x, int64_t c) {
-  int64_t rows = x.size(0), pairs = x.size(1) / 2, stride = x.stride(0);
-  const auto* in = x.const_data_ptr<at::BFloat16>();
-  Numbers<uint32_t> out(pairs * c);
-  at::parallel_for(0, pairs, 32, [&](int64_t begin, int64_t end) {
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t k = begin; k < end; k++) std::memcpy(&out[k * c + r], in + r * stride + 2 * k, 4);
-  });
-  return out;
-}
-
-// [c / 2][h][2] of x [rows, h]: the right operand of dweight
-Numbers<uint32_t> pack_tokens(const Tensor& x, int64_t c) {
-  int64_t rows = x.size(0), h = x.size(1), stride = x.stride(0);
-  const auto* in = reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>());
-  Numbers<uint32_t> out(c / 2 * h);
-  at::parallel_for(0, (rows + 1) / 2, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p++)
-      for (int64_t k = 0; k < h; k++) {
-        uint32_t low = in[2 * p * stride + k], high = 2 * p + 1 < rows ? in[(2 * p + 1) * stride + k] : 0;
-        out[p * h + k] = low | high << 16;
-      }
-  });
-  return out;
-}
-
-// Runs f(thread, first row, end row) over rows [begin, end), each thread a run of whole tiles.
-template <class F>
-void share(int64_t begin, int64_t end, F f) {
-  int64_t threads = at::get_num_threads(), tiles = (end - begin + kTile - 1) / kTile;
-  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; t++)
-      f(t, begin + tiles * t / threads * kTile, std::min(end, begin + tiles * (t + 1) / threads * kTile));
-  });
-}
-
-template <class T>
-Numbers<T> padded(const Tensor& row, int64_t c) {
-  Numbers<T> out(c, T(0));
-  Tensor values = row.to(c10::CppTypeToScalarType<T>::value).contiguous();
-  std::memcpy(out.data(), values.const_data_ptr(), values.numel() * sizeof(T));
-  return out;
-}
-
-// One matrix of logits of the chunk: where they come from, and where they are kept, [V, c]
-template <class T>
-struct Source {
-  const HeadArguments& head;
-  Tensor hidden;   // [R, H], or [R, V] where the head has no weight
-  Tensor wide;     // hidden in T, where ATen multiplies
-  T* logits;
-  int64_t vocab, c;
-  bool tiles = false;  // multiplied tile by tile
-  Numbers<uint32_t> packed;
-  Numbers<T> bias;
-
-  Source(const HeadArguments& head, Tensor x, T* logits, int64_t vocab, int64_t c)
-      : head(head), hidden(std::move(x)), logits(logits), vocab(vocab), c(c) {
-    if (hidden.stride(1) != 1) hidden = hidden.contiguous();
-    if (head.weight) {
-      tiles = hidden.scalar_type() == at::kBFloat16 && hidden.size(1) % 2 == 0 && hidden.size(1) > 0 &&
-              head.weight->stride(1) == 1 && has_tile_product();
-      if (tiles)
-        packed = pack_hidden(hidden, c);
-      else
-        wide = hidden.to(c10::CppTypeToScalarType<T>::value);
-    }
-    if (head.bias) bias = padded<T>(*head.bias, vocab);
-  }
-
-  bool blocks() const { return head.weight && !tiles; }
-  Finish<T> finish(int64_t v) const {
-    return {bias.empty() ? nullptr : bias.data() + v, T(head.scale), T(head.cap)};
-  }
-  Tensor weight_block(int64_t v, int64_t n) const { return head.weight->narrow(0, v, n).to(wide.scalar_type()); }
-  // the logits of vocabulary rows [v, v + n) as a tensor [n, R]
-  Tensor view(int64_t v, int64_t n) const {
-    return at::from_blob(logits + v * c, {n, hidden.size(0)}, {c, 1}, wide.options());
-  }
-  void multiply_block(int64_t v, int64_t n) const {
-    Tensor out = view(v, n);
-    at::mm_out(out, weight_block(v, n), wide.t());
-  }
-  void fill_tile(int64_t v, int64_t m) const {
-    if constexpr (sizeof(T) == 4) {
-      if (tiles)
-        return tile_product(m, c, hidden.size(1), head.weight->const_data_ptr<at::BFloat16>() + v * head.weight->stride(0),
-                            head.weight->stride(0), packed.data(), logits + v * c, false, kTokens);
-    }
-    if (!head.weight)
-      kernels<T>().load(logits + v * c, m, c, hidden.const_data_ptr(), element_of(hidden.scalar_type()),
-                        hidden.size(0), hidden.stride(0), v);
-  }
+enum Row {
+  kLogProb,
+  kMeanLogProb,
+  kEntropy,
+  kLse,
+  kDivergence,
+  kPotential,
+  kCorrect,
+  kAgreement,
+  kSoftLse,
+  kTargetLse,
+  kSlope,
+  kLseLow,
+  kSoftLseLow,
+  kTargetLseLow,
+  kRows
 };
 
 template <class T>
@@ -211,7 +45,11 @@ struct Online {  // a thread's sums over its share of the vocabulary
     for (int k = 0; k < temperatures; k++) sum[k].assign(c, 0.0);
   }
   Sums<T> sums(int temperatures, const T* inverse) {
-    return {max.data(), arg.empty() ? nullptr : arg.data(), temperatures, {inverse[0], inverse[1]}, {sum[0].data(), sum[1].data()}};
+    return {max.data(),
+            arg.empty() ? nullptr : arg.data(),
+            temperatures,
+            {inverse[0], inverse[1]},
+            {sum[0].data(), sum[1].data()}};
   }
 };
 
@@ -288,7 +126,8 @@ class Step final : public CpuStep {
       kernels<T>().sums({model.logits + v * c, m, c, v}, model.finish(v), online[t].sums(1 + apart, inverse));
       if (taught) {
         teacher.fill_tile(v, m);
-        kernels<T>().sums({teacher.logits + v * c, m, c, v}, teacher.finish(v), target_online[t].sums(1, target_inverse));
+        kernels<T>().sums({teacher.logits + v * c, m, c, v}, teacher.finish(v),
+                          target_online[t].sums(1, target_inverse));
       }
     });
     auto lse = merge(online, 0, inverse[0]);
@@ -326,7 +165,8 @@ class Step final : public CpuStep {
     std::vector<Numbers<double>> sums(threads, Numbers<double>(dbias ? kTile : 0));
     std::vector<Numbers<double>> value(threads, Numbers<double>(c));
     Tensor wide_dhidden;
-    if (dhidden && model.blocks()) wide_dhidden = dhidden->scalar_type() == options().dtype() ? *dhidden : at::empty_like(*dhidden, options());
+    if (dhidden && model.blocks())
+      wide_dhidden = dhidden->scalar_type() == options().dtype() ? *dhidden : at::empty_like(*dhidden, options());
 
     for (int64_t v0 = 0, step = model.blocks() ? kBlock : a_.vocab; v0 < a_.vocab; v0 += step) {
       const int64_t end = std::min(a_.vocab, v0 + step);
@@ -346,7 +186,8 @@ class Step final : public CpuStep {
             for (int64_t i = 0; i < m; i++) out[i] = T(first ? sums[t][i] : out[i] + sums[t][i]);
           }
           if (!a_.model.weight && dhidden)
-            kernels<T>().save(model.logits + v * c, m, c, dhidden->data_ptr(), element_of(dhidden->scalar_type()), rows, dhidden->stride(0), v);
+            kernels<T>().save(model.logits + v * c, m, c, dhidden->data_ptr(), element_of(dhidden->scalar_type()), rows,
+                              dhidden->stride(0), v);
           if constexpr (sizeof(T) == 4) {
             if (model.tiles && dweight) {
               const auto* dlogits = reinterpret_cast<const at::BFloat16*>(model.logits + v * c);
@@ -368,7 +209,8 @@ class Step final : public CpuStep {
         else
           at::addmm_out(block, block, dlogits, model.wide, first ? 0.0 : 1.0);
       }
-      if (dhidden) at::addmm_out(wide_dhidden, wide_dhidden, dlogits.t(), model.weight_block(v0, end - v0), v0 == 0 ? 0.0 : 1.0);
+      if (dhidden)
+        at::addmm_out(wide_dhidden, wide_dhidden, dlogits.t(), model.weight_block(v0, end - v0), v0 == 0 ? 0.0 : 1.0);
     }
     if (waits()) put(statistics, kDivergence, total(value));
     if (dhidden && model.tiles) {  // rounded dlogits [R, V] as the sweep left them, each row over half of its logits
@@ -390,7 +232,9 @@ class Step final : public CpuStep {
   bool wants(Row row) const { return a_.wanted >> row & 1; }
   bool live(Row row) const { return a_.differentiated >> row & 1; }
   at::TensorOptions options() const { return a_.logits.options(); }
-  static int64_t padded_rows(const ChunkArguments& chunk) { return (chunk.hidden.size(0) + kLanes - 1) / kLanes * kLanes; }
+  static int64_t padded_rows(const ChunkArguments& chunk) {
+    return (chunk.hidden.size(0) + kLanes - 1) / kLanes * kLanes;
+  }
 
   Source<T> source(const HeadArguments& head, const Tensor& hidden, const Tensor& room) const {
     const int64_t c = (hidden.size(0) + kLanes - 1) / kLanes * kLanes;
@@ -496,7 +340,8 @@ class Step final : public CpuStep {
 
   // What is read off single logits: the label's log-probability, and where the maxima are.
   void picks(const Source<T>& model, const ChunkArguments& chunk, const Merged<T>& lse,
-             const std::vector<Online<T>>& online, const std::vector<Online<T>>& target_online, const Tensor& out) const {
+             const std::vector<Online<T>>& online, const std::vector<Online<T>>& target_online,
+             const Tensor& out) const {
     const int64_t rows = out.size(1);
     T* to = out.data_ptr<T>();
     Numbers<int64_t> label, best, target_best;
@@ -506,7 +351,8 @@ class Step final : public CpuStep {
     for (int64_t r = 0; r < rows; r++) {
       if (wants(kLogProb)) {
         bool inside = label[r] >= 0 && label[r] < a_.vocab;
-        to[kLogProb * rows + r] = inside ? (model.logits[label[r] * model.c + r] - lse.lse[r]) - lse.low[r] : std::numeric_limits<T>::quiet_NaN();
+        to[kLogProb * rows + r] = inside ? (model.logits[label[r] * model.c + r] - lse.lse[r]) - lse.low[r]
+                                         : std::numeric_limits<T>::quiet_NaN();
       }
       if (wants(kCorrect)) to[kCorrect * rows + r] = T(best[r] == label[r]);
       if (wants(kAgreement)) to[kAgreement * rows + r] = T(best[r] == target_best[r]);
@@ -547,14 +393,15 @@ class Step final : public CpuStep {
       }
       g.soft_lse = soft_lse.data(), g.target_lse = target_lse.data(), g.soft = data(soft), g.slope = data(slope);
       g.teacher = teacher;
-      g.inverse = T(1.0 / a.temperature), g.target_inverse = T(1.0 / a.teacher_temperature), g.parameter = T(a.parameter);
+      g.inverse = T(1.0 / a.temperature), g.target_inverse = T(1.0 / a.teacher_temperature),
+      g.parameter = T(a.parameter);
       g.active = active.data(), g.scale = T(a.model.scale), g.cap = T(a.model.cap);
       return g;
     }
   };
 
-  Constants fold(const ChunkArguments& chunk, const Tensor& statistics, const Tensor& features, const Tensor& cotangents,
-                 const optional<Tensor>& feature_cotangents, int64_t c) const {
+  Constants fold(const ChunkArguments& chunk, const Tensor& statistics, const Tensor& features,
+                 const Tensor& cotangents, const optional<Tensor>& feature_cotangents, int64_t c) const {
     const int64_t rows = chunk.hidden.size(0), k = a_.features;
     auto known = [&](Row row) { return padded<T>(statistics[row], c); };
     auto seed = [&](Row row) { return padded<T>(cotangents[row], c); };
@@ -565,7 +412,8 @@ class Step final : public CpuStep {
       for (int64_t r = 0; r < rows; r++)
         if (values[r] != 0) out.active[r] = T(1);
     }
-    const bool hard = live(kLogProb) || live(kMeanLogProb) || live(kEntropy) || live(kLse) || live(kPotential) || feature_cotangents;
+    const bool hard =
+        live(kLogProb) || live(kMeanLogProb) || live(kEntropy) || live(kLse) || live(kPotential) || feature_cotangents;
     if (hard) {
       out.lse = {known(kLse), known(kLseLow)};
       out.factor = seed(kLse);
@@ -630,15 +478,6 @@ class Step final : public CpuStep {
 };
 
 }  // namespace
-
-std::string instruction_set() {
-#if defined(__x86_64__)
-  const std::string level = at::get_cpu_capability();  // ATEN_CPU_CAPABILITY may have lowered it
-  if (level.rfind("AVX512", 0) == 0) return "avx512";
-  if (level == "AVX2") return "avx2";
-#endif
-  return "baseline";
-}
 
 bool multiplies_bf16() { return has_tile_product(); }
 

@@ -5,12 +5,12 @@
 
 #include <memory>
 #include <optional>
-#include <string>
 #include <tuple>
 
 namespace dft {
 
-// hidden states to logits: cap(scale * (hidden weight.T + bias)); no weight: the "hidden states" are logits. cap 0: none
+// hidden states to logits: cap(scale * (hidden weight.T + bias)); no weight: the "hidden states" are logits. cap 0:
+// none
 struct HeadArguments {
   std::optional<at::Tensor> weight, bias;
   double scale = 1.0, cap = 0.0;
@@ -24,17 +24,17 @@ struct StepArguments {
   bool differentiates = false;  // whether gradient() follows every statistics()
   int64_t divergence = 0;
   double parameter = 0.0, temperature = 1.0, teacher_temperature = 1.0;
-  std::optional<at::Tensor> potential;                                        // [G, V]
-  std::optional<at::Tensor> feature_rows, feature_columns, feature_entries;   // CSR of features [V, K]
-  int64_t features = 0;                                                       // K
+  std::optional<at::Tensor> potential;                                       // [G, V]
+  std::optional<at::Tensor> feature_rows, feature_columns, feature_entries;  // CSR of features [V, K]
+  int64_t features = 0;                                                      // K
   at::Tensor logits;                 // workspace of V x (rows rounded up to 32) numbers, fp32 or fp64
   std::optional<at::Tensor> target;  // the same for the target's logits
 };
 
 struct ChunkArguments {
-  at::Tensor hidden;                                   // [R, H] or [R, V]
-  std::optional<at::Tensor> label, group, weight;      // [R]
-  std::optional<at::Tensor> target;                    // the teacher's hidden states [R, Ht], or logits [R, V]
+  at::Tensor hidden;                               // [R, H] or [R, V]
+  std::optional<at::Tensor> label, group, weight;  // [R]
+  std::optional<at::Tensor> target;                // the teacher's hidden states [R, Ht], or logits [R, V]
   HeadArguments teacher;
 };
 
@@ -43,7 +43,8 @@ class CpuStep {
   virtual ~CpuStep() = default;
   // Row quantities [rows, R] and features [R, K]; adds to columns [G, V]; leaves the logits in the workspace, and the
   // value of a flat divergence to gradient(), if that follows: it then writes it into `statistics`.
-  virtual std::tuple<at::Tensor, at::Tensor> statistics(const ChunkArguments& chunk, const std::optional<at::Tensor>& columns) = 0;
+  virtual std::tuple<at::Tensor, at::Tensor> statistics(const ChunkArguments& chunk,
+                                                        const std::optional<at::Tensor>& columns) = 0;
   // dhidden [R, H] written; dweight [V, H] and dbias [V] written by the first chunk, added to by the others.
   virtual void gradient(const ChunkArguments& chunk, const at::Tensor& statistics, const at::Tensor& features,
                         const at::Tensor& cotangents, const std::optional<at::Tensor>& feature_cotangents,
@@ -52,8 +53,7 @@ class CpuStep {
 };
 
 std::unique_ptr<CpuStep> make_step(StepArguments arguments);
-std::string instruction_set();  // which of the compiled ones runs here
-bool multiplies_bf16();         // whether bf16 products go tile by tile
+bool multiplies_bf16();                                      // whether bf16 products go tile by tile
 at::Tensor evaluate(int64_t function, const at::Tensor& x);  // the kernels' exp, expm1, ..., for tests
 
 }  // namespace dft

@@ -1,7 +1,7 @@
-"""`dft-kernels demo`: the same training twice, with the chunked loss and with the eager one, on a real model.
+"""`dft-kernels demo`: the same training with the chunked loss, by every backend, and with the eager one.
 
-SmolLM2-135M teaches a student made of every second of its layers, on real prose. Both students start equal and
-see the same batches; their loss curves must coincide, and what differs is the loss's time and memory.
+SmolLM2-135M teaches a student made of every second of its layers, on real prose. The students start equal and see
+the same batches; their loss curves must coincide, and what differs is the loss's time and memory.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, extension
+from .extension import release_scratch
 from .finetune import materials
 from .finetune.training import Loss, Trainee, every_second_layer, hidden_states, pack
 from .functional import linear_distribution_loss, linear_distribution_statistics, shift_labels
@@ -30,23 +32,27 @@ HARD_WEIGHT = 0.1  # KL(teacher || student) + 0.1 cross-entropy
 LEARNING_RATE = 5e-4
 WARMUP = 5  # steps
 HELD_OUT = 4  # batches
+EAGER = "eager"
 COINCIDE = 1e-3  # largest relative difference of two losses at one step that rounding may explain
 
 
-def losses(head: Tensor, backend: str) -> dict[str, Loss]:
-    """The two ways to the same number, for a teacher with this head [V, Ht]."""
+def losses(head: Tensor, names: list[str]) -> dict[str, Loss]:
+    """The ways to the same number, for a teacher with this head [V, Ht]: the chunked loss by each backend in
+    `names`, and the eager loss."""
     terms: dict[str, Any] = {"divergence": "forward_kl", "hard_weight": HARD_WEIGHT}
 
-    def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
-        loss: Tensor = linear_distribution_loss(
-            hidden, weight, labels, TeacherHead(teacher, head), backend=backend, **terms
-        )
+    def chunked(backend: str) -> Loss:
+        def loss(hidden: Tensor, weight: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
+            target = TeacherHead(teacher, head)
+            value: Tensor = linear_distribution_loss(hidden, weight, labels, target, backend=backend, **terms)
+            return value
+
         return loss
 
     def eager(hidden: Tensor, weight: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
         return dense_loss(hidden, weight, labels, TeacherHead(teacher, head), compute_dtype=None, **terms)
 
-    return {"chunked": chunked, "eager": eager}
+    return {**{name: chunked(name) for name in names}, EAGER: eager}
 
 
 def peak_bytes(trainee: Trainee, ids: Tensor, labels: Tensor, teacher: Tensor) -> int:
@@ -58,9 +64,12 @@ def peak_bytes(trainee: Trainee, ids: Tensor, labels: Tensor, teacher: Tensor) -
         before = torch.cuda.memory_allocated(hidden.device)
         trainee.loss(hidden, weight, labels, teacher).backward()
         return torch.cuda.max_memory_allocated(hidden.device) - before
+    release_scratch()
+    pool = extension.MODULE.pool_bytes if extension.MODULE is not None else int
+    kept = pool()  # memory that the recorder does not see
     with record_allocations() as seen:
         trainee.loss(hidden, weight, labels, teacher).backward()
-    return seen.peak
+    return seen.peak + pool() - kept
 
 
 def held_out_kl(model: Any, teacher: Any, batches: list[Tensor]) -> float:
@@ -80,7 +89,7 @@ def held_out_kl(model: Any, teacher: Any, batches: list[Tensor]) -> float:
 
 
 def run(teacher: Any, tokenizer: Any, texts: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Train both students; write losses.csv, result.json and curves.png into options.out; return what was measured."""
+    """Train the students; write losses.csv, result.json and curves.png into options.out; return what was measured."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,7 +105,10 @@ def run(teacher: Any, tokenizer: Any, texts: list[str], options: argparse.Namesp
     held_out, batches = batches[:HELD_OUT], batches[HELD_OUT:]
     teacher = teacher.to(device).eval().requires_grad_(False)
     student = every_second_layer(teacher).requires_grad_(True)
-    ways = losses(teacher.get_output_embeddings().weight.detach(), options.backend)
+    names = [name for name, b in backends.BACKENDS.items() if b.unavailable(device) is None]
+    if options.backend is not None:
+        names = [options.backend]
+    ways = losses(teacher.get_output_embeddings().weight.detach(), names)
     before = held_out_kl(student, teacher, held_out)
     trainees = {name: Trainee(copy.deepcopy(student), loss, LEARNING_RATE, WARMUP) for name, loss in ways.items()}
 
@@ -109,19 +121,17 @@ def run(teacher: Any, tokenizer: Any, texts: list[str], options: argparse.Namesp
                 states = hidden_states(teacher, ids)
             if number == 0:
                 peaks = {name: peak_bytes(trainee, ids, labels, states) for name, trainee in trainees.items()}
-            names = list(trainees) if number % 2 else list(trainees)[::-1]  # neither always runs on a warm cache
-            for name in names:
+            for name in list(trainees) if number % 2 else list(trainees)[::-1]:  # none always runs on a warm cache
                 trainees[name].step(ids, labels, states)
             now = ", ".join(f"{name} {trainee.losses[-1]:.5f}" for name, trainee in trainees.items())
             progress.update(task, advance=1, description=f"loss: {now}")
             if number % 5 == 0 or number + 1 == len(batches):
                 progress.console.print(f"step {number + 1:3}: {now}")
     curves = {name: trainee.losses for name, trainee in trainees.items()}
-    apart = max(abs(a - b) / abs(b) for a, b in zip(curves["chunked"], curves["eager"], strict=True))
+    apart = max(abs(a - b) / abs(b) for name in names for a, b in zip(curves[name], curves[EAGER], strict=True))
     result = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "backend": backends.choose(options.backend, device).name,
         "tokens": options.batch * options.length,
         "curves": curves,
         "apart": apart,
@@ -148,9 +158,9 @@ def _write(out: Path, result: dict[str, Any]) -> None:
         table.writerow(["step", *curves])
         table.writerows([number + 1, *row] for number, row in enumerate(zip(*curves.values(), strict=True)))
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for width, (name, curve) in zip((5.0, 1.2), curves.items(), strict=True):
-        axes.plot(range(1, len(curve) + 1), curve, label=name, linewidth=width)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title="The same steps, two implementations of the loss")
+    for number, (name, curve) in enumerate(curves.items()):
+        axes.plot(range(1, len(curve) + 1), curve, label=name, linewidth=6.0 / (1 + number) ** 1.2)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title="The same steps, several implementations of the loss")
     axes.legend()
     figure.tight_layout()
     figure.savefig(out / "curves.png", dpi=120)
@@ -161,13 +171,13 @@ def render(result: dict[str, Any], out: Path) -> Any:
     """The result as a table."""
     from rich.table import Table
 
-    chunked = f"chunked ({result['backend']})"
+    ways = list(result["curves"])
     table = Table(title=f"{result['tokens']} tokens a step, on {result['device']}")
-    for heading in ("", chunked, "eager"):
+    for heading in ("", *ways):
         table.add_column(heading, justify="right" if heading else "left")
 
-    def line(name: str, value: Any) -> None:
-        table.add_row(name, value("chunked"), value("eager"))
+    def line(name: str, value: Callable[[str], str]) -> None:
+        table.add_row(name, *map(value, ways))
 
     line("first loss", lambda way: f"{result['curves'][way][0]:.6f}")
     line("last loss", lambda way: f"{result['curves'][way][-1]:.6f}")
@@ -188,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=_positive, default=4, help="sequences a step (default: 4)")
     parser.add_argument("--length", type=_positive, default=128, help="tokens a sequence (default: 128)")
     parser.add_argument("--text", type=Path, nargs="+", help="your own UTF-8 texts (default: LAMBADA, by pip)")
-    parser.add_argument("--backend", default="auto", choices=("auto", *backends.BACKENDS))
+    parser.add_argument("--backend", choices=tuple(backends.BACKENDS), help="only this one (default: all available)")
     parser.add_argument("--seed", type=int, default=0, help="which sequences (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="where curves go (default: demo_out)")
     parser.add_argument("--cache", type=Path, default=materials.cache_folder(), help="downloads (default: %(default)s)")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import PRESENT
 
 from dft_kernels import demo
 from dft_kernels.finetune import materials
@@ -40,7 +41,7 @@ def teacher() -> Any:
 
 
 def options(tmp_path: Path, **others: Any) -> argparse.Namespace:
-    chosen = {"steps": 40, "batch": 2, "length": 16, "seed": 0, "backend": "auto", "out": tmp_path / "out", **others}
+    chosen = {"steps": 40, "batch": 2, "length": 16, "seed": 0, "backend": None, "out": tmp_path / "out", **others}
     return argparse.Namespace(**chosen)
 
 
@@ -48,16 +49,18 @@ def test_curves_coincide_and_are_written(teacher: Any, tmp_path: Path) -> None:
     texts = [Path(demo.__file__).read_text()]
     result = demo.run(teacher, Letters(), texts, options(tmp_path))
     assert result["apart"] < 1e-4
-    assert len(result["curves"]["chunked"]) == 40
+    assert list(result["curves"]) == [*PRESENT, "eager"]
+    assert len(result["curves"]["reference"]) == 40
     assert max(result["kl_after"].values()) < result["kl_before"]
-    assert result["kl_after"]["chunked"] == pytest.approx(result["kl_after"]["eager"], rel=1e-4)
+    for name in PRESENT:
+        assert result["kl_after"][name] == pytest.approx(result["kl_after"]["eager"], rel=1e-4)
     assert all(seconds > 0 for seconds in result["seconds"].values())
     with (tmp_path / "out" / "losses.csv").open() as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["step", "chunked", "eager"]
-    assert [float(row[1]) for row in rows[1:]] == result["curves"]["chunked"]
+    assert rows[0] == ["step", *PRESENT, "eager"]
+    assert [float(row[1]) for row in rows[1:]] == result["curves"][PRESENT[0]]
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "chunked" in str(demo.render(result, tmp_path).columns[1].header)
+    assert [column.header for column in demo.render(result, tmp_path).columns] == ["", *PRESENT, "eager"]
 
 
 def test_too_little_text_is_refused_before_training(teacher: Any, tmp_path: Path) -> None:

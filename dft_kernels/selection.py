@@ -19,6 +19,7 @@ from .teachers import Rows
 
 SCRATCH_BYTES = {"cpu": 512 << 20, "cuda": 1536 << 20}  # default memory_budget
 SCRATCH_BYTES_ELSEWHERE = 512 << 20
+_EVEN = 32  # rows a chunk are a multiple of this: backends pad to it
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def most_rows(problem: Problem) -> int:
         backend.chunk_bytes(problem.hidden.dtype, problem.weight is not None, problem.has_teacher) * problem.vocab
     )
     budget = problem.memory_budget or scratch_bytes(problem.hidden.device)
-    return max(1, min(backend.best_rows, budget // row_bytes))
+    rows = max(1, min(backend.best_rows, budget // row_bytes))
+    return rows if rows < _EVEN else rows // _EVEN * _EVEN
 
 
 def plan_rows(problem: Problem, count: int) -> int:
@@ -130,7 +132,7 @@ def plan_rows(problem: Problem, count: int) -> int:
     if count <= most or problem.chunk_size is not None:
         return max(1, min(count, most))
     even = math.ceil(count / math.ceil(count / most))
-    return min(most, math.ceil(even / 32) * 32)
+    return min(most, math.ceil(even / _EVEN) * _EVEN)
 
 
 def dweight_dtype(problem: Problem) -> torch.dtype:

@@ -117,6 +117,20 @@ def test_scratch_is_kept_and_released():
     assert torch.equal(loss, again)
 
 
+@pytest.mark.parametrize("megabytes", [4, 24])
+def test_memory_budget_is_kept(megabytes):
+    dk.release_scratch()
+    start = NATIVE.pool_bytes()
+    hidden, weight = torch.randn(512, 8), torch.randn(20000, 8)
+    teacher = dk.TeacherHead(torch.randn(512, 8), torch.randn(20000, 8))
+    options = {"backend": "native", "memory_budget": megabytes << 20}
+    dk.linear_distribution_loss(hidden, weight, None, teacher, **options)
+    kept = NATIVE.pool_bytes() - start
+    pages = 2 * (2 << 20)  # either buffer is rounded up to large pages, and to 32 rows
+    assert max(megabytes << 20, 2 * 32 * 4 * 20000) / 2 < kept <= max(megabytes << 20, 2 * 32 * 4 * 20000) + pages
+    dk.release_scratch()
+
+
 def test_gradients_outlive_the_release_of_scratch():
     weight = torch.randn(40000, 16).bfloat16().requires_grad_()
     hidden, target = torch.randn(64, 16).bfloat16(), torch.randint(0, 40000, (64,))

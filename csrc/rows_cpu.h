@@ -107,6 +107,7 @@ template <class T>
 struct Kernels {
   void (*sums)(const Tile<T>&, const Finish<T>&, const Sums<T>&);
   void (*divergence[8])(const Tile<T>&, const Divergence<T>&);
+  bool flat[8];  // divergence.h: whether the value may be left to the gradient's sweep
   void (*moments)(const Tile<T>&, const Moments<T>&);
   void (*gradient[9])(const Tile<T>&, const Gradient<T>&);  // [8]: no divergence
   // out [m, c] = in[token, v..v+m] transposed, tokens beyond `rows` zero; stride: of a token in `in`

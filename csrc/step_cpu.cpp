@@ -150,7 +150,7 @@ class Step final : public CpuStep {
   void gradient(const ChunkArguments& chunk, const Tensor& statistics, const Tensor& features, const Tensor& cotangents,
                 const optional<Tensor>& feature_cotangents, const optional<Tensor>& dhidden,
                 const optional<Tensor>& dweight, const optional<Tensor>& dbias, bool first) override {
-    const Source<T> model(a_.model, chunk.hidden, a_.logits.data_ptr<T>(), a_.vocab, padded_rows(chunk));
+    const Source<T> model(a_.model, chunk.hidden, a_.logits.data_ptr<T>(), a_.vocab, padded_rows(chunk.hidden));
     const int64_t c = model.c, rows = chunk.hidden.size(0), threads = at::get_num_threads();
     const auto constants = fold(chunk, statistics, features, cotangents, feature_cotangents, c);
     Gradient<T> shared = constants.kernel(a_);
@@ -228,16 +228,14 @@ class Step final : public CpuStep {
   int64_t groups_ = 1;
 
   // whether the divergence's value is left to the gradient's sweep
-  bool waits() const { return a_.differentiates && live(kDivergence) && a_.divergence == kForwardKl; }
+  bool waits() const { return a_.differentiates && live(kDivergence) && kernels<T>().flat[a_.divergence]; }
   bool wants(Row row) const { return a_.wanted >> row & 1; }
   bool live(Row row) const { return a_.differentiated >> row & 1; }
   at::TensorOptions options() const { return a_.logits.options(); }
-  static int64_t padded_rows(const ChunkArguments& chunk) {
-    return (chunk.hidden.size(0) + kLanes - 1) / kLanes * kLanes;
-  }
+  static int64_t padded_rows(const Tensor& hidden) { return (hidden.size(0) + kLanes - 1) / kLanes * kLanes; }
 
   Source<T> source(const HeadArguments& head, const Tensor& hidden, const Tensor& room) const {
-    const int64_t c = (hidden.size(0) + kLanes - 1) / kLanes * kLanes;
+    const int64_t c = padded_rows(hidden);
     TORCH_CHECK(room.numel() >= a_.vocab * c, "dft_kernels: workspace too small");
     return Source<T>(head, hidden, room.data_ptr<T>(), a_.vocab, c);
   }

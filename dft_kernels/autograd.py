@@ -31,7 +31,7 @@ from .teachers import Rows, open_head, open_stream, stream_of
 
 REPORTED = Row.AGREEMENT + 1  # the leading quantities that leave the loop
 
-Seed = Callable[[Chunk, Rows, Tensor], Cotangents]  # a chunk, its rows, its statistics -> its cotangents
+Seed = Callable[[Chunk, Rows], Cotangents]  # a chunk and its rows -> its cotangents
 
 
 @dataclass
@@ -56,7 +56,7 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
     size = plan_rows(problem, selection.count)
     blocks = selection.blocks(size)
     terms = problem.terms(differentiated if seed else frozenset())
-    backend = backends.choose(problem.backend, hidden.device)
+    backend = backends.choose(problem.backend, hidden.device, hidden.dtype)
     outcome = Outcome(
         selection,
         rows=hidden.new_zeros(REPORTED, hidden.shape[0], dtype=wide),
@@ -76,20 +76,22 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
                 weight=None if selection.weight is None else rows.take(selection.weight),
                 target=next(targets) if targets is not None else None,
             )
-            statistics, features = backend.chunk_statistics(workspace, chunk, terms, outcome.columns)
-            if outcome.features is not None and features is not None:
-                rows.put(outcome.features, features)
-            if seed is not None:
+            if seed is None:
+                statistics, features = backend.chunk_statistics(workspace, chunk, terms, outcome.columns)
+            else:
                 out = None
                 if outcome.dhidden is not None:
                     count = rows.stop - rows.start
                     out = outcome.dhidden[rows.start : rows.stop] if apart is None else apart[:count]
                 gradients = Gradients(out, outcome.dweight, outcome.dbias, first=number == 0)
-                backend.chunk_gradient(
-                    workspace, chunk, terms, statistics, features, seed(chunk, rows, statistics), gradients
+                cotangents = seed(chunk, rows)
+                statistics, features = backend.chunk_step(
+                    workspace, chunk, terms, outcome.columns, cotangents, gradients
                 )
                 if apart is not None and outcome.dhidden is not None and out is not None:
                     rows.put(outcome.dhidden, out)
+            if outcome.features is not None and features is not None:
+                rows.put(outcome.features, features)
             rows.put(outcome.rows, statistics[:REPORTED], dim=1)
         if targets is not None:
             next(targets, None)  # lets a stream check that it ended where the rows do
@@ -155,8 +157,8 @@ def compute_loss(problem: Problem, dhidden: Tensor | None = None) -> tuple[Tenso
     """Loss, denominator, row quantities (where metrics are wanted), mean probability and group weights (where a
     group is), and the unscaled dhidden, dweight, dbias; what is not there is an empty tensor. `dhidden`: see `run`."""
 
-    def seed(chunk: Chunk, rows: Rows, statistics: Tensor) -> Cotangents:
-        return loss_cotangents(problem, statistics, chunk.weight)
+    def seed(chunk: Chunk, rows: Rows) -> Cotangents:
+        return loss_cotangents(problem, chunk.hidden, chunk.weight)
 
     wanted = problem.needs_gradient or dhidden is not None
     outcome = run(problem, loss_terms(problem), seed if wanted else None, dhidden)
@@ -305,8 +307,8 @@ def _statistics_gradient(*arguments: Any) -> tuple[Tensor, ...]:
         problem = problem._replace(potential=potential)
     problem = problem._replace(columns=False)
 
-    def seed(chunk: Chunk, rows: Rows, statistics: Tensor) -> Cotangents:
-        out = statistics.new_zeros(DIFFERENTIABLE, statistics.shape[1])
+    def seed(chunk: Chunk, rows: Rows) -> Cotangents:
+        out = chunk.hidden.new_zeros(DIFFERENTIABLE, chunk.hidden.shape[0], dtype=problem.dtype)
         for row, grad in live.items():
             out[row] = rows.take(grad)
         if columns is not None:

@@ -175,9 +175,10 @@ class Checks:
 
     def backend(self, name: Any) -> str:
         self.choice("backend", name, ("auto", *backends.BACKENDS))
-        reason = None if name == "auto" else backends.BACKENDS[name].unavailable(self.hidden.device)
+        reason = None if name == "auto" else backends.BACKENDS[name].unavailable(self.hidden.device, self.hidden.dtype)
         if reason is not None:
-            self.fail("backend", f"be available on {self.hidden.device}", f"{name!r}: {reason}", 'Use backend="auto"')
+            where = f"be available for {self.hidden.dtype} on {self.hidden.device}"
+            self.fail("backend", where, f"{name!r}: {reason}", 'Use backend="auto"')
         return name
 
     def features(self, value: Any, vocab: int) -> tuple[Tensor | None, Tensor | None, int]:

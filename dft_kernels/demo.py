@@ -105,9 +105,7 @@ def run(teacher: Any, tokenizer: Any, texts: list[str], options: argparse.Namesp
     held_out, batches = batches[:HELD_OUT], batches[HELD_OUT:]
     teacher = teacher.to(device).eval().requires_grad_(False)
     student = every_second_layer(teacher).requires_grad_(True)
-    names = [name for name, b in backends.BACKENDS.items() if b.unavailable(device) is None]
-    if options.backend is not None:
-        names = [options.backend]
+    names = [options.backend] if options.backend is not None else backends.fitting(device, torch.float32)
     ways = losses(teacher.get_output_embeddings().weight.detach(), names)
     before = held_out_kl(student, teacher, held_out)
     trainees = {name: Trainee(copy.deepcopy(student), loss, LEARNING_RATE, WARMUP) for name, loss in ways.items()}

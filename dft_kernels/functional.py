@@ -364,7 +364,7 @@ def _metrics(problem: Problem, rows: Any, mean: Tensor, lead: torch.Size) -> Met
         correct=rows[Row.CORRECT.value].bool().reshape(lead) if labelled else None,
         teacher_agreement=rows[Row.AGREEMENT.value].bool().reshape(lead) if taught else None,
         mean_probability=mean if problem.columns else None,
-        backend=backends.choose(problem.backend, problem.hidden.device).name,
+        backend=backends.choose(problem.backend, problem.hidden.device, problem.hidden.dtype).name,
     )
 
 

@@ -46,7 +46,7 @@ def collect() -> dict[str, Any]:
         if built
         else [torch.backends.cpu.get_cpu_capability()],
         "backends": {
-            name: {str(device): backend.unavailable(device) or "available" for device in devices}
+            name: {str(device): backend.unavailable(device, torch.bfloat16) or "available" for device in devices}
             for name, backend in BACKENDS.items()
         },
         "default_memory_budget": dict(SCRATCH_BYTES),

@@ -228,7 +228,8 @@ def build(
         check.fail("chunk_size", "be None where memory_budget is given", chunk_size, "Give one of the two")
     backend = check.backend(backend)
     if memory_budget is not None:
-        row = backends.choose(backend, hidden.device).chunk_bytes(hidden.dtype, projected, teacher is not None) * vocab
+        chosen_backend = backends.choose(backend, hidden.device, hidden.dtype)
+        row = chosen_backend.chunk_bytes(hidden.dtype, projected, teacher is not None) * vocab
         if memory_budget < row:
             relation = f"be at least {row} bytes (one row of {vocab} logits)"
             check.fail("memory_budget", relation, memory_budget, "Raise it, or give chunk_size=1")

@@ -42,17 +42,19 @@ def loss_rows(problem: Problem, rows: Any, weight: Tensor | None) -> Tensor:
     return total if weight is None else torch.where(weight != 0, weight * total, 0.0)
 
 
-def loss_cotangents(problem: Problem, statistics: Tensor, weight: Tensor | None) -> Cotangents:
-    """d(sum of `loss_rows`) / d(row quantities), [DIFFERENTIABLE, R]."""
+def loss_cotangents(problem: Problem, hidden: Tensor, weight: Tensor | None) -> Cotangents:
+    """d(sum of `loss_rows`) / d(row quantities) of a chunk of rows `hidden` with weights [R]."""
     live = loss_terms(problem)
-    out = statistics.new_zeros(DIFFERENTIABLE, statistics.shape[1])
+    out = hidden.new_zeros(DIFFERENTIABLE, hidden.shape[0], dtype=problem.dtype)
     if Row.LOG_PROB in live:
         out[Row.LOG_PROB] = -problem.hard_weight * (1.0 - problem.label_smoothing)
         out[Row.MEAN_LOG_PROB] = -problem.hard_weight * problem.label_smoothing
     if Row.DIVERGENCE in live:
         out[Row.DIVERGENCE] = problem.soft_weight * problem.soft_scale
-    if Row.LSE in live:
-        out[Row.LSE] = 2.0 * problem.z_loss * statistics[Row.LSE]
     if Row.POTENTIAL in live:
         out[Row.POTENTIAL] = 1.0
-    return Cotangents(out if weight is None else torch.where(weight != 0, out * weight, 0.0))
+    slope = torch.full_like(out[0], 2.0 * problem.z_loss) if Row.LSE in live else None  # of z_loss lse^2
+    if weight is not None:
+        out = torch.where(weight != 0, out * weight, 0.0)
+        slope = None if slope is None else torch.where(weight != 0, slope * weight, 0.0)
+    return Cotangents(out, lse_slope=slope)

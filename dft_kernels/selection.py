@@ -117,7 +117,7 @@ def most_rows(problem: Problem) -> int:
     """The largest chunk: `chunk_size`, else what fits the budget, up to where the backend gains no more."""
     if problem.chunk_size is not None:
         return problem.chunk_size
-    backend = backends.choose(problem.backend, problem.hidden.device)
+    backend = backends.choose(problem.backend, problem.hidden.device, problem.hidden.dtype)
     row_bytes = (
         backend.chunk_bytes(problem.hidden.dtype, problem.weight is not None, problem.has_teacher) * problem.vocab
     )

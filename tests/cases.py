@@ -12,7 +12,14 @@ from dft_kernels.backends import BACKENDS
 from dft_kernels.testing import allowance, dense_loss, relative_error
 
 NAMES = tuple(divergences.TABLE)
-PRESENT = [name for name, backend in BACKENDS.items() if backend.unavailable(torch.device("cpu")) is None]
+
+
+def present(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[str]:
+    """The backends that run here, on the CPU with Triton's interpreter included (conftest.py)."""
+    return [name for name, b in BACKENDS.items() if b.unavailable(torch.device(device), dtype) is None]
+
+
+PRESENT = present()
 
 
 class Case(NamedTuple):
@@ -139,13 +146,15 @@ def oracle_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def differentiate(loss: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    seed = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    seed = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device).reshape(loss.shape)
     return [loss.detach(), *torch.autograd.grad(loss, inputs, seed)]
 
 
-def compare(case: Case, dtype: torch.dtype, backend: str, slack: float = 0.0, **options: object) -> None:
+def compare(
+    case: Case, dtype: torch.dtype, backend: str, slack: float = 0.0, device: str = "cpu", **options: object
+) -> None:
     """One case through one backend: loss and gradients within the error gate (and slack) of the float64 oracle."""
-    arguments = make(case, dtype)
+    arguments = make(case, dtype, device)
     inputs = leaves(arguments)
     ours = differentiate(linear_distribution_loss(**{**arguments, "backend": backend, **options}), inputs)
     plain = oracle_arguments(arguments)

@@ -21,6 +21,7 @@ N, H, V = 33, 8, 57
 def backend(request, monkeypatch):
     """Every test of this file runs over every backend present: "auto" is made to choose it."""
     chosen = backends.BACKENDS[request.param]
+    monkeypatch.setattr(chosen, "emulated", ())
     monkeypatch.setattr(backends, "BACKENDS", {request.param: chosen, **backends.BACKENDS})
     return request.param
 
@@ -212,6 +213,51 @@ def test_checkpointing_strides_and_tied_weights(tensors):
     close(torch.autograd.grad(ours, (strided, across)), torch.autograd.grad(exact, (strided, across)))
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_a_divergence_that_is_only_a_metric(tensors, name):
+    """It has no part in the gradient, not even where it is infinite."""
+    hidden, weight, bias, target, teacher = tensors
+    teacher = teacher.clone()
+    teacher[..., 5] = -torch.inf
+    loss, metrics = dk.linear_distribution_loss(
+        hidden,
+        weight,
+        target,
+        teacher,
+        bias=bias,
+        divergence=name,
+        soft_weight=0.0,
+        hard_weight=1.0,
+        return_metrics=True,
+    )
+    exact = F.cross_entropy(F.linear(hidden, weight, bias).reshape(-1, V), target.reshape(-1))
+    inputs = (hidden, weight, bias)
+    close([loss, *torch.autograd.grad(loss, inputs)], [exact, *torch.autograd.grad(exact, inputs)])
+    valid = target != -100
+    z = F.linear(hidden, weight, bias).detach()
+    assert torch.equal(metrics.teacher_agreement, (z.argmax(-1) == teacher.argmax(-1)) & valid)
+    infinite = metrics.soft_loss[valid].isinf()
+    assert infinite.all() if name == "reverse_kl" else not infinite.any()
+
+
+def test_strided_logits_and_rows():
+    """Logits and a teacher across memory, labels, weights and groups that are every second number of another."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(V, 14, generator=generator).t().requires_grad_()
+    teacher = torch.randn(V, 14, generator=generator).t()
+    target = torch.randint(0, V, (28,), generator=generator)[::2]
+    row_weight, group = torch.rand(28, generator=generator)[::2], torch.arange(28)[::2] % 3
+    arguments = {"row_weight": row_weight, "group": group, "potential": torch.randn(3, V, generator=generator)}
+    ours, metrics = dk.distribution_loss(
+        logits, target, teacher, hard_weight=0.5, num_groups=3, return_metrics=True, **arguments
+    )
+    exact = dense_loss(logits, None, target, teacher, hard_weight=0.5, **arguments)
+    close([ours, *torch.autograd.grad(ours, logits)], [exact, *torch.autograd.grad(exact, logits)])
+    shares = F.one_hot(group, 3).float() * row_weight[:, None]
+    want = (shares.t() @ logits.softmax(-1)) / shares.sum(0)[:, None]
+    close([metrics.mean_probability], [want])
+
+
 def test_only_the_gradients_that_are_needed(tensors):
     hidden, weight, _, target, _ = tensors
     for need_hidden, need_weight in ((True, False), (False, True)):
@@ -302,8 +348,8 @@ def test_near_agreement(name, size):
     assert (loss >= 0).all()
 
 
-def test_memory_no_tensor_of_rows_by_vocabulary():
-    n, h, v, chunk = 2048, 16, 4096, 64
+def test_memory_no_tensor_of_rows_by_vocabulary(backend):
+    n, h, v, chunk = (128, 16, 4096, 4) if backend == "triton" else (2048, 16, 4096, 64)
     hidden = torch.randn(n, h).bfloat16().requires_grad_()
     weight = torch.randn(v, h).bfloat16().requires_grad_()
     teacher = dk.TeacherHead(torch.randn(n, h).bfloat16(), torch.randn(v, h).bfloat16())
@@ -318,7 +364,7 @@ def test_memory_no_tensor_of_rows_by_vocabulary():
             ).sum().backward()
         hidden.grad = weight.grad = None
         assert seen.largest < n * v  # bytes: a sixteenth of an fp32 [N, V]... and one tile is 4 MiB
-        assert seen.peak + pool() - held < 48 << 20
+        assert seen.peak + pool() - held < 6 * n * v  # bytes
         assert pool() - held < 4 * 4 * chunk * v + 4 * v * h + (12 << 20)  # whole pages of 2 MB
     with record_allocations() as seen, torch.no_grad():
         dk.linear_distribution_loss(hidden, weight, target, teacher, chunk_size=chunk)

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import PRESENT
 
-from dft_kernels import demo
+from dft_kernels import backends, demo
 from dft_kernels.finetune import materials
 from dft_kernels.finetune.training import every_second_layer, hidden_states, pack
 
 transformers = pytest.importorskip("transformers")
+NAMES = backends.fitting(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
 
 
 class Letters:
@@ -49,18 +49,18 @@ def test_curves_coincide_and_are_written(teacher: Any, tmp_path: Path) -> None:
     texts = [Path(demo.__file__).read_text()]
     result = demo.run(teacher, Letters(), texts, options(tmp_path))
     assert result["apart"] < 1e-4
-    assert list(result["curves"]) == [*PRESENT, "eager"]
+    assert list(result["curves"]) == [*NAMES, "eager"]
     assert len(result["curves"]["reference"]) == 40
     assert max(result["kl_after"].values()) < result["kl_before"]
-    for name in PRESENT:
+    for name in NAMES:
         assert result["kl_after"][name] == pytest.approx(result["kl_after"]["eager"], rel=1e-4)
     assert all(seconds > 0 for seconds in result["seconds"].values())
     with (tmp_path / "out" / "losses.csv").open() as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["step", *PRESENT, "eager"]
-    assert [float(row[1]) for row in rows[1:]] == result["curves"][PRESENT[0]]
+    assert rows[0] == ["step", *NAMES, "eager"]
+    assert [float(row[1]) for row in rows[1:]] == result["curves"][NAMES[0]]
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert [column.header for column in demo.render(result, tmp_path).columns] == ["", *PRESENT, "eager"]
+    assert [column.header for column in demo.render(result, tmp_path).columns] == ["", *NAMES, "eager"]
 
 
 def test_too_little_text_is_refused_before_training(teacher: Any, tmp_path: Path) -> None:

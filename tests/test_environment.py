@@ -92,7 +92,8 @@ def test_readme_names_everything() -> None:
     for name in ("TeacherLogits", "TeacherHead", "LogitStream"):
         assert f"{name}(" in README
     tree = README.split("## The tree")[1]
-    rooms = [p for p in (ROOT / "dft_kernels").iterdir() if not p.name.startswith(("_", "."))]
+    folders = (ROOT / "dft_kernels", ROOT / "triton_ops")
+    rooms = [p for folder in folders for p in folder.iterdir() if not p.name.startswith(("_", "."))]
     missing = [
         p.name for p in rooms if p.name.removesuffix(".so") == p.name and p.name != "py.typed" and p.name not in tree
     ]

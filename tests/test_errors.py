@@ -72,7 +72,7 @@ CALLS = {  # what is given beside hidden, weight, target -> what the message mus
     "chunk_size": ({"chunk_size": 0}, ValueError, "chunk_size must be an int of at least 1"),
     "budget": ({"memory_budget": 10}, ValueError, r"memory_budget must be at least \d+ bytes \(one row of 9 logits\), got 10"),
     "both_sizes": ({"memory_budget": 1 << 20, "chunk_size": 2}, ValueError, "chunk_size must be None where memory_budget"),
-    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of auto, native, reference"),
+    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of auto, native, triton, reference"),
 }  # fmt: skip
 
 
@@ -108,11 +108,13 @@ def test_cross_entropy_names_its_own_arguments() -> None:
 
 def test_an_unavailable_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     class Elsewhere(ReferenceBackend):
-        def unavailable(self, device: torch.device) -> str | None:
+        def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
             return "it needs a GPU"
 
     monkeypatch.setitem(BACKENDS, "elsewhere", Elsewhere())
-    with pytest.raises(ValueError, match="backend must be available on cpu, got 'elsewhere': it needs a GPU"):
+    with pytest.raises(
+        ValueError, match=r"backend must be available for torch\.float32 on cpu, got 'elsewhere': it needs a GPU"
+    ):
         dk.linear_distribution_loss(H_, W, T, backend="elsewhere")
     dk.linear_distribution_loss(H_, W, T, backend="auto")
 

@@ -154,7 +154,7 @@ def test_prefetch_is_bounded(problem):
 
     from dft_kernels.backends import choose
 
-    backend = choose("auto", torch.device("cpu"))
+    backend = choose("auto", torch.device("cpu"), torch.float32)
     original = type(backend).chunk_statistics
 
     def counting(self, *arguments):

@@ -78,6 +78,19 @@ def test_imports_go_down(path: Path) -> None:
             assert len(parts) < 3 or parts[2] in ("rows", "contract"), f"{path.name} imports {name}"
 
 
+def test_triton_ops_knows_torch_and_triton_only() -> None:
+    rooms = sorted((ROOT.parent / "triton_ops").glob("*.py"))
+    assert rooms
+    for path in rooms:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [str(node.module)]
+            for name in names:
+                assert name.split(".")[0] in {"torch", "triton", *sys.stdlib_module_names}, f"{path.name}: {name}"
+        assert len(path.read_text().splitlines()) <= 400, path.name
+
+
 def test_import_is_light() -> None:
     code = "import sys, dft_kernels; print([m for m in ('triton', 'transformers', 'matplotlib') if m in sys.modules])"
     # torch itself may load triton where it is installed; only what it does not load is ours to avoid

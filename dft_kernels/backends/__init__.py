@@ -9,13 +9,21 @@ import torch
 from .contract import Backend
 from .native import NativeBackend
 from .reference import ReferenceBackend
+from .triton import TritonBackend
 
 # in the order of preference of "auto"
-BACKENDS: dict[str, Any] = {"native": NativeBackend(), "reference": ReferenceBackend()}
+BACKENDS: dict[str, Any] = {backend.name: backend for backend in (NativeBackend(), TritonBackend(), ReferenceBackend())}
 
 
-def choose(name: str, device: torch.device) -> Backend:
-    """The backend that "auto" or an available name stands for on `device`. `problem.py` has checked the name."""
-    if name != "auto":
-        return BACKENDS[name]
-    return next(backend for backend in BACKENDS.values() if backend.unavailable(device) is None)
+def fitting(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The names that "auto" may choose from for inputs of `dtype` on `device`, best first."""
+    return [
+        name
+        for name, backend in BACKENDS.items()
+        if device.type not in backend.emulated and backend.unavailable(device, dtype) is None
+    ]
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend that "auto" or an available name stands for. `problem.py` has checked the name."""
+    return BACKENDS[fitting(device, dtype)[0] if name == "auto" else name]

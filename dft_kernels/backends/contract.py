@@ -74,10 +74,22 @@ class Chunk:
 @dataclass(frozen=True)
 class Cotangents:
     """d(what is differentiated) / d(row quantities): rows [DIFFERENTIABLE, R] and features [R, K]. A row whose
-    cotangents are all zero gets an exactly zero gradient, whatever its logits hold."""
+    cotangents are all zero gets an exactly zero gradient, whatever its logits hold.
+
+    lse_slope [R]: LSE's cotangent is rows[LSE] + lse_slope * LSE, so that cotangents need no statistics.
+    """
 
     rows: Tensor
     features: Tensor | None = None
+    lse_slope: Tensor | None = None
+
+    def settled(self, statistics: Tensor) -> Tensor:
+        """`rows` with LSE's cotangent whole."""
+        if self.lse_slope is None:
+            return self.rows
+        rows = self.rows.clone()
+        rows[Row.LSE] += self.lse_slope * statistics[Row.LSE]
+        return rows
 
 
 @dataclass(frozen=True)
@@ -102,16 +114,17 @@ class Backend(Protocol):
 
     name: str
     best_rows: int  # chunks beyond this many rows gain nothing
+    emulated: tuple[str, ...]  # device types on which it is only emulated, for tests: "auto" passes it by there
 
-    def unavailable(self, device: torch.device) -> str | None:
-        """Why tensors on `device` cannot be served, None if they can."""
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why inputs of `dtype` on `device` cannot be served, None if they can."""
 
     def chunk_bytes(self, dtype: torch.dtype, projected: bool, taught: bool) -> int:
         """Scratch bytes for one logit of a chunk. projected: the head has a weight; taught: there is a teacher."""
 
     def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> Workspace:
         """Scratch for chunks of up to `rows` rows; `like` gives dtype and device of the inputs; `gradient`:
-        whether `chunk_gradient` will follow."""
+        whether gradients will be asked for."""
 
     def chunk_statistics(
         self, workspace: Workspace, chunk: Chunk, terms: Terms, columns: Tensor | None
@@ -132,3 +145,14 @@ class Backend(Protocol):
         """Gradients from the logits that the last `chunk_statistics` left in the workspace (which it may spend).
         Where a workspace was made for gradients, DIVERGENCE may have been left to this half, which then writes it
         into `statistics`: no cotangent depends on it."""
+
+    def chunk_step(
+        self,
+        workspace: Workspace,
+        chunk: Chunk,
+        terms: Terms,
+        columns: Tensor | None,
+        cotangents: Cotangents,
+        gradients: Gradients,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Both halves, where nothing has to meet between them: what `chunk_statistics` returns, and the gradients."""

@@ -34,8 +34,9 @@ class NativeBackend:
 
     name = "native"
     best_rows = 512
+    emulated: tuple[str, ...] = ()
 
-    def unavailable(self, device: torch.device) -> str | None:
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Off the CPU, or without the extension."""
         if device.type != "cpu":
             return f"its kernels are the CPU's, not {device.type}'s"
@@ -96,13 +97,27 @@ class NativeBackend:
             _chunk(chunk),
             statistics,
             statistics if features is None else features,
-            cotangents.rows,
+            cotangents.settled(statistics),
             cotangents.features,
             gradients.dhidden,
             gradients.dweight,
             gradients.dbias,
             gradients.first,
         )
+
+    def chunk_step(
+        self,
+        workspace: NativeWorkspace,
+        chunk: Chunk,
+        terms: Terms,
+        columns: Tensor | None,
+        cotangents: Cotangents,
+        gradients: Gradients,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One half after the other: a chunk's logits do not stay in the cache between them."""
+        statistics, features = self.chunk_statistics(workspace, chunk, terms, columns)
+        self.chunk_gradient(workspace, chunk, terms, statistics, features, cotangents, gradients)
+        return statistics, features
 
 
 def _bits(rows: frozenset[Row]) -> int:

@@ -6,7 +6,7 @@ memory bill. Every formula of the row mathematics stands here once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,10 +15,7 @@ from torch import Tensor
 from ..gemm import accumulate_dtype
 from ..teachers import Head
 from .contract import DIFFERENTIABLE, Chunk, Cotangents, Row, Terms
-from .rows import RowBackend
-
-_TILE = {"cpu": 1 << 20}  # logits a tile; temporaries are a handful of these
-_TILE_ELSEWHERE = 1 << 25
+from .rows import RowBackend, rows_of, tiles
 
 
 class Pair(NamedTuple):
@@ -112,11 +109,6 @@ PAIRS: dict[str, Pair] = {
 }
 
 
-def _tiles(logits: Tensor) -> Iterator[slice]:
-    step = max(1, _TILE.get(logits.device.type, _TILE_ELSEWHERE) // max(1, logits.shape[1]))
-    return (slice(start, start + step) for start in range(0, logits.shape[0], step))
-
-
 def _finished(raw: Tensor, head: Head) -> Tensor:
     """z = cap(logit_scale * raw) in the accumulation dtype; `raw` itself where nothing is to be done."""
     z = raw.to(accumulate_dtype(raw.dtype))
@@ -143,12 +135,11 @@ class _Tile:
     """What both halves of the step derive from a few rows of logits: z, its labels, its target's log p."""
 
     def __init__(self, logits: Tensor, chunk: Chunk, terms: Terms, tile: slice) -> None:
+        chunk = rows_of(chunk, tile)
         self.z = _finished(logits[tile], terms.head)  # [r, V]
-        self.label = None if chunk.label is None else chunk.label[tile]
-        self.group = None if chunk.group is None else chunk.group[tile]
-        self.target = None
+        self.label, self.group, self.target = chunk.label, chunk.group, None
         if chunk.target is not None:
-            self.target = _finished(chunk.target.hidden[tile], chunk.target.head).to(self.z.dtype)
+            self.target = _finished(chunk.target.hidden, chunk.target.head).to(self.z.dtype)
 
     def potential(self, table: Tensor) -> Tensor:
         """The potential of each row: [r, V], or [1, V] where there is one group."""
@@ -165,12 +156,11 @@ class _Tile:
 class ReferenceOperations:
     """Row statistics, row gradient and column sums in PyTorch."""
 
-    def row_statistics(self, logits: Tensor, chunk: Chunk, terms: Terms) -> tuple[Tensor, Tensor | None]:
+    def row_statistics(self, logits: Tensor, chunk: Chunk, terms: Terms) -> Tensor:
         """See `backends.rows.RowOperations`. Reads each logit about ten times, tile by tile."""
         wide = accumulate_dtype(logits.dtype)
         statistics = torch.zeros(len(Row), logits.shape[0], dtype=wide, device=logits.device)
-        features = None if terms.features is None else statistics.new_empty(logits.shape[0], terms.features.shape[1])
-        for rows in _tiles(logits):
+        for rows in tiles(logits):
             tile, out, wanted = _Tile(logits, chunk, terms, rows), statistics[:, rows], terms.wanted
             out[Row.LSE], out[Row.LSE_LOW] = _lse(tile.z)
             log_q = _log_softmax(tile.z, 1.0, out[Row.LSE, :, None], out[Row.LSE_LOW, :, None])
@@ -179,14 +169,12 @@ class ReferenceOperations:
                 out[Row.LOG_PROB] = torch.where(inside, log_q.gather(1, index)[:, 0], torch.nan)
             if Row.MEAN_LOG_PROB in wanted:
                 out[Row.MEAN_LOG_PROB] = log_q.mean(-1)
-            if Row.ENTROPY in wanted or Row.POTENTIAL in wanted or features is not None:
+            if Row.ENTROPY in wanted or Row.POTENTIAL in wanted:
                 q = log_q.exp()
                 if Row.ENTROPY in wanted:
                     out[Row.ENTROPY] = -_times(q, log_q).sum(-1)
                 if terms.potential is not None and Row.POTENTIAL in wanted:
                     out[Row.POTENTIAL] = (q * tile.potential(terms.potential)).sum(-1)
-                if features is not None and terms.features is not None:
-                    features[rows] = (terms.features.t() @ q.t()).t()
             if Row.CORRECT in wanted:
                 out[Row.CORRECT] = torch.eq(tile.z.argmax(-1), tile.label_index()[0][:, 0]) & tile.label_index()[1]
             if tile.target is not None:
@@ -194,7 +182,7 @@ class ReferenceOperations:
                     out[Row.AGREEMENT] = torch.eq(tile.z.argmax(-1), tile.target.argmax(-1))
                 if Row.DIVERGENCE in wanted:
                     self._divergence(tile, terms, out)
-        return statistics, features
+        return statistics
 
     def _divergence(self, tile: _Tile, terms: Terms, out: Tensor) -> None:
         assert tile.target is not None
@@ -220,21 +208,20 @@ class ReferenceOperations:
         chunk: Chunk,
         terms: Terms,
         statistics: Tensor,
-        features: Tensor | None,
         cotangents: Cotangents,
         out: Tensor,
     ) -> None:
-        """See `backends.rows.RowOperations`. With a, m, h, l, d, k the cotangents of LOG_PROB, MEAN_LOG_PROB,
-        ENTROPY, LSE, DIVERGENCE and the features s = <q, phi>, and c that of POTENTIAL:
+        """See `backends.rows.RowOperations`. With a, m, h, l, d, c the cotangents of LOG_PROB, MEAN_LOG_PROB,
+        ENTROPY, LSE, DIVERGENCE and POTENTIAL:
 
-            dz = q (l - a - m - h (log q + H) + c (G - <q, G>) + phi k - <k, s>) + a e_y + m / V
+            dz = q (l - a - m - h (log q + H) + c (G - <q, G>)) + a e_y + m / V
                + d (g - qT sum g) / T
             draw = dz * logit_scale * (1 - (z / softcap)^2)
         """
-        live = terms.differentiated
-        for rows in _tiles(logits):
+        live, by = terms.differentiated, cotangents.settled(statistics)
+        for rows in tiles(logits):
             tile, known = _Tile(logits, chunk, terms, rows), statistics[:, rows, None]  # [., r, 1]
-            cotangent = cotangents.rows[:, rows, None]
+            cotangent = by[:, rows, None]
             z = tile.z
             log_q = _log_softmax(z, 1.0, known[Row.LSE], known[Row.LSE_LOW])
             factor = (cotangent[Row.LSE] - cotangent[Row.LOG_PROB] - cotangent[Row.MEAN_LOG_PROB]).expand_as(z)
@@ -243,9 +230,6 @@ class ReferenceOperations:
             if Row.POTENTIAL in live and terms.potential is not None:
                 centred = tile.potential(terms.potential) - known[Row.POTENTIAL]
                 factor = factor + cotangent[Row.POTENTIAL] * centred
-            if cotangents.features is not None and terms.features is not None and features is not None:
-                k = cotangents.features[rows]
-                factor = factor + (terms.features @ k.t()).t() - (k * features[rows]).sum(-1, keepdim=True)
             dz = _times(log_q.exp(), factor)
             if Row.LOG_PROB in live:
                 index, inside = tile.label_index()
@@ -260,19 +244,27 @@ class ReferenceOperations:
                 dz *= 1.0 - (z / terms.head.softcap).square()
             if terms.head.logit_scale != 1.0:
                 dz *= terms.head.logit_scale
-            active = (cotangents.rows[:DIFFERENTIABLE, rows] != 0).any(0)
-            if cotangents.features is not None:
-                active |= (cotangents.features[rows] != 0).any(-1)
+            active = (by[:DIFFERENTIABLE, rows] != 0).any(0)
             out[rows].copy_(dz.masked_fill_(~active[:, None], 0.0))
+
+    def row_step_(self, logits: Tensor, chunk: Chunk, terms: Terms, cotangents: Cotangents, out: Tensor) -> Tensor:
+        """One after the other."""
+        statistics = self.row_statistics(logits, chunk, terms)
+        self.row_gradient_(logits, chunk, terms, statistics, cotangents, out)
+        return statistics
+
+    def row_probabilities(self, logits: Tensor, terms: Terms, statistics: Tensor) -> Tensor:
+        """exp((z - lse) - low)"""
+        z, known = _finished(logits, terms.head), statistics[..., None]
+        return _log_softmax(z, 1.0, known[Row.LSE], known[Row.LSE_LOW]).exp()
 
     def accumulate_columns_(
         self, logits: Tensor, chunk: Chunk, terms: Terms, statistics: Tensor, columns: Tensor
     ) -> None:
         """See `backends.rows.RowOperations`. A product with the [G, r] matrix of weights: no atomics."""
         groups = torch.arange(columns.shape[0], device=columns.device)[:, None]
-        for rows in _tiles(logits):
-            z = _finished(logits[rows], terms.head)
-            q = _log_softmax(z, 1.0, statistics[Row.LSE, rows, None], statistics[Row.LSE_LOW, rows, None]).exp()
+        for rows in tiles(logits):
+            q = self.row_probabilities(logits[rows], terms, statistics[:, rows])
             weight = q.new_ones(q.shape[0]) if chunk.weight is None else chunk.weight[rows]
             q.masked_fill_(weight[:, None] == 0, 0.0)
             if chunk.group is not None:
@@ -286,6 +278,6 @@ class ReferenceBackend(RowBackend):
     name = "reference"
     operations = ReferenceOperations()
 
-    def unavailable(self, device: torch.device) -> str | None:
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Never: it runs wherever PyTorch does."""
         return None

@@ -1,11 +1,13 @@
 """What the row backends share: products from `gemm`, and row operations that are all they differ in.
 
 A row operation reads logits [R, V] in the accumulation dtype as the product left them (the head's scale and
-softcap are its business) and a chunk's target, and never touches hidden states or weights.
+softcap are its business) and a chunk's target, and never touches hidden states, weights or features: features are
+a potential of each row, so that q @ features and its gradient are products of torch around the row operations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -14,38 +16,59 @@ from torch import Tensor
 
 from .. import gemm
 from ..teachers import DenseTarget
-from .contract import Chunk, Cotangents, Gradients, Terms
+from .contract import DIFFERENTIABLE, Chunk, Cotangents, Gradients, Row, Terms
+
+_ALIGN = 32  # logits: a row of a workspace starts on a cache line, so that products and loads are aligned for any V
+_TILE = {"cpu": 1 << 20}  # logits whose probabilities, or potentials of features, exist at a time
+_TILE_ELSEWHERE = 1 << 25
 
 
 class RowOperations(Protocol):
-    """The three row operations, the same Python signatures in every row backend."""
+    """The row operations, the same Python signatures in every row backend."""
 
-    def row_statistics(self, logits: Tensor, chunk: Chunk, terms: Terms) -> tuple[Tensor, Tensor | None]:
-        """Row quantities [len(Row), R] and features [R, K] of raw logits [R, V]."""
+    def row_statistics(self, logits: Tensor, chunk: Chunk, terms: Terms) -> Tensor:
+        """Row quantities [len(Row), R] of raw logits [R, V]."""
 
     def row_gradient_(
-        self,
-        logits: Tensor,
-        chunk: Chunk,
-        terms: Terms,
-        statistics: Tensor,
-        features: Tensor | None,
-        cotangents: Cotangents,
-        out: Tensor,
+        self, logits: Tensor, chunk: Chunk, terms: Terms, statistics: Tensor, cotangents: Cotangents, out: Tensor
     ) -> None:
-        """out [R, V] = d / d(raw logits), in the input dtype; `out` may be the memory of `logits`."""
+        """out [R, V] = d / d(raw logits), in the input dtype; a row of `out` may be `logits`' own, in whole or its
+        upper half."""
+
+    def row_step_(self, logits: Tensor, chunk: Chunk, terms: Terms, cotangents: Cotangents, out: Tensor) -> Tensor:
+        """Both: the row quantities, and the gradient into `out`."""
 
     def accumulate_columns_(
         self, logits: Tensor, chunk: Chunk, terms: Terms, statistics: Tensor, columns: Tensor
     ) -> None:
         """columns[group_n] += weight_n q_n over the chunk's rows, deterministically; columns [G, V]."""
 
+    def row_probabilities(self, logits: Tensor, terms: Terms, statistics: Tensor) -> Tensor:
+        """q [R, V] of raw logits."""
+
+
+def tiles(logits: Tensor) -> Iterator[slice]:
+    """Rows of `logits`, as many at a time as may have temporaries of their size."""
+    step = max(1, _TILE.get(logits.device.type, _TILE_ELSEWHERE) // max(1, logits.shape[1]))
+    return (slice(start, start + step) for start in range(0, logits.shape[0], step))
+
+
+def rows_of(chunk: Chunk, rows: slice) -> Chunk:
+    """Some rows of a chunk whose target is logits."""
+    return Chunk(
+        hidden=chunk.hidden[rows],
+        label=None if chunk.label is None else chunk.label[rows],
+        group=None if chunk.group is None else chunk.group[rows],
+        weight=None if chunk.weight is None else chunk.weight[rows],
+        target=None if chunk.target is None else chunk.target._replace(hidden=chunk.target.hidden[rows]),
+    )
+
 
 @dataclass
 class RowWorkspace:
-    """logits [rows, V] in the accumulation dtype and dlogits [rows, V] in the input dtype: one memory where the
-    two dtypes agree, and none at all for logits that the caller holds (dlogits go where `dhidden` points).
-    target: the same for a teacher head's logits, made by the first chunk that needs them."""
+    """logits [rows, V] in the accumulation dtype and dlogits [rows, V] in the input dtype, of one memory: a narrow row
+    of dlogits is the upper half of its row of logits. None for logits that the caller holds (dlogits go where
+    `dhidden` points). target: the logits of a teacher's head, made by the first chunk that needs them."""
 
     rows: int
     logits: Tensor | None
@@ -59,51 +82,52 @@ class RowWorkspace:
         hidden, head = chunk.target
         assert head.weight is not None
         if self.target is None:
-            wide = gemm.accumulate_dtype(hidden.dtype)
-            self.target = torch.empty(self.rows, head.weight.shape[0], dtype=wide, device=hidden.device)
+            self.target = _matrix(self.rows, head.weight.shape[0], hidden)[:, : head.weight.shape[0]]
         logits = self.target[: hidden.shape[0]]
         if multiply:
             gemm.logits_(hidden, head.weight, head.bias, logits)
         return replace(chunk, target=DenseTarget(logits, head._replace(weight=None, bias=None)))
 
 
+def _matrix(rows: int, vocab: int, like: Tensor) -> Tensor:
+    """[rows, V or a little more] in the accumulation dtype of `like`."""
+    return like.new_empty(rows, -(-vocab // _ALIGN) * _ALIGN, dtype=gemm.accumulate_dtype(like.dtype))
+
+
 class RowBackend:
-    """The backend contract on top of three row operations."""
+    """The backend contract on top of the row operations."""
 
     name: str
     best_rows = 4096
+    emulated: tuple[str, ...] = ()
     operations: RowOperations
 
     def chunk_bytes(self, dtype: torch.dtype, projected: bool, taught: bool) -> int:
-        """Own logits and the teacher's in the accumulation dtype, dlogits where that is another dtype."""
-        wide = gemm.accumulate_dtype(dtype).itemsize
-        own = wide + (dtype.itemsize if dtype.itemsize != wide else 0) if projected else 0
-        return max(1, own + (wide if taught else 0))
+        """Own logits, which the gradient is written over, and the teacher's."""
+        return gemm.accumulate_dtype(dtype).itemsize * max(1, projected + taught)
 
     def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> RowWorkspace:
-        """Buffers for `rows` rows; dlogits only where there is a gradient."""
+        """Memory for `rows` rows."""
         if terms.head.weight is None:
             return RowWorkspace(rows, None, None)
-        wide = gemm.accumulate_dtype(like.dtype)
-        logits = torch.empty(rows, vocab, dtype=wide, device=like.device)
-        if not gradient:
-            return RowWorkspace(rows, logits, None)
-        return RowWorkspace(rows, logits, logits if wide == like.dtype else torch.empty_like(logits, dtype=like.dtype))
-
-    def _logits(self, workspace: RowWorkspace, chunk: Chunk) -> Tensor:
-        return chunk.hidden if workspace.logits is None else workspace.logits[: chunk.hidden.shape[0]]
+        wide = _matrix(rows, vocab, like)
+        narrow = wide.view(like.dtype)[:, wide.view(like.dtype).shape[1] - wide.shape[1] :]
+        return RowWorkspace(rows, wide[:, :vocab], narrow[:, :vocab])
 
     def chunk_statistics(
         self, workspace: RowWorkspace, chunk: Chunk, terms: Terms, columns: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """One product and one row operation; see the contract."""
-        logits = self._logits(workspace, chunk)  # [R, V]
-        if terms.head.weight is not None:
-            gemm.logits_(chunk.hidden, terms.head.weight, terms.head.bias, logits)
-        chunk = workspace.resolved(chunk, multiply=True)
-        statistics, features = self.operations.row_statistics(logits, chunk, terms)
+        logits, chunk = self._multiplied(workspace, chunk, terms)
+        statistics = self.operations.row_statistics(logits, chunk, terms)
         if columns is not None:
             self.operations.accumulate_columns_(logits, chunk, terms, statistics, columns)
+        if terms.features is None:
+            return statistics, None
+        features = statistics.new_empty(logits.shape[0], terms.features.shape[1])
+        for rows in tiles(logits):
+            q = self.operations.row_probabilities(logits[rows], terms, statistics[:, rows])
+            features[rows] = (terms.features.t() @ q.t()).t()
         return statistics, features
 
     def chunk_gradient(
@@ -117,15 +141,50 @@ class RowBackend:
         gradients: Gradients,
     ) -> None:
         """One row operation and up to two products; see the contract."""
-        logits = self._logits(workspace, chunk)  # [R, V]
-        if terms.head.weight is None:  # the caller's logits: their gradient is the result
-            assert gradients.dhidden is not None
-            out = gradients.dhidden
-        else:
-            assert workspace.dlogits is not None
-            out = workspace.dlogits[: logits.shape[0]]
+        logits, out = self._rooms(workspace, chunk, gradients)
         chunk = workspace.resolved(chunk, multiply=False)
-        self.operations.row_gradient_(logits, chunk, terms, statistics, features, cotangents, out)
+        if features is None or cotangents.features is None:
+            self.operations.row_gradient_(logits, chunk, terms, statistics, cotangents, out)
+        else:
+            self._feature_gradient_(logits, chunk, terms, statistics, features, cotangents, out)
+        self._products(out, chunk, terms, gradients)
+
+    def chunk_step(
+        self,
+        workspace: RowWorkspace,
+        chunk: Chunk,
+        terms: Terms,
+        columns: Tensor | None,
+        cotangents: Cotangents,
+        gradients: Gradients,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One row operation for both halves, where nothing else reads the logits between them."""
+        if columns is not None or terms.features is not None:
+            statistics, features = self.chunk_statistics(workspace, chunk, terms, columns)
+            self.chunk_gradient(workspace, chunk, terms, statistics, features, cotangents, gradients)
+            return statistics, features
+        _, chunk = self._multiplied(workspace, chunk, terms)
+        logits, out = self._rooms(workspace, chunk, gradients)
+        statistics = self.operations.row_step_(logits, chunk, terms, cotangents, out)
+        self._products(out, chunk, terms, gradients)
+        return statistics, None
+
+    def _multiplied(self, workspace: RowWorkspace, chunk: Chunk, terms: Terms) -> tuple[Tensor, Chunk]:
+        """The chunk's logits, its own and its target's."""
+        if terms.head.weight is None or workspace.logits is None:
+            return chunk.hidden, workspace.resolved(chunk, multiply=True)
+        logits = workspace.logits[: chunk.hidden.shape[0]]
+        gemm.logits_(chunk.hidden, terms.head.weight, terms.head.bias, logits)
+        return logits, workspace.resolved(chunk, multiply=True)
+
+    def _rooms(self, workspace: RowWorkspace, chunk: Chunk, gradients: Gradients) -> tuple[Tensor, Tensor]:
+        """Where the chunk's logits are, and where their gradient goes."""
+        if workspace.logits is None or workspace.dlogits is None:  # the caller's logits: their gradient is the result
+            assert gradients.dhidden is not None
+            return chunk.hidden, gradients.dhidden
+        return workspace.logits[: len(chunk.hidden)], workspace.dlogits[: len(chunk.hidden)]
+
+    def _products(self, out: Tensor, chunk: Chunk, terms: Terms, gradients: Gradients) -> None:
         if terms.head.weight is not None and gradients.dhidden is not None:
             gemm.dhidden_(out, terms.head.weight, gradients.dhidden)
         if gradients.dweight is not None:
@@ -133,3 +192,42 @@ class RowBackend:
         if gradients.dbias is not None:
             total = out.sum(0, dtype=gradients.dbias.dtype)
             gradients.dbias.copy_(total) if gradients.first else gradients.dbias.add_(total)
+
+    def _feature_gradient_(
+        self,
+        logits: Tensor,
+        chunk: Chunk,
+        terms: Terms,
+        statistics: Tensor,
+        features: Tensor,
+        cotangents: Cotangents,
+        out: Tensor,
+    ) -> None:
+        """q phi k - q <q, phi k> is what a potential phi k [V] of the row's own adds; with c that of POTENTIAL, the two
+        are the one potential phi k + c G of cotangent 1."""
+        assert terms.features is not None
+        assert cotangents.features is not None
+        for rows in tiles(logits):
+            kappa = cotangents.features[rows]  # [r, K]
+            potential = (terms.features @ kappa.t()).t()  # [r, V]
+            mean = (kappa * features[rows]).sum(-1)
+            by = cotangents.rows[:, rows].clone()
+            active = (kappa != 0).any(-1)
+            if Row.POTENTIAL in terms.differentiated and terms.potential is not None:
+                table = terms.potential[:1] if chunk.group is None else terms.potential[chunk.group[rows]]
+                potential = potential + by[Row.POTENTIAL, :, None] * table
+                mean = mean + by[Row.POTENTIAL] * statistics[Row.POTENTIAL, rows]
+                active |= by[Row.POTENTIAL] != 0
+            by[Row.POTENTIAL] = active.to(by.dtype)
+            known = statistics[:, rows].clone()
+            known[Row.POTENTIAL] = mean
+            own = torch.arange(len(potential), device=potential.device)
+            slope = None if cotangents.lse_slope is None else cotangents.lse_slope[rows]
+            self.operations.row_gradient_(
+                logits[rows],
+                replace(rows_of(chunk, rows), group=own),
+                replace(terms, potential=potential.contiguous(), differentiated=terms.differentiated | {Row.POTENTIAL}),
+                known,
+                Cotangents(by[:DIFFERENTIABLE], lse_slope=slope),
+                out[rows],
+            )

@@ -1,0 +1,122 @@
+"""Compile every specialisation of the Triton kernels that the table of cases launches, for GPUs that are not here.
+
+Run as a program, without TRITON_INTERPRET; prints one JSON line a specialisation and architecture: kernel, constants,
+registers, spilled and stack bytes, shared memory. The plain `ptxas` of the Triton package does not take the PTX of
+every target, `ptxas-blackwell` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from cases import CASES, Case, make
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import triton_ops.columns
+import triton_ops.rows
+from dft_kernels import linear_distribution_loss, linear_distribution_statistics
+from dft_kernels.backends.triton import TritonBackend
+from triton_ops.launch import OPTIONS
+
+ARCHITECTURES = (80, 90, 100)
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
+NOT_SPECIALISED = ("statistics_stride", "cotangents_stride")
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"
+
+
+def record(into: dict[str, Any]) -> Any:
+    """A stand-in for `launch.launch` that keeps what Triton would have compiled, specialised as Triton does."""
+
+    def launch(kernel: Any, grid: tuple[int, ...], where: torch.Tensor, *arguments: Any, **constants: Any) -> None:
+        signature, fixed, hints = {}, dict(constants), {}
+        for place, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+            aligned = False
+            free = isinstance(value, int) and name in NOT_SPECIALISED
+            if value is None or (isinstance(value, int) and value == 1 and not free):
+                signature[name], fixed[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name], aligned = POINTERS[value.dtype], value.data_ptr() % 16 == 0
+            elif isinstance(value, int):
+                signature[name], aligned = "i32", value % 16 == 0 and not free
+            else:
+                signature[name] = "fp32"
+            if aligned:
+                hints[(place,)] = [["tt.divisibility", 16]]
+        signature |= dict.fromkeys(constants, "constexpr")
+        shown = {name: getattr(value, "__name__", value) for name, value in fixed.items()}
+        key = json.dumps([kernel.__name__, signature, shown, sorted(map(str, hints))])
+        into.setdefault(key, (kernel, signature, fixed, hints, shown))
+
+    return launch
+
+
+def specialisations() -> list[Any]:
+    """What the table of cases launches, in shapes as models have them: V divisible by 16, and not."""
+    found: dict[str, Any] = {}
+    triton_ops.rows.launch = triton_ops.columns.launch = record(found)
+    TritonBackend.unavailable = lambda self, device, dtype: None
+    for case in CASES.values():
+        for vocab in (8192, 8193):
+            for dtype in (torch.bfloat16, torch.float32):
+                shaped: Case = case._replace(shape=(min(4, case.shape[0]), 16, vocab))
+                arguments = make(shaped, dtype) | {"backend": "triton"}
+                linear_distribution_loss(**arguments).sum().backward()
+                if case.name == "everything":
+                    linear_distribution_loss(**arguments, return_metrics=True)[0].backward()
+                    taken = ("hidden", "weight", "target", "teacher", "divergence", "group", "num_groups")
+                    taken = {name: arguments[name] for name in taken}
+                    s = linear_distribution_statistics(**taken, features=torch.ones(vocab, 2), backend="triton")
+                    (s.entropy.sum() + s.divergence.sum() + s.features.sum() + s.mean_probability[0, 0]).backward()
+    return list(found.values())
+
+
+def resources(job: tuple[Any, int]) -> str:
+    (kernel, signature, fixed, hints, shown), architecture = job
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(ASTSource(kernel, signature, fixed, hints), target=target, options=dict(OPTIONS))
+    name = f"sm_{architecture}a" if architecture >= 90 else f"sm_{architecture}"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(compiled.asm["ptx"])
+        command = [PTXAS, "-v", f"-arch={name}", source, "-o", os.devnull]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    used = re.search(r"Used (\d+) registers", report)
+    assert frame is not None
+    assert used is not None
+    result = {
+        "kernel": kernel.__name__,
+        "architecture": name,
+        "registers": int(used[1]),
+        "spilled": sum(map(int, frame.groups())),
+        "shared": compiled.metadata.shared,
+        "constants": {k: v for k, v in shown.items() if not str(k).startswith("_")},
+        "types": signature,
+        "even": (list(signature).index("V"),) in hints,
+        "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"])),
+    }
+    return json.dumps(result)
+
+
+if __name__ == "__main__":
+    jobs = [(specialised, architecture) for specialised in specialisations() for architecture in ARCHITECTURES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for line in pool.map(resources, jobs):
+            print(line)
+    sys.exit(0)

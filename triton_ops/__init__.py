@@ -1,0 +1,19 @@
+"""Row kernels in Triton: statistics and gradients of rows of logits against labels and target distributions.
+
+Knows torch and triton only. Logits of any floating dtype, arithmetic and statistics in fp32, 64-bit row offsets.
+`TRITON_INTERPRET=1`, set before this is imported, runs the same kernels on CPU tensors.
+"""
+
+from .columns import accumulate_columns, probabilities
+from .row_kernel import STATISTICS
+from .rows import Rows, row_gradient, row_statistics, row_step
+
+__all__ = [
+    "STATISTICS",
+    "Rows",
+    "accumulate_columns",
+    "probabilities",
+    "row_gradient",
+    "row_statistics",
+    "row_step",
+]

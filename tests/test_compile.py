@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, leaves, make
+from cases import CASES, PRESENT, leaves, make
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dft_kernels as dk
@@ -30,6 +30,15 @@ def test_fullgraph_with_dynamic_rows(case, backend):
         for a, b in zip(*values, strict=True):
             assert relative_error(a, b) < 1e-6
     assert counter.frame_count <= 2  # one static, one dynamic
+
+
+@pytest.mark.parametrize("backend", PRESENT)
+@pytest.mark.filterwarnings("ignore")
+def test_fullgraph_with_a_named_backend(backend):
+    torch._dynamo.reset()
+    arguments = make(CASES["cross_entropy_bias"], torch.float32) | {"backend": backend}
+    compiled = torch.compile(dk.linear_distribution_loss, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(**arguments), dk.linear_distribution_loss(**arguments)) < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,6 +6,7 @@
 // On a CPU N is a vector of lanes (simd.h), on a GPU a float. lp = log p, lq = log q, a = the parameter; a
 // probability of zero is log = -inf, and then d below may be NaN: every use of it is guarded by its probability.
 // flat: sum_v g = 0 whatever p and q are, so that a gradient needs no sum over v beforehand.
+// linear: sum_v g = sum_v q (log q - log p), which can be summed beside the log-sum-exps.
 #pragma once
 
 #include <cmath>
@@ -73,20 +74,20 @@ struct Pieces {
 // KL(p || q)
 template <class M>
 struct ForwardKl {
-  static constexpr bool flat = true;
+  static constexpr bool flat = true, linear = false;
   using N = typename M::N;
   using T = typename M::Scalar;
   DFT_FN void eval(N lp, N lq, N q, T, N& f, N& g) {
-    N p = M::exp(lp);
-    f = Pieces<M>::kl(p, q, lq - lp);
-    g = q - p;
+    N p = M::exp(lp), d = lq - lp;
+    f = Pieces<M>::kl(p, q, d);
+    g = M::select(M::abs(d) < T(0.5), f + p * d, q - p);  // which does not cancel where p and q nearly agree
   }
 };
 
 // KL(q || p)
 template <class M>
 struct ReverseKl {
-  static constexpr bool flat = false;
+  static constexpr bool flat = false, linear = true;
   using N = typename M::N;
   using T = typename M::Scalar;
   DFT_FN void eval(N lp, N lq, N q, T, N& f, N& g) {
@@ -98,7 +99,7 @@ struct ReverseKl {
 // a KL(p || m) + (1 - a) KL(q || m), m = a p + (1 - a) q
 template <class M>
 struct JensenShannon {
-  static constexpr bool flat = false;
+  static constexpr bool flat = false, linear = false;
   using N = typename M::N;
   using T = typename M::Scalar;
   DFT_FN void eval(N lp, N lq, N q, T a, N& f, N& g) {
@@ -112,7 +113,7 @@ struct JensenShannon {
 // KL(p || m), m = a p + (1 - a) q
 template <class M>
 struct SkewKl {
-  static constexpr bool flat = false;
+  static constexpr bool flat = false, linear = false;
   using N = typename M::N;
   using T = typename M::Scalar;
   DFT_FN void eval(N lp, N lq, N q, T a, N& f, N& g) {
@@ -126,7 +127,7 @@ struct SkewKl {
 // KL(q || m), m = a q + (1 - a) p
 template <class M>
 struct SkewReverseKl {
-  static constexpr bool flat = false;
+  static constexpr bool flat = false, linear = false;
   using N = typename M::N;
   using T = typename M::Scalar;
   DFT_FN void eval(N lp, N lq, N q, T a, N& f, N& g) {
@@ -140,16 +141,16 @@ struct SkewReverseKl {
 // (p^a q^(1 - a) - a p - (1 - a) q) / (a (a - 1))
 template <class M>
 struct AlphaDivergence {
-  static constexpr bool flat = false;
+  static constexpr bool flat = false, linear = false;
   using N = typename M::N;
   using T = typename M::Scalar;
   DFT_FN void eval(N lp, N lq, N q, T a, N& f, N& g) {
     N d = lp - lq, zero = M::set(T(0));
     N any = M::max(lp, lq);
     N power = M::select(any > M::set(-INFINITY), M::exp_any(a * lp + (T(1) - a) * lq), zero);
-    N near = q * (M::expm1(a * d) - a * M::expm1(d));
+    N near = q * (Pieces<M>::excess(a * d) - a * Pieces<M>::excess(d));  // the linear terms cancel
     N far = power - a * M::exp(lp) - (T(1) - a) * q;
-    f = M::select(M::abs(d) < T(0.5), near, far) / (a * (a - T(1)));
+    f = M::select(M::max(M::abs(d), M::abs(a * d)) < T(0.5), near, far) / (a * (a - T(1)));
     g = (q - power) / a;
   }
 };
@@ -157,7 +158,7 @@ struct AlphaDivergence {
 // 1/2 |p - q|
 template <class M>
 struct TotalVariation {
-  static constexpr bool flat = false;
+  static constexpr bool flat = false, linear = false;
   using N = typename M::N;
   using T = typename M::Scalar;
   DFT_FN void eval(N lp, N lq, N q, T, N& f, N& g) {
@@ -170,7 +171,7 @@ struct TotalVariation {
 // 1/2 (sqrt p - sqrt q)^2
 template <class M>
 struct SquaredHellinger {
-  static constexpr bool flat = false;
+  static constexpr bool flat = false, linear = false;
   using N = typename M::N;
   using T = typename M::Scalar;
   DFT_FN void eval(N lp, N lq, N q, T, N& f, N& g) {

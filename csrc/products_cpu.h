@@ -14,6 +14,7 @@
 
 #include "rows_cpu.h"
 #include "step_cpu.h"
+#include "tensors.h"
 
 namespace dft {
 
@@ -68,21 +69,6 @@ const Kernels<T>& kernels() {
     }
   }();
   return chosen;
-}
-
-inline Element element_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return Element::f32;
-    case at::kDouble:
-      return Element::f64;
-    case at::kBFloat16:
-      return Element::bf16;
-    case at::kHalf:
-      return Element::f16;
-    default:
-      TORCH_CHECK(false, "dft_kernels: logits must be floating, got ", type);
-  }
 }
 
 // Whether the tile product (bf16 x bf16 -> fp32) runs here: brgemm throws where the processor lacks it.

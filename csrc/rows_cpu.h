@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "element.h"
+
 namespace dft {
 
 constexpr int64_t kLanes = 32;
@@ -100,8 +102,6 @@ struct Gradient {
   double* bias;   // [m]: += sum over tokens, or null
   double* value;  // [c]: += sum f, for a flat divergence (divergence.h), whose sweep 2 this replaces
 };
-
-enum class Element { f32, f64, bf16, f16 };
 
 template <class T>
 struct Kernels {

@@ -1,4 +1,5 @@
-"""The compiled room: whether `dft_kernels._C` is there, fits the running torch, and if not, why."""
+"""The compiled rooms: whether `dft_kernels._C` (the CPU's) and `dft_kernels._cuda` are there, fit the running torch, and
+if not, why."""
 
 from __future__ import annotations
 
@@ -42,20 +43,54 @@ def mismatch(stamp: dict[str, Any] | None) -> str | None:
 
 
 def load() -> tuple[Any, str | None]:
-    """The extension module and None, or None and the reason. A stamp that does not fit is also warned about."""
+    """The CPU's extension module and None, or None and the reason. A stamp that does not fit is also warned about."""
     stamp = read_stamp()
-    reason = mismatch(stamp)
-    if reason is None:
-        try:
-            return importlib.import_module("dft_kernels._C"), None
-        except ImportError as error:
-            reason = f"the C++ extension does not load ({error}). {REBUILD}"
-    if stamp is not None and stamp.get("built"):
+    module, reason = _imported("_C", mismatch(stamp))
+    if reason is not None and stamp is not None and stamp.get("built"):
         warnings.warn(f"dft_kernels: {reason}", RuntimeWarning, stacklevel=2)
-    return None, reason
+    return module, reason
+
+
+def load_cuda() -> tuple[Any, str | None]:
+    """The same of the CUDA kernels, which are their own module: neither is lost with the other."""
+    stamp = (read_stamp() or {}).get("cuda_kernels")
+    if stamp is None:
+        return None, f"the CUDA kernels were never built. {REBUILD}"
+    if not stamp.get("built"):
+        return None, f"the CUDA kernels were not built: {stamp.get('reason')}"
+    return _imported("_cuda", mismatch({**stamp, "built": True}))
+
+
+def _imported(name: str, reason: str | None) -> tuple[Any, str | None]:
+    if reason is not None:
+        return None, reason
+    try:
+        return importlib.import_module(f"dft_kernels.{name}"), None
+    except ImportError as error:
+        return None, f"the extension {name} does not load ({error}). {REBUILD}"
+
+
+def not_compiled_for(capability: tuple[int, int], stamp: dict[str, Any] | None = None) -> str | None:
+    """Why the CUDA kernels do not run on a GPU of this capability, None if they do: machine code runs on its own and
+    higher minor versions of its major one (with an "a" on its own alone), PTX on all that are as new as it."""
+    built = (stamp if stamp is not None else (read_stamp() or {}).get("cuda_kernels") or {}).get("architectures", [])
+    for name in built:
+        digits, ptx = name.removesuffix("+PTX"), name.endswith("+PTX")
+        exact = digits.endswith("a")
+        version = tuple(int(part) for part in digits.rstrip("a").split("."))
+        if version == capability or (not exact and version[0] == capability[0] and version <= capability):
+            return None
+        if ptx and not exact and version <= capability:
+            return None
+    wanted = ".".join(map(str, capability))
+    return (
+        f"the CUDA kernels were compiled for {', '.join(built) or 'no GPU'}, this one has capability {wanted}. Rebuild with "
+        f"TORCH_CUDA_ARCH_LIST={wanted} pip install --no-build-isolation -e ."
+    )
 
 
 MODULE, REASON = load()
+CUDA, CUDA_REASON = load_cuda()
 
 
 def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from .contract import Backend
+from .cuda import CudaBackend
 from .native import NativeBackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
 # in the order of preference of "auto"
-BACKENDS: dict[str, Any] = {backend.name: backend for backend in (NativeBackend(), TritonBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Any] = {backend.name: backend for backend in (NativeBackend(), CudaBackend(), TritonBackend(), ReferenceBackend())}
 
 
 def fitting(device: torch.device, dtype: torch.dtype) -> list[str]:

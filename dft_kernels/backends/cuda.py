@@ -1,0 +1,31 @@
+"""The CUDA backend: the row operations of csrc/rows_cuda.cu, on NVIDIA GPUs, where the extension was built with nvcc."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import extension
+from .rows import KernelOperations, RowBackend
+
+
+def _kernels() -> Any:
+    return extension.CUDA
+
+
+class CudaBackend(RowBackend):
+    """CUDA row kernels around torch's products."""
+
+    name = "cuda"
+    operations = KernelOperations(_kernels)
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Off an NVIDIA GPU, without the extension, on a GPU that it was not compiled for."""
+        if device.type != "cuda" or torch.version.hip is not None:
+            return f"its kernels run on NVIDIA GPUs, not on {'ROCm' if device.type == 'cuda' else device.type}"
+        if extension.CUDA is None:
+            return extension.CUDA_REASON
+        if torch.compiler.is_compiling():
+            return None
+        return extension.not_compiled_for(torch.cuda.get_device_capability(device))

@@ -1,5 +1,5 @@
-"""The compiled rooms: whether `dft_kernels._C` (the CPU's) and `dft_kernels._cuda` are there, fit the running torch, and
-if not, why."""
+"""The compiled rooms: whether `dft_kernels._C` (the CPU's) and `dft_kernels._cuda` are there and fit the running torch,
+and if not, why."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def not_compiled_for(capability: tuple[int, int], stamp: dict[str, Any] | None =
             return None
     wanted = ".".join(map(str, capability))
     return (
-        f"the CUDA kernels were compiled for {', '.join(built) or 'no GPU'}, this one has capability {wanted}. Rebuild with "
-        f"TORCH_CUDA_ARCH_LIST={wanted} pip install --no-build-isolation -e ."
+        f"the CUDA kernels were compiled for {', '.join(built) or 'no GPU'}, this one has capability {wanted}. Rebuild "
+        f"with: TORCH_CUDA_ARCH_LIST={wanted} pip install --no-build-isolation -e ."
     )
 
 

@@ -1,4 +1,5 @@
-"""Before anything imports triton: on a machine without a GPU its kernels are interpreted, on CPU tensors."""
+"""On a machine without a GPU the GPU backends are emulated on CPU tensors: the Triton kernels by Triton's interpreter
+(before anything imports triton), the generic CUDA kernels by a stand-in for CUDA's threads."""
 
 import os
 
@@ -6,3 +7,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    import cuda_on_host
+
+    cuda_on_host.install()

@@ -72,7 +72,7 @@ CALLS = {  # what is given beside hidden, weight, target -> what the message mus
     "chunk_size": ({"chunk_size": 0}, ValueError, "chunk_size must be an int of at least 1"),
     "budget": ({"memory_budget": 10}, ValueError, r"memory_budget must be at least \d+ bytes \(one row of 9 logits\), got 10"),
     "both_sizes": ({"memory_budget": 1 << 20, "chunk_size": 2}, ValueError, "chunk_size must be None where memory_budget"),
-    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of auto, native, triton, reference"),
+    "backend": ({"backend": "metal"}, ValueError, "backend must be one of auto, native, cuda, triton, reference"),
 }  # fmt: skip
 
 

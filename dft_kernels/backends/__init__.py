@@ -13,7 +13,9 @@ from .reference import ReferenceBackend
 from .triton import TritonBackend
 
 # in the order of preference of "auto"
-BACKENDS: dict[str, Any] = {backend.name: backend for backend in (NativeBackend(), CudaBackend(), TritonBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Any] = {
+    backend.name: backend for backend in (NativeBackend(), CudaBackend(), TritonBackend(), ReferenceBackend())
+}
 
 
 def fitting(device: torch.device, dtype: torch.dtype) -> list[str]:

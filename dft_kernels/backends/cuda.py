@@ -1,4 +1,4 @@
-"""The CUDA backend: the row operations of csrc/rows_cuda.cu, on NVIDIA GPUs, where the extension was built with nvcc."""
+"""The CUDA backend: the row operations of csrc/rows_cuda.cu, where the extension was built with nvcc."""
 
 from __future__ import annotations
 

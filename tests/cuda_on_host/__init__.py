@@ -1,0 +1,69 @@
+"""The generic CUDA kernels on the CPU: csrc/rows_cuda.cu and its binding, compiled for the host under a stand-in for
+CUDA's threads (cuda_on_host.h), as the backend "cuda" of this test run."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import cpp_extension
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+SOURCES = [HERE / "control.cpp", ROOT / "csrc" / "bindings_cuda.cpp"]
+NAME = "_cuda_on_host"
+
+
+def build() -> Path:
+    """Compile the module, once for each state of its sources."""
+    inputs = sorted([*(ROOT / "csrc").glob("*.h"), ROOT / "csrc" / "rows_cuda.cu", *HERE.glob("*.h"), *SOURCES])
+    digest = hashlib.sha256(torch.__version__.encode() + b"".join(path.read_bytes() for path in inputs)).hexdigest()
+    folder = ROOT / "build" / "cuda_on_host"
+    module = folder / f"{digest[:16]}.so"
+    if module.exists():
+        return module
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
+    # longjmp from fibre to fibre is what fortified libraries refuse
+    flags = ["-std=c++20", "-O2", "-fPIC", "-U_FORTIFY_SOURCE", f"-DTORCH_EXTENSION_NAME={NAME}", "-DDFT_CUDA_ON_HOST"]
+    flags += [f"-I{ROOT / 'csrc'}", f"-I{HERE}", *(f"-isystem{path}" for path in paths)]
+    objects = [folder / f"{digest[:16]}-{source.stem}.o" for source in SOURCES]
+    compilers = [
+        subprocess.Popen(["g++", *flags, "-c", source, "-o", made], stderr=subprocess.PIPE, text=True)
+        for source, made in zip(SOURCES, objects, strict=True)
+    ]
+    for compiler in compilers:
+        _, said = compiler.communicate()
+        assert compiler.returncode == 0, said
+    libraries = [
+        f"-L{cpp_extension.library_paths()[0]}",
+        *(f"-l{name}" for name in ("c10", "torch_cpu", "torch_python")),
+    ]
+    subprocess.run(["g++", "-shared", "-o", f"{module}.part", *objects, *libraries], check=True)
+    Path(f"{module}.part").rename(module)
+    return module
+
+
+def load() -> Any:
+    spec = importlib.util.spec_from_file_location(NAME, build())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def install() -> None:
+    """Make it the backend "cuda" on CPU tensors."""
+    from dft_kernels import extension
+    from dft_kernels.backends.cuda import CudaBackend
+
+    real = CudaBackend.unavailable
+    extension.CUDA = load()
+    CudaBackend.emulated = ("cpu",)
+    CudaBackend.unavailable = lambda self, device, dtype: None if device.type == "cpu" else real(self, device, dtype)

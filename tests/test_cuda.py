@@ -1,0 +1,218 @@
+"""The CUDA backend without a GPU: what its kernels compile to, their execution on the CPU, the build and its errors."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, compare
+
+import dft_kernels as dk
+from dft_kernels import divergences, extension
+from dft_kernels.backends.contract import Row
+
+ROOT = Path(__file__).parent.parent
+NVCC = shutil.which("nvcc")
+emulated = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run on")
+compiles = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+
+
+@emulated
+def test_names_are_the_tables() -> None:
+    assert [divergences.TABLE[name].id for name in extension.CUDA.DIVERGENCES] == list(range(len(divergences.TABLE)))
+    assert len(Row) == extension.CUDA.STATISTICS
+    names = re.search(r"enum Row \{(.*?)\}", (ROOT / "csrc/rows_cuda.h").read_text(), re.S)
+    assert names is not None
+    listed = [name.strip().removeprefix("k").lower() for name in names[1].split(",") if name.strip()]
+    assert listed[:-1] == [row.name.replace("_", "").lower() for row in Row]
+
+
+@pytest.fixture
+def reversed_threads() -> Iterator[None]:
+    extension.CUDA.reverse_threads(True)
+    yield
+    extension.CUDA.reverse_threads(False)
+
+
+@emulated
+@pytest.mark.usefixtures("reversed_threads")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", CASES)
+def test_the_order_of_threads_changes_nothing(case: str, dtype: torch.dtype) -> None:
+    compare(CASES[case], dtype, "cuda")
+
+
+@emulated
+def test_a_divergent_barrier_is_found() -> None:
+    assert "wait at different barriers" in extension.CUDA.run_divergent_barrier()
+
+
+@emulated
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_on_and_off_16_bytes(dtype: torch.dtype, shift: int) -> None:
+    """The wide loads and stores and the others, for a vocabulary that ends inside a group."""
+    g = torch.Generator().manual_seed(0)
+    wide = [torch.randn(3, 2064, generator=g).to(dtype) for _ in range(2)]
+    logits, teacher = (x[:, shift : shift + 2053].requires_grad_(i == 0) for i, x in enumerate(wide))
+    target = torch.tensor([0, 2052, 7])
+    arguments = {"divergence": "reverse_kl", "hard_weight": 0.5}
+    loss = dk.distribution_loss(logits, target, teacher, backend="cuda", **arguments)
+    exact = dk.testing.dense_loss(logits, None, target, teacher, **arguments)
+    for ours, want in zip(
+        (loss, *torch.autograd.grad(loss, logits)), (exact, *torch.autograd.grad(exact, logits)), strict=True
+    ):
+        assert dk.testing.relative_error(ours, want) < (4e-3 if dtype == torch.bfloat16 and ours.ndim else 1e-3)
+
+
+@emulated
+def test_offsets_are_64_bit() -> None:
+    """Two rows 2^31 numbers apart, of which only the pages that are touched exist."""
+    kernels, apart, vocab = extension.CUDA, 2**31, 700
+    logits = torch.empty(apart + vocab, dtype=torch.bfloat16).as_strided((2, vocab), (apart, 1))
+    out = torch.empty(apart + vocab, dtype=torch.bfloat16).as_strided((2, vocab), (apart, 1))
+    logits.copy_(torch.randn(2, vocab))
+    cotangents = torch.zeros(6, 2)
+    cotangents[Row.LSE] = 1.0  # whose gradient is q
+    rows = kernels.Rows(logits=logits)
+    statistics = kernels.row_step(rows, 1 << Row.LSE, 1 << Row.LSE, cotangents, None, out)
+    exact = logits.float().softmax(-1)
+    torch.testing.assert_close(out.float(), exact, rtol=8e-3, atol=0)
+    torch.testing.assert_close(kernels.probabilities(rows, statistics), exact)
+    columns = torch.zeros(1, vocab)
+    kernels.accumulate_columns(rows, statistics, None, columns)
+    torch.testing.assert_close(columns[0], exact.sum(0))
+
+
+@emulated
+def test_the_binding_checks_what_it_is_given() -> None:
+    kernels = extension.CUDA
+    rows = kernels.Rows(logits=torch.randn(3, 5))
+    with pytest.raises(RuntimeError, match="label must be given"):
+        kernels.row_statistics(rows, 1 << Row.LOG_PROB, 0)
+    with pytest.raises(RuntimeError, match="target must be given"):
+        kernels.row_statistics(rows, 1 << Row.DIVERGENCE, 0)
+    with pytest.raises(RuntimeError, match=r"out must be \[R, V\] like logits \[3, 5\], got \[3, 4\]"):
+        kernels.row_gradient(rows, torch.zeros(14, 3), 8, torch.zeros(6, 3), None, torch.empty(3, 4))
+    with pytest.raises(RuntimeError, match=r"cotangents must be \[6, R\]"):
+        kernels.row_gradient(rows, torch.zeros(14, 3), 8, torch.zeros(6, 2), None, torch.empty(3, 5))
+    with pytest.raises(RuntimeError, match="divergence must be one of its table, got kl"):
+        kernels.row_statistics(kernels.Rows(logits=torch.randn(3, 5), divergence="kl"), 8, 0)
+
+
+@compiles
+@pytest.mark.parametrize("architecture", ["75", "80", "90a", "100"])
+def test_kernels_compile_alone_without_warnings_and_spills(architecture: str, tmp_path: Path) -> None:
+    for source in sorted((ROOT / "csrc").glob("*.cu")):
+        command = (
+            f"nvcc -std=c++17 --expt-relaxed-constexpr --extended-lambda -Icsrc -gencode=arch=compute_{architecture}"
+        )
+        command += f",code=sm_{architecture} -Xptxas -v,-Werror -Werror all-warnings -c {source} -o {tmp_path}/kernel.o"
+        done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        entries = done.stderr.count("Compiling entry function")
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+        assert len(frames) == entries
+        assert entries >= 2 * (len(divergences.TABLE) + 1)  # float and double
+        assert set(frames) == {("0", "0", "0")}
+        assert max(map(int, re.findall(r"Used (\d+) registers", done.stderr))) <= 168
+
+
+def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    for name in ("csrc", "dft_kernels"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    merged = {**os.environ, "DFT_KERNELS_CUDA": "1", **environment}
+    return subprocess.run(command, cwd=folder, env=merged, capture_output=True, text=True)
+
+
+@compiles
+def test_the_extension_builds_links_and_loads(tmp_path: Path) -> None:
+    """On any machine with nvcc, GPU or not, CUDA in torch or not."""
+    done = build(tmp_path, TORCH_CUDA_ARCH_LIST="8.0+PTX")
+    assert done.returncode == 0, done.stderr[-3000:]
+    code = (
+        "from dft_kernels import extension as e; from dft_kernels.backends import BACKENDS; import torch\n"
+        "print(e.CUDA.DIVERGENCES, e.read_stamp()['cuda_kernels']['architectures'])\n"
+        "print(BACKENDS['cuda'].unavailable(torch.device('cpu'), torch.float32))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert f"{list(divergences.TABLE)} ['8.0+PTX']" in ran.stdout
+    assert "its kernels run on NVIDIA GPUs, not on cpu" in ran.stdout
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("environment", "nvcc", "text"),
+    [
+        ({"DFT_KERNELS_CUDA": "yes"}, None, "DFT_KERNELS_CUDA must be 0, 1 or unset, got 'yes'"),
+        ({"CUDA_HOME": "/nowhere"}, None, "there is no nvcc in CUDA_HOME=/nowhere. Install the CUDA toolkit"),
+        ({}, "echo nothing", "says nothing of a release. Set CUDA_HOME"),
+        ({}, "echo release 11.8", r"nvcc must be 12.0 or newer, .* is 11.8. Install one, or set CUDA_HOME"),
+        (
+            {"TORCH_CUDA_ARCH_LIST": "Hopper"},
+            'case $1 in --version) echo release 13.0;; *) echo compute_80;; esac',
+            r"entries like 8.0, 9.0a or 10.0\+PTX, got 'Hopper'",
+        ),
+        (
+            {"TORCH_CUDA_ARCH_LIST": "8.0;7.0"},
+            'case $1 in --version) echo release 13.0;; *) echo compute_80;; esac',
+            r"GPUs from 7.5 on that nvcc compiles for \(8.0\), got 7.0. Take it out",
+        ),
+        (
+            {},
+            'case $1 in --version) echo release 13.0;; --list*) echo compute_80;; --dryrun) exit 0;; '
+            '*) echo "host_config.h: error: unsupported GNU version! gcc versions later than 12" >&2; exit 1;; esac',
+            r"nvcc failed: .*unsupported GNU version.*Set NVCC_PREPEND_FLAGS",
+        ),
+    ],
+    ids=["variable", "no_nvcc", "no_version", "old_nvcc", "arch_form", "arch_old", "host_compiler"],
+)  # fmt: skip
+def test_what_stops_the_build_says_what_to_do(
+    environment: dict[str, str], nvcc: str | None, text: str, tmp_path: Path
+) -> None:
+    if torch.version.cuda is not None and nvcc is not None:
+        nvcc = nvcc.replace("13.0", torch.version.cuda)
+    if nvcc is not None:
+        home = tmp_path / "toolkit"
+        script(home / "bin" / "nvcc", nvcc)
+        (home / "lib64").mkdir()
+        (home / "lib64" / "libcudart_static.a").touch()
+        environment = {"CUDA_HOME": str(home), **environment}
+    folder = tmp_path / "source"
+    folder.mkdir()
+    done = build(folder, **environment)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(rf"^dft_kernels: DFT_KERNELS_CUDA=1, but .*{text}", last), done.stderr
+
+
+def test_gpus_that_the_kernels_were_not_compiled_for() -> None:
+    stamp = {"architectures": ["8.0", "9.0a", "10.0+PTX"]}
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)):
+        assert extension.not_compiled_for(capability, stamp) is None
+    reason = extension.not_compiled_for((7, 5), stamp)
+    assert reason is not None
+    assert (
+        "compiled for 8.0, 9.0a, 10.0+PTX, this one has capability 7.5. Rebuild with: TORCH_CUDA_ARCH_LIST=7.5"
+        in reason
+    )
+    assert extension.not_compiled_for((9, 0), {"architectures": ["9.0a"]}) is None
+    assert extension.not_compiled_for((9, 1), {"architectures": ["9.0a"]}) is not None

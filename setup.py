@@ -29,8 +29,8 @@ from setuptools import setup
 HERE = Path(__file__).parent
 STAMP = HERE / "dft_kernels" / "_build.json"  # what the extensions were built against, or why there are none
 SOURCES = ["csrc/bindings.cpp", "csrc/memory.cpp", "csrc/ops.cpp", "csrc/step_cpu.cpp"]
-KERNELS = ["csrc/rows_cuda.cu"]
-HEADERS = [str(path) for pattern in ("*.h", "*.inc") for path in sorted((HERE / "csrc").glob(pattern))]
+KERNELS = ["csrc/rows_cuda.cu", "csrc/rows_cluster.cu"]
+HEADERS = [str(path) for pattern in ("*.h", "*.inc", "*.cuh") for path in sorted((HERE / "csrc").glob(pattern))]
 JOBS = int(os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1)))
 
 # One source, compiled for each instruction set, chosen at run time: a binary built on one x86-64 runs on any.

@@ -1,6 +1,6 @@
-// The pybind11 module of the CUDA row kernels: the functions of triton_ops, on tensors of a CUDA device. No CUDA header:
-// the device's stream and guard come through c10's device-generic interface, so that it compiles and links against a
-// torch without CUDA too.
+// The pybind11 module of the CUDA row kernels: the functions of triton_ops, on tensors of a CUDA device. No CUDA
+// header: the device's stream and guard come through c10's device-generic interface, so that it compiles and links
+// against a torch without CUDA too.
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -19,6 +19,8 @@ using Optional = std::optional<at::Tensor>;
 #ifdef DFT_CUDA_ON_HOST  // tests/cuda_on_host/control.cpp
 namespace dft::cuda {
 void reverse_threads(bool);
+void limit_arena(int64_t);
+int cluster_blocks();
 const char* run_divergent_barrier();
 }  // namespace dft::cuda
 #endif
@@ -26,8 +28,8 @@ const char* run_divergent_barrier();
 namespace {
 
 // divergences.TABLE, by id
-const std::vector<std::string> kNames = {"forward_kl",       "reverse_kl",       "jensen_shannon",  "skew_kl",
-                                         "skew_reverse_kl",  "alpha_divergence", "total_variation", "squared_hellinger"};
+const std::vector<std::string> kNames = {"forward_kl",      "reverse_kl",       "jensen_shannon",  "skew_kl",
+                                         "skew_reverse_kl", "alpha_divergence", "total_variation", "squared_hellinger"};
 
 // triton_ops.rows.Rows, field by field
 struct Rows {
@@ -39,24 +41,27 @@ struct Rows {
   std::optional<double> target_cap;
   std::string divergence;
   double parameter, temperature, target_temperature;
+  std::string design;  // beyond triton_ops': a name of Design
 
   at::ScalarType number() const { return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
   at::TensorOptions options() const { return logits.options().dtype(number()); }
 };
 
 Matrix matrix(const at::Tensor& t, const char* name, const Rows& rows) {
-  TORCH_CHECK(t.dim() == 2 && t.sizes() == rows.logits.sizes() && t.device() == rows.logits.device(), "dft_kernels: ",
-              name, " must be [R, V] like logits ", rows.logits.sizes(), ", got ", t.sizes());
+  TORCH_CHECK(t.dim() == 2 && t.sizes() == rows.logits.sizes() && t.device() == rows.logits.device(),
+              "dft_kernels: ", name, " must be [R, V] like logits ", rows.logits.sizes(), ", got ", t.sizes());
   TORCH_CHECK(t.size(1) == 1 || t.stride(1) == 1, "dft_kernels: ", name, " must have stride 1 along V");
-  return {t.const_data_ptr(), t.stride(0), element_of(t.scalar_type())};
+  const int64_t whole = (t.size(1) + 7) / 8 * 8, last = t.storage_offset() + (t.size(0) - 1) * t.stride(0) + whole;
+  const bool padded = t.stride(0) >= whole && last * t.element_size() <= int64_t(t.storage().nbytes());
+  return {t.const_data_ptr(), t.stride(0), element_of(t.scalar_type()), padded};
 }
 
 // A vector or table of one type, in one piece; null where it is not there.
 template <class Pointer = const void*>
 Pointer numbers(const Optional& t, at::ScalarType type, const char* name, const Rows& rows) {
   if (!t) return nullptr;
-  TORCH_CHECK(t->scalar_type() == type && t->is_contiguous() && t->device() == rows.logits.device(), "dft_kernels: ",
-              name, " must be contiguous ", type, " beside logits, got ", t->scalar_type());
+  TORCH_CHECK(t->scalar_type() == type && t->is_contiguous() && t->device() == rows.logits.device(),
+              "dft_kernels: ", name, " must be contiguous ", type, " beside logits, got ", t->scalar_type());
   return static_cast<Pointer>(t->const_data_ptr());
 }
 
@@ -117,7 +122,12 @@ void run(const Rows& rows, const at::Tensor& statistics, int64_t wanted, int64_t
   a.divergence = compared ? int(name - kNames.begin()) : int(kNames.size());
   a.parameter = rows.parameter, a.inverse = 1.0 / rows.temperature, a.target_inverse = 1.0 / rows.target_temperature;
   a.wanted = int(wanted), a.live = int(live);
-  on_device_of(rows, [&](CUstream_st* stream) { return launch_rows(a, stream); });
+  TORCH_CHECK(rows.design == "automatic" || rows.design == "generic" || rows.design == "cluster",
+              "dft_kernels: design must be automatic, generic or cluster, got ", rows.design);
+  const Design design = rows.design == "automatic" ? Design::automatic
+                        : rows.design == "generic" ? Design::generic
+                                                   : Design::cluster;
+  on_device_of(rows, [&](CUstream_st* stream) { return launch_rows(a, design, stream); });
 }
 
 at::Tensor row_statistics(const Rows& rows, int64_t wanted, int64_t live) {
@@ -190,18 +200,28 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Rows>(m, "Rows").def(
       py::init([](at::Tensor logits, double scale, std::optional<double> cap, Optional label, Optional group,
                   Optional potential, Optional target, double target_scale, std::optional<double> target_cap,
-                  std::string divergence, double parameter, double temperature, double target_temperature) {
-        return Rows{std::move(logits),    scale,       cap,
-                    std::move(label),     std::move(group), std::move(potential),
-                    std::move(target),    target_scale, target_cap,
-                    std::move(divergence), parameter,   temperature,
-                    target_temperature};
+                  std::string divergence, double parameter, double temperature, double target_temperature,
+                  std::string design) {
+        return Rows{std::move(logits),
+                    scale,
+                    cap,
+                    std::move(label),
+                    std::move(group),
+                    std::move(potential),
+                    std::move(target),
+                    target_scale,
+                    target_cap,
+                    std::move(divergence),
+                    parameter,
+                    temperature,
+                    target_temperature,
+                    std::move(design)};
       }),
       py::kw_only(), py::arg("logits"), py::arg("scale") = 1.0, py::arg("cap") = py::none(),
       py::arg("label") = py::none(), py::arg("group") = py::none(), py::arg("potential") = py::none(),
       py::arg("target") = py::none(), py::arg("target_scale") = 1.0, py::arg("target_cap") = py::none(),
       py::arg("divergence") = "forward_kl", py::arg("parameter") = 0.0, py::arg("temperature") = 1.0,
-      py::arg("target_temperature") = 1.0);
+      py::arg("target_temperature") = 1.0, py::arg("design") = "automatic");
   m.def("row_statistics", &row_statistics);
   m.def("row_gradient", &row_gradient);
   m.def("row_step", &row_step);
@@ -209,6 +229,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("probabilities", &probabilities);
 #ifdef DFT_CUDA_ON_HOST
   m.def("reverse_threads", [](bool reversed) { reverse_threads(reversed); });
+  m.def("limit_arena", [](int64_t bytes) { limit_arena(bytes); });
+  m.def("cluster_blocks", [] { return cluster_blocks(); });
   m.def("run_divergent_barrier", [] { return std::string(run_divergent_barrier()); });
 #endif
 }

@@ -34,6 +34,7 @@ struct Matrix {
   const void* data;
   int64_t stride;
   Element element;
+  bool padded;  // every row can be read to a multiple of 8 numbers
 };
 
 // z = cap(scale * raw), cap(x) = cap tanh(x / cap); cap 0: none
@@ -54,8 +55,8 @@ struct RowArguments {
   int64_t cotangents_stride;
   const void* lse_slope;  // Number [R] or null: LSE's cotangent is cotangents[kLse] + lse_slope LSE
   const int64_t *label, *group;
-  const void* potential;  // Number [G, V]
-  int divergence;         // an id of divergence.h, or kDivergences for none
+  const void* potential;                      // Number [G, V]
+  int divergence;                             // an id of divergence.h, or kDivergences for none
   double parameter, inverse, target_inverse;  // inverse: 1 / temperature
   int wanted, live;  // bits of Row: what to compute (0: the statistics are there), what has a cotangent
 };
@@ -83,9 +84,17 @@ struct ProbabilityArguments {
   void* out;
 };
 
-// Launch on a stream of the current device; a message where CUDA refused, else null.
-const char* launch_rows(const RowArguments&, CUstream_st*);
+// generic: any row, two or three sweeps over device memory. cluster: where fits_cluster, rows stay on chip between
+// them.
+enum class Design { automatic, generic, cluster };
+
+// Launch on a stream of the current device; a message where it was refused, else null.
+const char* launch_rows(const RowArguments&, Design, CUstream_st*);
 const char* launch_columns(const ColumnArguments&, CUstream_st*);
 const char* launch_probabilities(const ProbabilityArguments&, CUstream_st*);
+
+// rows_cluster.cu, for launch_rows: whether the current device, the shape and the alignment admit that design
+bool fits_cluster(const RowArguments&);
+const char* launch_rows_in_clusters(const RowArguments&, CUstream_st*);
 
 }  // namespace dft::cuda

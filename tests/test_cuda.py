@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,9 @@ from cases import CASES, compare
 
 import dft_kernels as dk
 from dft_kernels import divergences, extension
+from dft_kernels.backends import BACKENDS
 from dft_kernels.backends.contract import Row
+from dft_kernels.backends.cuda import CudaBackend
 
 ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc")
@@ -41,12 +43,95 @@ def reversed_threads() -> Iterator[None]:
     extension.CUDA.reverse_threads(False)
 
 
+@pytest.fixture(params=["generic", "cluster"])
+def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(BACKENDS, request.param, CudaBackend(request.param))
+    return request.param
+
+
 @emulated
 @pytest.mark.usefixtures("reversed_threads")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", CASES)
-def test_the_order_of_threads_changes_nothing(case: str, dtype: torch.dtype) -> None:
-    compare(CASES[case], dtype, "cuda")
+def test_the_order_of_threads_changes_nothing(case: str, design: str) -> None:
+    aligned = CASES[case]._replace(shape=(*CASES[case].shape[:2], 16 * -(-CASES[case].shape[2] // 16)))
+    compare(aligned if design == "cluster" else CASES[case], torch.bfloat16, design)
+
+
+@pytest.fixture
+def little_memory() -> Iterator[Callable[[int], None]]:
+    """Blocks with room for so many steps of a row and of its target's: small rows then need a cluster."""
+    yield lambda steps: extension.CUDA.limit_arena((8192 + 8192) * steps + 6144)
+    extension.CUDA.limit_arena(0)
+
+
+SHARED = [name for name, case in CASES.items() if case.shape == (29, 12, 101)]
+
+
+@emulated
+@pytest.mark.parametrize(("steps", "blocks"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("case", SHARED)
+def test_rows_in_clusters(case: str, reverse: bool, steps: int, blocks: int, little_memory, monkeypatch) -> None:
+    """5 rows of 5008 logits through two clusters: several blocks a row, several rows a cluster."""
+    monkeypatch.setitem(BACKENDS, "cluster", CudaBackend("cluster"))
+    little_memory(steps)
+    extension.CUDA.reverse_threads(reverse)
+    try:
+        compare(CASES[case]._replace(shape=(5, 12, 5008)), torch.bfloat16, "cluster")
+    finally:
+        extension.CUDA.reverse_threads(False)
+    if CASES[case].teacher == "head" and CASES[case].options.get("reduction") != "none":
+        assert extension.CUDA.cluster_blocks() == blocks
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", divergences.TABLE)
+def test_logits_in_clusters(name: str, dtype: torch.dtype, little_memory, monkeypatch) -> None:
+    """The row kernel alone, statistics and gradients, for a vocabulary of uneven parts."""
+    monkeypatch.setitem(BACKENDS, "cluster", CudaBackend("cluster"))
+    little_memory(1)
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(5, 7240, generator=g).to(dtype).requires_grad_()
+    teacher, target = torch.randn(5, 7240, generator=g).bfloat16(), torch.tensor([0, 7239, 7, -100, 3000])
+    arguments = {"divergence": name, "hard_weight": 0.5, "temperature": 1.3}
+    loss, metrics = dk.distribution_loss(
+        logits, target, teacher, backend="cluster", return_metrics=True, compact=False, **arguments
+    )
+    exact = dk.testing.dense_loss(logits, None, target, teacher, **arguments)
+    tolerance = {torch.float32: 3e-7, torch.bfloat16: 2e-3, torch.float16: 3e-4}[dtype]
+    assert dk.testing.relative_error(loss, exact) < 1e-6
+    wanted, ours = torch.autograd.grad(exact, logits)[0], torch.autograd.grad(loss, logits)[0]
+    assert dk.testing.relative_error(ours, wanted) < tolerance
+    valid = target != -100
+    assert torch.equal(metrics.correct, (logits.argmax(-1) == target) & valid)
+    assert torch.equal(metrics.teacher_agreement, (logits.argmax(-1) == teacher.argmax(-1)) & valid)
+
+
+@emulated
+def test_statistics_in_clusters(little_memory, monkeypatch) -> None:
+    """Without a gradient: the last sweep is then another one, and the next row's steps follow it."""
+    monkeypatch.setitem(BACKENDS, "cluster", CudaBackend("cluster"))
+    little_memory(1)
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(7, 8, generator=g), torch.randn(7240, 8, generator=g)
+    for teacher in (None, dk.TeacherHead(hidden + 0.1, weight)):
+        ours, exact = (
+            dk.linear_distribution_statistics(hidden, weight, None, teacher, backend=name)
+            for name in ("cluster", "reference")
+        )
+        torch.testing.assert_close(ours.entropy, exact.entropy)
+        torch.testing.assert_close(ours.lse, exact.lse)
+        if teacher is not None:
+            torch.testing.assert_close(ours.divergence, exact.divergence)
+
+
+@emulated
+def test_rows_that_no_cluster_takes(monkeypatch) -> None:
+    monkeypatch.setitem(BACKENDS, "cluster", CudaBackend("cluster"))
+    with pytest.raises(RuntimeError, match="these rows do not fit the cluster design"):
+        dk.distribution_loss(torch.randn(2, 101), torch.tensor([1, 2]), backend="cluster")
+    dk.distribution_loss(torch.randn(2, 101), torch.tensor([1, 2]), backend="cuda")  # takes the other design
 
 
 @emulated

@@ -15,10 +15,16 @@ def _kernels() -> Any:
 
 
 class CudaBackend(RowBackend):
-    """CUDA row kernels around torch's products."""
+    """CUDA row kernels around torch's products.
+
+    design: "generic" (rows_cuda.cu), "cluster" (rows_cluster.cu, which keeps a row on chip between its sweeps), or
+    "automatic", the second wherever device, V and alignment admit it.
+    """
 
     name = "cuda"
-    operations = KernelOperations(_kernels)
+
+    def __init__(self, design: str = "automatic") -> None:
+        self.operations = KernelOperations(_kernels, design=design)
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Off an NVIDIA GPU, without the extension, on a GPU that it was not compiled for."""

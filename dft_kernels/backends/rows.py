@@ -52,8 +52,8 @@ class KernelOperations:
     row_gradient, row_step, accumulate_columns and probabilities as in `triton_ops`. This is the translation, of a chunk
     and its terms into one description of rows."""
 
-    def __init__(self, kernels: Callable[[], Any]) -> None:
-        self.kernels = kernels
+    def __init__(self, kernels: Callable[[], Any], **more: Any) -> None:
+        self.kernels, self.more = kernels, more  # more: fields of Rows that these kernels have beyond the common ones
 
     def row_statistics(self, logits: Tensor, chunk: Chunk, terms: Terms) -> Tensor:
         """One launch."""
@@ -100,6 +100,7 @@ class KernelOperations:
             parameter=terms.divergence.parameter,
             temperature=terms.temperature,
             target_temperature=terms.teacher_temperature,
+            **self.more,
         )
 
 

@@ -1,4 +1,4 @@
-"""The generic CUDA kernels on the CPU: csrc/rows_cuda.cu and its binding, compiled for the host under a stand-in for
+"""The CUDA kernels on the CPU: csrc/*.cu and their binding, compiled for the host under a stand-in for
 CUDA's threads (cuda_on_host.h), as the backend "cuda" of this test run."""
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-SOURCES = [HERE / "control.cpp", ROOT / "csrc" / "bindings_cuda.cpp"]
+SOURCES = [HERE / "control.cpp", *sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc" / "bindings_cuda.cpp"]
 NAME = "_cuda_on_host"
 
 
 def build() -> Path:
     """Compile the module, once for each state of its sources."""
-    inputs = sorted([*(ROOT / "csrc").glob("*.h"), ROOT / "csrc" / "rows_cuda.cu", *HERE.glob("*.h"), *SOURCES])
+    inputs = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc").glob("*.cuh"), *HERE.glob("*.h"), *SOURCES])
     digest = hashlib.sha256(torch.__version__.encode() + b"".join(path.read_bytes() for path in inputs)).hexdigest()
     folder = ROOT / "build" / "cuda_on_host"
     module = folder / f"{digest[:16]}.so"
@@ -34,7 +34,7 @@ def build() -> Path:
     flags += [f"-I{ROOT / 'csrc'}", f"-I{HERE}", *(f"-isystem{path}" for path in paths)]
     objects = [folder / f"{digest[:16]}-{source.stem}.o" for source in SOURCES]
     compilers = [
-        subprocess.Popen(["g++", *flags, "-c", source, "-o", made], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(["g++", *flags, "-x", "c++", "-c", source, "-o", made], stderr=subprocess.PIPE, text=True)
         for source, made in zip(SOURCES, objects, strict=True)
     ]
     for compiler in compilers:

@@ -1,9 +1,14 @@
-// What the tests ask of the machine in cuda_on_host.h, in the translation unit that has it: the kernels' own.
-#include "../../csrc/rows_cuda.cu"
+// What the tests ask of the machine in cuda_on_host.h.
+#include "gpu.h"
 
 namespace dft::cuda {
 
 void reverse_threads(bool reversed) { on_host::machine().reversed = reversed; }
+
+void limit_arena(int64_t bytes) { on_host::machine().arena_limit = bytes; }
+
+// Of the last launch
+int cluster_blocks() { return int(on_host::machine().blocks); }
 
 static void divergent() {
   if (threadIdx.x < 64) __syncthreads();

@@ -1,10 +1,12 @@
-// CUDA's threads, barriers and shuffles on a CPU, as far as csrc/rows_cuda.cu uses them: the same kernel source,
-// executed. Included by csrc/gpu.h in the place of CUDA's headers where DFT_CUDA_ON_HOST is defined.
+// CUDA's threads, barriers, shuffles, clusters and bulk copies on a CPU, as far as csrc/*.cu use them: the same kernel
+// source, executed. Included by csrc/gpu.h in the place of CUDA's headers where DFT_CUDA_ON_HOST is defined.
 //
-// Blocks run one after another. The threads of a block are fibres on one CPU thread: each runs until it waits, at a
-// barrier of its block or in an exchange of its warp, and the others run on from there. A round in which nobody can go on
-// is a divergent barrier, and is reported. `reversed` runs the threads of every round from the last to the first: what
-// depends on the order of threads between two barriers, as with one that is missing, then comes out differently.
+// Clusters of blocks run one after another. The threads of a cluster are fibres on one CPU thread: each runs until it
+// waits, at a barrier of its block or cluster, in an exchange of its warp or for a copy, and the others run on from
+// there. A round in which nobody can go on is a divergent barrier, and is reported. `reversed` runs the threads of
+// every round from the last to the first: what depends on the order of threads between two barriers, as with one that
+// is missing, then comes out differently. A bulk copy fills its place with NaN at once and with its numbers a round
+// later: who does not wait for it, or has not done with the place, notices.
 #pragma once
 
 #include <setjmp.h>
@@ -22,9 +24,10 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // blocks run one at a time
+#define __shared__ static  // for blocks that are no cluster: they run one at a time
 
 struct dim3 {
   unsigned x, y, z;
@@ -37,7 +40,7 @@ struct CUstream_st;
 
 namespace on_host {
 
-constexpr size_t kStack = 256 << 10;
+constexpr size_t kStack = 128 << 10;
 constexpr unsigned kWarp = 32;
 
 struct Fibre {
@@ -47,19 +50,31 @@ struct Fibre {
   uint64_t mailbox;
 };
 
-struct Machine {
-  bool reversed = false;
-  dim3 grid, block_index;
-  unsigned threads = 0, current = 0;
-  std::vector<Fibre> fibres;
-  std::vector<char> stacks;
-  jmp_buf home;
-  std::function<void()> body;
-  // barriers: how many have arrived, and how often it opened
+struct Barrier {
   unsigned arrived = 0;
   uint64_t opened = 0;
-  std::vector<unsigned> warp_arrived;
-  std::vector<uint64_t> warp_opened;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+  uint64_t* arrival;
+};
+
+struct Machine {
+  bool reversed = false;
+  int64_t arena_limit = 0;  // below the device's, so that small rows need a cluster; 0: the device's
+  dim3 grid, first_block;   // of the cluster that runs
+  unsigned threads = 0, blocks = 1, current = 0;  // of a block, of a cluster, the running thread
+  std::vector<Fibre> fibres;
+  std::vector<char> stacks, arenas;
+  size_t arena_bytes = 0;
+  jmp_buf home;
+  std::function<void()> body;
+  std::vector<Barrier> warp, block;
+  Barrier cluster;
+  std::vector<Copy> copies;
   uint64_t events = 0;  // of any kind: a round without one is a deadlock
 };
 
@@ -91,12 +106,24 @@ inline void run_until_it_waits(unsigned thread) {
   setcontext(&fibre.first);
 }
 
-inline void run_block() {
+inline void finish_copies() {
   Machine& m = machine();
-  m.arrived = 0;
-  m.warp_arrived.assign((m.threads + kWarp - 1) / kWarp, 0);
-  m.warp_opened.assign(m.warp_arrived.size(), 0);
-  for (unsigned t = 0; t < m.threads; t++) {
+  for (const Copy& copy : m.copies) {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+    *copy.arrival -= uint64_t(copy.bytes) << 1;  // bit 0: the parity of rounds that have ended; above it: bytes to come
+    if (*copy.arrival >> 1 == 0) *copy.arrival ^= 1;
+    m.events++;
+  }
+  m.copies.clear();
+}
+
+inline void run_cluster() {
+  Machine& m = machine();
+  const unsigned count = m.threads * m.blocks;
+  m.block.assign(m.blocks, {});
+  m.warp.assign(count / kWarp, {});
+  m.cluster = {};
+  for (unsigned t = 0; t < count; t++) {
     Fibre& fibre = m.fibres[t];
     fibre.entered = fibre.done = false;
     getcontext(&fibre.first);
@@ -108,50 +135,54 @@ inline void run_block() {
   for (;;) {
     const uint64_t before = m.events;
     bool all = true;
-    for (unsigned i = 0; i < m.threads; i++) {
-      const unsigned t = m.reversed ? m.threads - 1 - i : i;
+    for (unsigned i = 0; i < count; i++) {
+      const unsigned t = m.reversed ? count - 1 - i : i;
       if (m.fibres[t].done) continue;
       run_until_it_waits(t);
       all = all && m.fibres[t].done;
     }
+    finish_copies();
     if (all) return;
     if (m.events == before) throw std::runtime_error("deadlock: the threads of a block wait at different barriers");
   }
 }
 
 template <class Body>
-void run_grid(dim3 grid, int threads, Body body) {
+void run_grid(dim3 grid, unsigned blocks, int threads, size_t arena_bytes, Body body) {
   Machine& m = machine();
   m.grid = grid;
   m.threads = unsigned(threads);
+  m.blocks = blocks;
   m.body = body;
-  m.fibres.resize(m.threads);
-  m.stacks.resize(m.threads * kStack);
+  m.arena_bytes = arena_bytes;
+  m.arenas.assign(blocks * arena_bytes + 128, char(0xff));
+  m.fibres.resize(m.threads * blocks);
+  if (m.stacks.size() < m.threads * blocks * kStack) m.stacks.resize(m.threads * blocks * kStack);
   for (unsigned z = 0; z < grid.z; z++)
     for (unsigned y = 0; y < grid.y; y++)
-      for (unsigned x = 0; x < grid.x; x++) {
-        m.block_index = dim3(x, y, z);
-        run_block();
+      for (unsigned x = 0; x < grid.x; x += blocks) {
+        m.first_block = dim3(x, y, z);
+        run_cluster();
       }
 }
 
-// What all `expected` threads of a barrier pass together
-inline void meet(unsigned& arrived, uint64_t& opened, unsigned expected) {
-  Machine& m = machine();
-  const uint64_t now = opened;
-  m.events++;
-  if (++arrived == expected) {
-    arrived = 0;
-    opened++;
-    return;
-  }
-  while (opened == now) wait();
+inline unsigned rank() { return machine().current / machine().threads; }
+
+inline dim3 block_index() {
+  const dim3& first = machine().first_block;
+  return dim3(first.x + rank(), first.y, first.z);
 }
 
-inline void meet_warp() {
-  Machine& m = machine();
-  const unsigned warp = m.current / kWarp, rest = m.threads - warp * kWarp;
-  meet(m.warp_arrived[warp], m.warp_opened[warp], rest < kWarp ? rest : kWarp);
+// What all `expected` threads of a barrier pass together
+inline void meet(Barrier& barrier, unsigned expected) {
+  const uint64_t now = barrier.opened;
+  machine().events++;
+  if (++barrier.arrived == expected) {
+    barrier.arrived = 0;
+    barrier.opened++;
+    return;
+  }
+  while (barrier.opened == now) wait();
 }
 
 template <class T>
@@ -159,22 +190,32 @@ T exchange(T value, unsigned from) {
   static_assert(sizeof(T) <= 8);
   Machine& m = machine();
   std::memcpy(&m.fibres[m.current].mailbox, &value, sizeof value);
-  meet_warp();
+  meet(m.warp[m.current / kWarp], kWarp);
   T result;
   std::memcpy(&result, &m.fibres[m.current / kWarp * kWarp + from].mailbox, sizeof result);
-  meet_warp();  // nobody writes before everybody has read
+  meet(m.warp[m.current / kWarp], kWarp);  // nobody writes before everybody has read
   return result;
+}
+
+template <class Run>
+const char* reported(Run run) {
+  try {
+    run();
+  } catch (const std::exception& error) {
+    static std::string message;
+    message = error.what();
+    return message.c_str();
+  }
+  return nullptr;
 }
 
 }  // namespace on_host
 
-#define threadIdx (dim3(on_host::machine().current))
-#define blockIdx (on_host::machine().block_index)
+#define threadIdx (dim3(on_host::machine().current % on_host::machine().threads))
+#define blockIdx (on_host::block_index())
+#define gridDim (on_host::machine().grid)
 
-inline void __syncthreads() {
-  on_host::Machine& m = on_host::machine();
-  on_host::meet(m.arrived, m.opened, m.threads);
-}
+inline void __syncthreads() { on_host::meet(on_host::machine().block[on_host::rank()], on_host::machine().threads); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -208,14 +249,55 @@ inline uint16_t to_f16(float x) {
 
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), dim3 grid, int threads, CUstream_st*, Arguments... arguments) {
-  try {
-    on_host::run_grid(grid, threads, [=] { kernel(arguments...); });
-  } catch (const std::exception& error) {
-    static std::string message;
-    message = error.what();
-    return message.c_str();
-  }
-  return nullptr;
+  return on_host::reported([&] { on_host::run_grid(grid, 1, threads, 0, [=] { kernel(arguments...); }); });
+}
+
+template <class... Parameters, class... Arguments>
+const char* launch_clusters(void (*kernel)(Parameters...), int64_t most, int size, int threads, int bytes, CUstream_st*,
+                            Arguments... arguments) {
+  const dim3 grid(unsigned((most < 2 ? most : 2) * size));  // two clusters at a time: each has several rows
+  return on_host::reported(
+      [&] { on_host::run_grid(grid, unsigned(size), threads, size_t(bytes), [=] { kernel(arguments...); }); });
+}
+
+inline int64_t arena_limit(int64_t bytes) {
+  const int64_t limit = on_host::machine().arena_limit;
+  return limit ? limit : bytes;
+}
+
+inline bool has_clusters() { return true; }
+
+inline char* arena_of(unsigned rank) {
+  on_host::Machine& m = on_host::machine();
+  const uintptr_t start = (reinterpret_cast<uintptr_t>(m.arenas.data()) + 127) / 128 * 128;
+  return reinterpret_cast<char*>(start + rank * m.arena_bytes);
+}
+inline char* arena() { return arena_of(on_host::rank()); }
+
+struct alignas(8) Arrival {
+  uint64_t state;
+};
+inline void arrival_init(Arrival* a) { a->state = 0; }
+inline void arrival_expect(Arrival* a, uint32_t bytes) { a->state += uint64_t(bytes) << 1; }
+inline void arrival_wait(Arrival* a, uint32_t parity) {
+  while ((a->state & 1) == parity) on_host::wait();
+}
+inline void bulk_load(void* to, const void* from, uint32_t bytes, Arrival* a) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)
+    throw std::runtime_error("a bulk copy that is not in units of 16 bytes");
+  std::memset(to, 0xff, bytes);
+  on_host::machine().copies.push_back({to, from, bytes, &a->state});
+  on_host::machine().events++;
+}
+inline unsigned cluster_rank() { return on_host::rank(); }
+inline unsigned cluster_size() { return on_host::machine().blocks; }
+inline void cluster_barrier() {
+  on_host::Machine& m = on_host::machine();
+  on_host::meet(m.cluster, m.threads * m.blocks);
+}
+template <class T>
+T* of_rank(T* mine, unsigned rank) {
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(mine) - arena() + arena_of(rank));
 }
 
 }  // namespace dft::cuda

@@ -135,11 +135,16 @@ inline void run_cluster() {
   for (;;) {
     const uint64_t before = m.events;
     bool all = true;
-    for (unsigned i = 0; i < count; i++) {
-      const unsigned t = m.reversed ? count - 1 - i : i;
-      if (m.fibres[t].done) continue;
-      run_until_it_waits(t);
-      all = all && m.fibres[t].done;
+    for (unsigned i = 0; i < count / kWarp; i++) {
+      const unsigned warp = m.reversed ? count / kWarp - 1 - i : i;
+      for (uint64_t seen = m.events - 1; seen != m.events;) {  // as far as this warp can go by itself
+        seen = m.events;
+        for (unsigned j = 0; j < kWarp; j++) {
+          const unsigned t = warp * kWarp + (m.reversed ? kWarp - 1 - j : j);
+          if (!m.fibres[t].done) run_until_it_waits(t);
+        }
+      }
+      for (unsigned j = 0; j < kWarp; j++) all = all && m.fibres[warp * kWarp + j].done;
     }
     finish_copies();
     if (all) return;

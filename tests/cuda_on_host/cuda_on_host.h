@@ -2,11 +2,11 @@
 // source, executed. Included by csrc/gpu.h in the place of CUDA's headers where DFT_CUDA_ON_HOST is defined.
 //
 // Clusters of blocks run one after another. The threads of a cluster are fibres on one CPU thread: each runs until it
-// waits, at a barrier of its block or cluster, in an exchange of its warp or for a copy, and the others run on from
-// there. A round in which nobody can go on is a divergent barrier, and is reported. `reversed` runs the threads of
-// every round from the last to the first: what depends on the order of threads between two barriers, as with one that
-// is missing, then comes out differently. A bulk copy fills its place with NaN at once and with its numbers a round
-// later: who does not wait for it, or has not done with the place, notices.
+// waits, at a barrier of its block or cluster, in an exchange of its warp or for a copy. A warp gets as far as it can by
+// itself before the next one has its turn, a block likewise, and `reversed` runs them from the last to the first: what
+// depends on who comes first, as where a barrier is missing, then comes out differently in one of the two. A round in
+// which nobody can go on is a divergent barrier, and is reported. A bulk copy fills its place with NaN at once and with
+// its numbers a round later: who does not wait for it, or has not done with the place, notices.
 #pragma once
 
 #include <setjmp.h>
@@ -117,6 +117,28 @@ inline void finish_copies() {
   m.copies.clear();
 }
 
+// Runs the threads from `first` on, in parts of `part` of them, each part as far as it can get by itself before the
+// next.
+inline bool run_threads(unsigned first, unsigned count, unsigned part) {
+  Machine& m = machine();
+  bool all = true;
+  for (unsigned i = 0; i < count / part; i++) {
+    const unsigned from = first + (m.reversed ? count / part - 1 - i : i) * part;
+    if (part == 1) {
+      if (!m.fibres[from].done) run_until_it_waits(from);
+      all = all && m.fibres[from].done;
+      continue;
+    }
+    bool done = false;
+    for (uint64_t seen = m.events - 1; seen != m.events && !done;) {
+      seen = m.events;
+      done = run_threads(from, part, part == kWarp ? 1 : kWarp);
+    }
+    all = all && done;
+  }
+  return all;
+}
+
 inline void run_cluster() {
   Machine& m = machine();
   const unsigned count = m.threads * m.blocks;
@@ -134,18 +156,7 @@ inline void run_cluster() {
   }
   for (;;) {
     const uint64_t before = m.events;
-    bool all = true;
-    for (unsigned i = 0; i < count / kWarp; i++) {
-      const unsigned warp = m.reversed ? count / kWarp - 1 - i : i;
-      for (uint64_t seen = m.events - 1; seen != m.events;) {  // as far as this warp can go by itself
-        seen = m.events;
-        for (unsigned j = 0; j < kWarp; j++) {
-          const unsigned t = warp * kWarp + (m.reversed ? kWarp - 1 - j : j);
-          if (!m.fibres[t].done) run_until_it_waits(t);
-        }
-      }
-      for (unsigned j = 0; j < kWarp; j++) all = all && m.fibres[warp * kWarp + j].done;
-    }
+    const bool all = run_threads(0, count, m.threads);
     finish_copies();
     if (all) return;
     if (m.events == before) throw std::runtime_error("deadlock: the threads of a block wait at different barriers");

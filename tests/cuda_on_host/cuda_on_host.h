@@ -6,7 +6,8 @@
 // itself before the next one has its turn, a block likewise, and `reversed` runs them from the last to the first: what
 // depends on who comes first, as where a barrier is missing, then comes out differently in one of the two. A round in
 // which nobody can go on is a divergent barrier, and is reported. A bulk copy fills its place with NaN at once and with
-// its numbers a round later: who does not wait for it, or has not done with the place, notices.
+// its numbers a round later (reversed: when somebody waits for one): who does not wait, or has not done with the place,
+// notices.
 #pragma once
 
 #include <setjmp.h>
@@ -296,6 +297,7 @@ struct alignas(8) Arrival {
 inline void arrival_init(Arrival* a) { a->state = 0; }
 inline void arrival_expect(Arrival* a, uint32_t bytes) { a->state += uint64_t(bytes) << 1; }
 inline void arrival_wait(Arrival* a, uint32_t parity) {
+  if (on_host::machine().reversed) on_host::finish_copies();
   while ((a->state & 1) == parity) on_host::wait();
 }
 inline void bulk_load(void* to, const void* from, uint32_t bytes, Arrival* a) {

@@ -54,9 +54,15 @@ struct MemoryPlace {
   }
 };
 
-// 5 blocks of 128 threads a multiprocessor: at most 102 registers
+// Blocks a multiprocessor at the least: at most 102 registers a thread (128 where fewer would spill), 255 in fp64
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kBlocks = 4;
+#else
+constexpr int kBlocks = 5;
+#endif
+
 template <class T, class D, bool Present>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 5 : 2) row_kernel(const RowArguments a) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocks : 2) row_kernel(const RowArguments a) {
   __shared__ Scratch<T> room;
   MemoryPlace<T> place = {a, room, int64_t(blockIdx.x), a.vocab};
   RowWork<T, D, Present, MemoryPlace<T>>(a, place, blockIdx.x).run();

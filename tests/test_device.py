@@ -12,12 +12,22 @@ from cases import CASES, compare, leaves, make, present
 
 import dft_kernels as dk
 from dft_kernels import autograd
+from dft_kernels.backends import BACKENDS
+from dft_kernels.backends.cuda import CudaBackend
 from dft_kernels.problem import build
 from dft_kernels.testing import relative_error
 
 CUDA = torch.cuda.is_available()
+DESIGNS = ("cuda_generic", "cuda_cluster")
 ON_GPU = present(device="cuda") if CUDA else []
+ON_GPU += DESIGNS if "cuda" in ON_GPU else ()
 gpu = pytest.mark.skipif(not CUDA, reason="no GPU")
+
+
+@pytest.fixture(autouse=True)
+def designs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in DESIGNS:
+        monkeypatch.setitem(BACKENDS, name, CudaBackend(name.removeprefix("cuda_")))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -55,8 +65,20 @@ def test_no_synchronisation_without_compaction(case: str, backend: str, monkeypa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", CASES)
 def test_case_on_a_gpu(case: str, dtype: torch.dtype, backend: str) -> None:
-    compare(CASES[case], dtype, backend, device="cuda")
-    compare(CASES[case], dtype, backend, device="cuda", chunk_size=7)
+    n, h, v = CASES[case].shape
+    sizes = [16 * -(-v // 16)] if backend == "cuda_cluster" else [v, 16 * -(-v // 16)]  # whose rows are aligned
+    for vocab in sizes:
+        aligned = CASES[case]._replace(shape=(n, h, vocab))
+        compare(aligned, dtype, backend, device="cuda")
+        compare(aligned, dtype, backend, device="cuda", chunk_size=7)
+
+
+@gpu
+@pytest.mark.parametrize("backend", ON_GPU)
+@pytest.mark.parametrize("vocab", [32_000, 128_256])
+def test_large_vocabularies_on_a_gpu(vocab: int, backend: str) -> None:
+    for name in ("everything", "forward_kl", "reverse_kl", "skew_kl", "none"):
+        compare(CASES[name]._replace(shape=(300, 64, vocab)), torch.bfloat16, backend, device="cuda", chunk_size=128)
 
 
 def fixed(backend: str) -> tuple[dict[str, Any], list[torch.Tensor]]:

@@ -78,6 +78,14 @@ class Problem(NamedTuple):
         return self.teacher_hidden is not None or self.stream != 0
 
     @property
+    def target_bytes(self) -> int:
+        """Bytes of a logit of a chunk's target: of logits that are given, a copy where rows are left out; of a head or a
+        stream, a number of the accumulation dtype. 0 without a teacher."""
+        if self.teacher_hidden is not None and self.teacher_weight is None:
+            return self.teacher_hidden.dtype.itemsize
+        return self.dtype.itemsize if self.has_teacher else 0
+
+    @property
     def needs_gradient(self) -> bool:
         """Whether any gradient product is needed."""
         return self.need_hidden or self.need_weight or self.need_bias
@@ -227,12 +235,6 @@ def build(
     if chunk_size is not None and memory_budget is not None:
         check.fail("chunk_size", "be None where memory_budget is given", chunk_size, "Give one of the two")
     backend = check.backend(backend)
-    if memory_budget is not None:
-        chosen_backend = backends.choose(backend, hidden.device, hidden.dtype)
-        row = chosen_backend.chunk_bytes(hidden.dtype, projected, teacher is not None) * vocab
-        if memory_budget < row:
-            relation = f"be at least {row} bytes (one row of {vocab} logits)"
-            check.fail("memory_budget", relation, memory_budget, "Raise it, or give chunk_size=1")
     asked = target is not None or teacher is not None or potential is not None or z_loss != 0
     if not (asked or statistics):
         check.fail("target or teacher", "be given", "neither", "Pass labels, a teacher, or a potential")
@@ -281,6 +283,12 @@ def build(
         need_weight=grad and weight is not None and weight.requires_grad,
         need_bias=grad and bias is not None and bias.requires_grad,
     )
+    if memory_budget is not None:
+        chosen_backend = backends.choose(backend, hidden.device, hidden.dtype)
+        row = chosen_backend.chunk_bytes(hidden.dtype, projected, problem.target_bytes) * vocab
+        if memory_budget < row:
+            relation = f"be at least {row} bytes (one row of {vocab} logits)"
+            check.fail("memory_budget", relation, memory_budget, "Raise it, or give chunk_size=1")
     if isinstance(teacher, LogitStream) and not teacher.replayable:
         if teacher.spent:
             check.fail("teacher", "be an unread stream", "an iterator that was read before", "Make a new LogitStream")

@@ -119,7 +119,7 @@ def most_rows(problem: Problem) -> int:
         return problem.chunk_size
     backend = backends.choose(problem.backend, problem.hidden.device, problem.hidden.dtype)
     row_bytes = (
-        backend.chunk_bytes(problem.hidden.dtype, problem.weight is not None, problem.has_teacher) * problem.vocab
+        backend.chunk_bytes(problem.hidden.dtype, problem.weight is not None, problem.target_bytes) * problem.vocab
     )
     budget = problem.memory_budget or scratch_bytes(problem.hidden.device)
     rows = max(1, min(backend.best_rows, budget // row_bytes))

@@ -110,6 +110,16 @@ def test_another_stream_and_the_same_bits(backend: str) -> None:
 
 @gpu
 @pytest.mark.parametrize("backend", ON_GPU)
+@pytest.mark.filterwarnings("ignore")
+def test_opcheck_on_a_gpu(backend: str) -> None:
+    arguments = make(CASES["everything"], torch.float32, "cuda") | {"backend": backend}
+    given = [arguments.pop(name, None) for name in ("hidden", "weight", "target", "teacher")]
+    problem = build("test", *given, chunk_size=11, **arguments)
+    torch.library.opcheck(autograd.loss._opoverload, tuple(problem), rtol=1e-2, atol=1e-3)
+
+
+@gpu
+@pytest.mark.parametrize("backend", ON_GPU)
 def test_graph_capture(backend: str) -> None:
     arguments, inputs = fixed(backend)
     stream = torch.cuda.Stream()

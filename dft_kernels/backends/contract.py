@@ -119,8 +119,9 @@ class Backend(Protocol):
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why inputs of `dtype` on `device` cannot be served, None if they can."""
 
-    def chunk_bytes(self, dtype: torch.dtype, projected: bool, taught: bool) -> int:
-        """Scratch bytes for one logit of a chunk. projected: the head has a weight; taught: there is a teacher."""
+    def chunk_bytes(self, dtype: torch.dtype, projected: bool, target: int) -> int:
+        """Scratch bytes for one logit of a chunk. projected: the head has a weight; target: what a logit of the target
+        takes as it comes (`Problem.target_bytes`)."""
 
     def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> Workspace:
         """Scratch for chunks of up to `rows` rows; `like` gives dtype and device of the inputs; `gradient`:

@@ -42,9 +42,9 @@ class NativeBackend:
             return f"its kernels are the CPU's, not {device.type}'s"
         return extension.REASON
 
-    def chunk_bytes(self, dtype: torch.dtype, projected: bool, taught: bool) -> int:
+    def chunk_bytes(self, dtype: torch.dtype, projected: bool, target: int) -> int:
         """Own logits and the teacher's in the accumulation dtype."""
-        return accumulate_dtype(dtype).itemsize * (2 if taught else 1)
+        return accumulate_dtype(dtype).itemsize * (2 if target else 1)
 
     def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> NativeWorkspace:
         """Borrow scratch for `rows` rows and set up the step."""

@@ -167,9 +167,9 @@ class RowBackend:
     emulated: tuple[str, ...] = ()
     operations: RowOperations
 
-    def chunk_bytes(self, dtype: torch.dtype, projected: bool, taught: bool) -> int:
+    def chunk_bytes(self, dtype: torch.dtype, projected: bool, target: int) -> int:
         """Own logits, which the gradient is written over, and the teacher's."""
-        return gemm.accumulate_dtype(dtype).itemsize * max(1, projected + taught)
+        return max(1, gemm.accumulate_dtype(dtype).itemsize * projected + target)
 
     def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> RowWorkspace:
         """Memory for `rows` rows."""

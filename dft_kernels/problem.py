@@ -79,8 +79,8 @@ class Problem(NamedTuple):
 
     @property
     def target_bytes(self) -> int:
-        """Bytes of a logit of a chunk's target: of logits that are given, a copy where rows are left out; of a head or a
-        stream, a number of the accumulation dtype. 0 without a teacher."""
+        """Bytes of a logit of a chunk's target: of given logits, their copy where rows are left out; of a head or a
+        stream, one in the accumulation dtype. 0 without a teacher."""
         if self.teacher_hidden is not None and self.teacher_weight is None:
             return self.teacher_hidden.dtype.itemsize
         return self.dtype.itemsize if self.has_teacher else 0

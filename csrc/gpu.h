@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "rows_cuda.h"
+
 #ifdef DFT_CUDA_ON_HOST
 #include "cuda_on_host.h"
 #else
@@ -48,12 +50,18 @@ const char* launch_clusters(void (*kernel)(Parameters...), int64_t most, int siz
   int resident = 0;
   error = cudaOccupancyMaxActiveClusters(&resident, kernel, &how);
   if (error != cudaSuccess) return message_of(error);
-  if (resident == 0) return "no cluster of this size fits the device";
+  if (resident == 0) return kNoRoom;
   how.gridDim.x = unsigned((most < resident ? most : resident) * size);
   return message_of(cudaLaunchKernelEx(&how, kernel, std::forward<Arguments>(arguments)...));
 }
 
-inline int64_t arena_limit(int64_t bytes) { return bytes; }
+// At most what a block of the current device can have
+inline int64_t arena_limit(int64_t bytes) {
+  int device = 0, most = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
+  return bytes < most ? bytes : most;
+}
 
 // Whether the current device has clusters and bulk copies
 inline bool has_clusters() {

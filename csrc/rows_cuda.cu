@@ -136,8 +136,8 @@ unsigned blocks(int64_t vocab) { return unsigned((vocab + kColumns - 1) / kColum
 const char* launch_rows(const RowArguments& a, Design design, CUstream_st* stream) {
   if (a.rows == 0) return nullptr;
   if (design != Design::generic && a.wanted) {  // a gradient alone reads each logit once in any design
-    if (fits_cluster(a)) return launch_rows_in_clusters(a, stream);
-    if (design == Design::cluster) return "these rows do not fit the cluster design";
+    const char* message = fits_cluster(a) ? launch_rows_in_clusters(a, stream) : kNoRoom;
+    if (message != kNoRoom || design == Design::cluster) return message;
   }
   const bool wide = a.logits.element == Element::f64;
   return launch(wide ? row_kernel_of<double>(a.divergence) : row_kernel_of<float>(a.divergence), dim3(unsigned(a.rows)),

@@ -93,7 +93,9 @@ const char* launch_rows(const RowArguments&, Design, CUstream_st*);
 const char* launch_columns(const ColumnArguments&, CUstream_st*);
 const char* launch_probabilities(const ProbabilityArguments&, CUstream_st*);
 
-// rows_cluster.cu, for launch_rows: whether the current device, the shape and the alignment admit that design
+// rows_cluster.cu, for launch_rows: whether the current device, the shape and the alignment admit that design; kNoRoom
+// where a part of a device (MIG) has no cluster of the size it takes.
+inline constexpr char kNoRoom[] = "these rows do not fit the cluster design here";
 bool fits_cluster(const RowArguments&);
 const char* launch_rows_in_clusters(const RowArguments&, CUstream_st*);
 

@@ -133,8 +133,9 @@ def test_nothing_spills(compiled: list[dict]) -> None:
 
 
 def test_logits_are_read_16_bytes_at_a_time(compiled: list[dict]) -> None:
-    """Where V is divisible by 16, as the vocabularies of models are."""
+    """Where V is divisible by 16, as the vocabularies of models are, and where the row has memory to read on to that,
+    as that of a workspace has. (The kernel of probabilities has too few a thread.)"""
     even = [entry for entry in compiled if entry["even"] and entry["kernel"] != "probability_kernel"]
-    assert len(even) > 100
+    assert len(even) > 200
     for entry in even:
         assert entry["wide_loads"] > 0, entry

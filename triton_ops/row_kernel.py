@@ -70,9 +70,11 @@ def finish(raw, scale, cap, CAP: tl.constexpr):
 
 
 @triton.jit
-def _read(row, at, V, scale, cap, CAP: tl.constexpr):
-    """A block of finished logits, -inf beyond the vocabulary"""
-    return tl.where(at < V, finish(tl.load(row + at, mask=at < V, other=0.0), scale, cap, CAP), float("-inf"))
+def _read(row, at, V, reach, scale, cap, CAP: tl.constexpr):
+    """A block of finished logits, -inf beyond the vocabulary. reach: V, or where a row can be read beyond it the next
+    multiple of 16, so that the load is a wide one whatever V is"""
+    raw = tl.load(row + at, mask=at < reach, other=0.0)
+    return tl.where(at < V, finish(raw, scale, cap, CAP), float("-inf"))
 
 
 @triton.jit
@@ -96,8 +98,10 @@ def _lse(origin, total):
 def row_kernel(
     logits,  # [R, V] raw
     logits_stride,
+    logits_reach,
     target,  # [R, V] raw, any floating dtype
     target_stride,
+    target_reach,
     out,  # [R, V]: draw
     out_stride,
     statistics,  # [STATISTICS, R]: written by the statistics half, read by the gradient's
@@ -159,7 +163,7 @@ def row_kernel(
         best, target_best = lanes, lanes
         for step in range(steps):
             at = _start(step, V, BLOCK, BETWEEN) + lanes
-            z = _read(logits, at, V, scale, cap, CAP)
+            z = _read(logits, at, V, logits_reach, scale, cap, CAP)
             d = z - top
             if ARGMAX:
                 best = tl.where(d >= 0 if BETWEEN else d > 0, at, best)
@@ -174,7 +178,7 @@ def row_kernel(
             if HAS_MEAN_LOG_PROB & WANTED:
                 mean += tl.where(at < V, z, 0.0)
             if TARGET:
-                t = _read(target, at, V, target_scale, target_cap, TARGET_CAP)
+                t = _read(target, at, V, target_reach, target_scale, target_cap, TARGET_CAP)
                 target_d = t - target_top
             if AGREES:
                 target_best = tl.where(target_d >= 0 if BETWEEN else target_d > 0, at, target_best)
@@ -252,8 +256,8 @@ def row_kernel(
                 value, slopes = zeros, zeros
                 for step in range(steps):
                     at = _start(step, V, BLOCK, False) + lanes
-                    z = _read(logits, at, V, scale, cap, CAP)
-                    t = _read(target, at, V, target_scale, target_cap, TARGET_CAP)
+                    z = _read(logits, at, V, logits_reach, scale, cap, CAP)
+                    t = _read(target, at, V, target_reach, target_scale, target_cap, TARGET_CAP)
                     lq = (z * inverse - soft_lse) - soft_low
                     lp = (t * target_inverse - target_lse) - target_low
                     f, g = PAIR(lp, lq, tl.exp(lq), parameter)
@@ -316,7 +320,7 @@ def row_kernel(
         out += row * out_stride
         for step in range(steps):
             at = _start(step, V, BLOCK, True) + lanes
-            z = _read(logits, at, V, scale, cap, CAP)
+            z = _read(logits, at, V, logits_reach, scale, cap, CAP)
             dz = tl.zeros([BLOCK], tl.float32)
             if AT_ONE & LIVE:
                 lq = (z - lse) - lse_low
@@ -332,7 +336,7 @@ def row_kernel(
                 if HAS_MEAN_LOG_PROB & LIVE:
                     dz += every
             if SUMMED or HAS_DIVERGENCE & LIVE:
-                t = _read(target, at, V, target_scale, target_cap, TARGET_CAP)
+                t = _read(target, at, V, target_reach, target_scale, target_cap, TARGET_CAP)
                 if not (SAME and AT_ONE & LIVE):
                     lq = (z * inverse - soft_lse) - soft_low
                     q = tl.exp(lq)

@@ -72,6 +72,15 @@ def _empty_statistics(rows: Rows) -> Tensor:
     return torch.zeros(STATISTICS, rows.logits.shape[0], dtype=torch.float32, device=rows.logits.device)
 
 
+def _reach(rows: Tensor) -> int:
+    """How far a row may be read: to the multiple of 16 after V where every row has that much memory, else V."""
+    count, vocab = rows.shape
+    reach = -(-vocab // 16) * 16
+    last = rows.storage_offset() + (count - 1) * rows.stride(0) + reach
+    fits = rows.stride(0) >= reach and last * rows.element_size() <= rows.untyped_storage().nbytes()
+    return reach if fits else vocab
+
+
 def _launch(
     rows: Rows,
     statistics: Tensor,
@@ -101,8 +110,10 @@ def _launch(
         rows.logits,
         rows.logits,
         rows.logits.stride(0),
+        _reach(rows.logits),
         target,
         0 if target is None else target.stride(0),
+        0 if target is None else _reach(target),
         out,
         0 if out is None else out.stride(0),
         statistics,

@@ -8,6 +8,10 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <string>
+#include <vector>
+
 #include "rows_cuda.h"
 #include "tensors.h"
 
@@ -85,7 +89,7 @@ void on_device_of(const Rows& rows, Launch launch) {
 
 void run(const Rows& rows, const at::Tensor& statistics, int64_t wanted, int64_t live, const Optional& cotangents,
          const Optional& lse_slope, const Optional& out) {
-  if (wanted & 0b101111) wanted |= 1 << kLse;  // what stands on softmax(z)
+  if (wanted & kAtOne) wanted |= 1 << kLse;
   const int64_t asked = wanted | live;
   const bool compared = asked & 1 << kDivergence, taught = compared || wanted & 1 << kAgreement;
   RowArguments a = {};
@@ -101,7 +105,7 @@ void run(const Rows& rows, const at::Tensor& statistics, int64_t wanted, int64_t
     a.out = matrix(*out, "out", rows);
     a.in_place = out->storage().data() == rows.logits.storage().data();
   }
-  check_table(statistics, kStatistics, "statistics", rows);
+  check_table(statistics, kRows, "statistics", rows);
   a.statistics = statistics.mutable_data_ptr(), a.statistics_stride = statistics.stride(0);
   if (cotangents) {
     check_table(*cotangents, kCorrect, "cotangents", rows);
@@ -131,7 +135,7 @@ void run(const Rows& rows, const at::Tensor& statistics, int64_t wanted, int64_t
 }
 
 at::Tensor row_statistics(const Rows& rows, int64_t wanted, int64_t live) {
-  at::Tensor statistics = at::zeros({kStatistics, rows.logits.size(0)}, rows.options());
+  at::Tensor statistics = at::zeros({kRows, rows.logits.size(0)}, rows.options());
   run(rows, statistics, wanted | 1 << kLse, live, std::nullopt, std::nullopt, std::nullopt);
   return statistics;
 }
@@ -143,7 +147,7 @@ void row_gradient(const Rows& rows, const at::Tensor& statistics, int64_t live, 
 
 at::Tensor row_step(const Rows& rows, int64_t wanted, int64_t live, const at::Tensor& cotangents,
                     const Optional& lse_slope, const at::Tensor& out) {
-  at::Tensor statistics = at::zeros({kStatistics, rows.logits.size(0)}, rows.options());
+  at::Tensor statistics = at::zeros({kRows, rows.logits.size(0)}, rows.options());
   run(rows, statistics, wanted, live, cotangents, lse_slope, out);
   return statistics;
 }
@@ -153,7 +157,7 @@ constexpr int64_t kSegments = 8;  // parts that the rows of one group are cut in
 void accumulate_columns(const Rows& rows, const at::Tensor& statistics, const Optional& weight,
                         const at::Tensor& columns) {
   const int64_t count = rows.logits.size(0), vocab = rows.logits.size(1);
-  check_table(statistics, kStatistics, "statistics", rows);
+  check_table(statistics, kRows, "statistics", rows);
   TORCH_CHECK(columns.dim() == 2 && columns.size(1) == vocab && columns.is_contiguous() && columns.size(0) < 1 << 16,
               "dft_kernels: columns must be [G, ", vocab, "] with G below 65536, got ", columns.sizes());
   const at::TensorOptions index = rows.logits.options().dtype(at::kLong);
@@ -180,7 +184,7 @@ void accumulate_columns(const Rows& rows, const at::Tensor& statistics, const Op
 
 at::Tensor probabilities(const Rows& rows, const at::Tensor& statistics) {
   at::Tensor out = at::empty(rows.logits.sizes(), rows.options());
-  check_table(statistics, kStatistics, "statistics", rows);
+  check_table(statistics, kRows, "statistics", rows);
   ProbabilityArguments a = {};
   a.rows = out.size(0), a.vocab = out.size(1);
   a.logits = matrix(rows.logits, "logits", rows);
@@ -196,7 +200,7 @@ at::Tensor probabilities(const Rows& rows, const at::Tensor& statistics) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The CUDA row kernels of dft_kernels.";
   m.attr("DIVERGENCES") = kNames;
-  m.attr("STATISTICS") = int(kStatistics);
+  m.attr("STATISTICS") = int(kRows);
   py::class_<Rows>(m, "Rows").def(
       py::init([](at::Tensor logits, double scale, std::optional<double> cap, Optional label, Optional group,
                   Optional potential, Optional target, double target_scale, std::optional<double> target_cap,

@@ -2,8 +2,6 @@
 // sweeps. See rows_cuda.cu for the mathematics. Internal to each translation unit that includes it.
 #pragma once
 
-#include <type_traits>
-
 #include "gpu.h"
 #include "rows_cuda.h"
 
@@ -16,11 +14,42 @@ constexpr int kEntropyBit = 1 << kEntropy, kLseBit = 1 << kLse, kLogProbBit = 1 
               kMeanBit = 1 << kMeanLogProb;
 constexpr int kDivergenceBit = 1 << kDivergence, kPotentialBit = 1 << kPotential;
 constexpr int kCorrectBit = 1 << kCorrect, kAgreementBit = 1 << kAgreement;
-constexpr int kAtOne = kLogProbBit | kMeanBit | kEntropyBit | kLseBit | kPotentialBit;  // what stands on softmax(z)
 
 struct None {
   static constexpr bool flat = true, linear = false;
 };
+
+template <class D, bool IsPresent = true>
+struct Pair {
+  using type = D;
+  static constexpr bool present = IsPresent;
+};
+
+// f(Pair) of a divergence by its id; of None for any other
+template <class T, class F>
+auto with_pair(int id, F f) {
+  using M = Math<T>;
+  switch (id) {
+    case dft::kForwardKl:
+      return f(Pair<ForwardKl<M>>());
+    case dft::kReverseKl:
+      return f(Pair<ReverseKl<M>>());
+    case dft::kJensenShannon:
+      return f(Pair<JensenShannon<M>>());
+    case dft::kSkewKl:
+      return f(Pair<SkewKl<M>>());
+    case dft::kSkewReverseKl:
+      return f(Pair<SkewReverseKl<M>>());
+    case dft::kAlphaDivergence:
+      return f(Pair<AlphaDivergence<M>>());
+    case dft::kTotalVariation:
+      return f(Pair<TotalVariation<M>>());
+    case dft::kSquaredHellinger:
+      return f(Pair<SquaredHellinger<M>>());
+    default:
+      return f(Pair<None, false>());
+  }
+}
 
 struct alignas(16) Sixteen {
   uint32_t word[4];

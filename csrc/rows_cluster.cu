@@ -38,10 +38,11 @@ struct Cut {
   int blocks, bytes;
 };
 
-Cut cut(int64_t vocab, int64_t bytes_a_column) {
+Cut cut(const RowArguments& a) {
+  const int64_t bytes_a_column = bytes_of(a.logits.element) + (a.target.data ? bytes_of(a.target.element) : 0);
   for (int64_t most : {arena_limit(kComfortable), arena_limit(kArena)})
     for (int blocks = 1; blocks <= kMostBlocks; blocks *= 2) {
-      const int64_t columns = (vocab + blocks * 8 - 1) / (blocks * 8) * 8;
+      const int64_t columns = (a.vocab + blocks * 8 - 1) / (blocks * 8) * 8;
       // each part in whole steps, so that both begin on 16 bytes
       const int64_t room = (columns + kColumnsAStep - 1) / kColumnsAStep * kColumnsAStep;
       const int64_t bytes = kRoom + room * bytes_a_column;
@@ -182,36 +183,16 @@ bool fits_cluster(const RowArguments& a) {
     return !m.data || (reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride * size % 16 == 0 && m.padded);
   };
   return a.wanted && a.logits.element != Element::f64 && a.target.element != Element::f64 && has_clusters() &&
-         whole(a.logits) && whole(a.target) &&
-         cut(a.vocab, bytes_of(a.logits.element) + (a.target.data ? bytes_of(a.target.element) : 0)).columns > 0;
+         whole(a.logits) && whole(a.target) && cut(a).columns > 0;
 }
 
 const char* launch_rows_in_clusters(const RowArguments& a, CUstream_st* stream) {
-  const Cut parts = cut(a.vocab, bytes_of(a.logits.element) + (a.target.data ? bytes_of(a.target.element) : 0));
-  const auto run = [&](auto* kernel) {
-    return launch_clusters(kernel, a.rows, parts.blocks, kThreads, parts.bytes, stream, a, parts.columns);
-  };
-  using M = Math<float>;
-  switch (a.divergence) {
-    case dft::kForwardKl:
-      return run(cluster_kernel<ForwardKl<M>, true>);
-    case dft::kReverseKl:
-      return run(cluster_kernel<ReverseKl<M>, true>);
-    case dft::kJensenShannon:
-      return run(cluster_kernel<JensenShannon<M>, true>);
-    case dft::kSkewKl:
-      return run(cluster_kernel<SkewKl<M>, true>);
-    case dft::kSkewReverseKl:
-      return run(cluster_kernel<SkewReverseKl<M>, true>);
-    case dft::kAlphaDivergence:
-      return run(cluster_kernel<AlphaDivergence<M>, true>);
-    case dft::kTotalVariation:
-      return run(cluster_kernel<TotalVariation<M>, true>);
-    case dft::kSquaredHellinger:
-      return run(cluster_kernel<SquaredHellinger<M>, true>);
-    default:
-      return run(cluster_kernel<None, false>);
-  }
+  const Cut parts = cut(a);
+  return with_pair<float>(a.divergence, [&](auto pair) {
+    using P = decltype(pair);
+    return launch_clusters(cluster_kernel<typename P::type, P::present>, a.rows, parts.blocks, kThreads, parts.bytes,
+                           stream, a, parts.columns);
+  });
 }
 
 }  // namespace dft::cuda

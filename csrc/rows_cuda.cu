@@ -105,28 +105,11 @@ __global__ void __launch_bounds__(kColumns) probability_kernel(const Probability
 // ---------------------------------------------------------------------------------------------------- the launchers
 
 template <class T>
-auto row_kernel_of(int divergence) -> void (*)(RowArguments) {
-  using M = Math<T>;
-  switch (divergence) {
-    case dft::kForwardKl:
-      return row_kernel<T, ForwardKl<M>, true>;
-    case dft::kReverseKl:
-      return row_kernel<T, ReverseKl<M>, true>;
-    case dft::kJensenShannon:
-      return row_kernel<T, JensenShannon<M>, true>;
-    case dft::kSkewKl:
-      return row_kernel<T, SkewKl<M>, true>;
-    case dft::kSkewReverseKl:
-      return row_kernel<T, SkewReverseKl<M>, true>;
-    case dft::kAlphaDivergence:
-      return row_kernel<T, AlphaDivergence<M>, true>;
-    case dft::kTotalVariation:
-      return row_kernel<T, TotalVariation<M>, true>;
-    case dft::kSquaredHellinger:
-      return row_kernel<T, SquaredHellinger<M>, true>;
-    default:
-      return row_kernel<T, None, false>;
-  }
+const char* launch_generic(const RowArguments& a, CUstream_st* stream) {
+  return with_pair<T>(a.divergence, [&](auto pair) {
+    using P = decltype(pair);
+    return launch(row_kernel<T, typename P::type, P::present>, dim3(unsigned(a.rows)), kThreads, stream, a);
+  });
 }
 
 unsigned blocks(int64_t vocab) { return unsigned((vocab + kColumns - 1) / kColumns); }
@@ -139,9 +122,7 @@ const char* launch_rows(const RowArguments& a, Design design, CUstream_st* strea
     const char* message = fits_cluster(a) ? launch_rows_in_clusters(a, stream) : kNoRoom;
     if (message != kNoRoom || design == Design::cluster) return message;
   }
-  const bool wide = a.logits.element == Element::f64;
-  return launch(wide ? row_kernel_of<double>(a.divergence) : row_kernel_of<float>(a.divergence), dim3(unsigned(a.rows)),
-                kThreads, stream, a);
+  return a.logits.element == Element::f64 ? launch_generic<double>(a, stream) : launch_generic<float>(a, stream);
 }
 
 const char* launch_columns(const ColumnArguments& a, CUstream_st* stream) {

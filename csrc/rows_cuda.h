@@ -10,24 +10,8 @@ struct CUstream_st;
 
 namespace dft::cuda {
 
-// The statistics of a row, as indices into [kStatistics, R]; those before kCorrect have cotangents.
-enum Row {
-  kLogProb,
-  kMeanLogProb,
-  kEntropy,
-  kLse,
-  kDivergence,
-  kPotential,
-  kCorrect,
-  kAgreement,
-  kSoftLse,
-  kTargetLse,
-  kSlope,
-  kLseLow,
-  kSoftLseLow,
-  kTargetLseLow,
-  kStatistics,
-};
+// Bits of Row: what stands on softmax(z), and so on its log-sum-exp
+constexpr int kAtOne = 1 << kLogProb | 1 << kMeanLogProb | 1 << kEntropy | 1 << kLse | 1 << kPotential;
 
 // Rows of V numbers; stride in numbers. null: not there.
 struct Matrix {
@@ -49,7 +33,7 @@ struct RowArguments {
   Finish finish, target_finish;
   Matrix out;  // the gradient, written; null: none. May be the logits' own memory: in place, or their rows' upper half
   bool in_place;
-  void* statistics;  // Number [kStatistics, R]
+  void* statistics;  // Number [kRows, R]
   int64_t statistics_stride;
   const void* cotangents;  // Number [6, R]
   int64_t cotangents_stride;

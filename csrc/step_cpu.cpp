@@ -17,24 +17,6 @@
 namespace dft {
 namespace {
 
-enum Row {
-  kLogProb,
-  kMeanLogProb,
-  kEntropy,
-  kLse,
-  kDivergence,
-  kPotential,
-  kCorrect,
-  kAgreement,
-  kSoftLse,
-  kTargetLse,
-  kSlope,
-  kLseLow,
-  kSoftLseLow,
-  kTargetLseLow,
-  kRows
-};
-
 template <class T>
 struct Online {  // a thread's sums over its share of the vocabulary
   Numbers<T> max;

@@ -30,7 +30,7 @@ compiles = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 def test_names_are_the_tables() -> None:
     assert [divergences.TABLE[name].id for name in extension.CUDA.DIVERGENCES] == list(range(len(divergences.TABLE)))
     assert len(Row) == extension.CUDA.STATISTICS
-    names = re.search(r"enum Row \{(.*?)\}", (ROOT / "csrc/rows_cuda.h").read_text(), re.S)
+    names = re.search(r"enum Row \{(.*?)\}", (ROOT / "csrc/element.h").read_text(), re.S)
     assert names is not None
     listed = [name.strip().removeprefix("k").lower() for name in names[1].split(",") if name.strip()]
     assert listed[:-1] == [row.name.replace("_", "").lower() for row in Row]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 
 from . import demo, info
+from .benchmarks import command as bench
 
 _USAGE = """usage: dft-kernels COMMAND [options]
 
   demo            a real model trained with the chunked and with the eager loss, side by side
+  bench           this loss against the bare matrix products, PyTorch's and other libraries' losses
   info [--json]   versions, backends available and why not, instruction sets, build stamp, defaults
 """
 
@@ -17,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; its own --help explains its options."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    commands = {"demo": demo.main, "info": info.main}
+    commands = {"bench": bench.main, "demo": demo.main, "info": info.main}
     if command in commands:
         return commands[command](rest)
     print(_USAGE, end="")

@@ -1,0 +1,243 @@
+"""`dft-kernels bench`: the losses of this library, of PyTorch and of other libraries, against the floor.
+
+A preset, or your own --shape, is measured by every implementation that runs here: time over that of the bare matrix
+products (the floor), peak extra memory, and the distance of loss and gradients to float64. What does not run is named
+with the reason. Each is measured in processes of their own under a memory limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import plots, runs, tables
+from .implementations import Call
+from .problems import LOSSES, PARTS, PRESETS, SWEEPS, Case, Inputs, Shape, sweep
+from .tables import Row
+from .worker import everyone
+
+SECONDS = 20.0  # of rounds an implementation; a slower one is measured less often, at least twice
+TIMEOUT = 300.0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    made = argparse.ArgumentParser(
+        prog="dft-kernels bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    presets = "\n".join(f"  {name}: {preset.about}" for name, preset in PRESETS.items())
+    add = made.add_argument
+    add("--preset", choices=tuple(PRESETS), help=f"what to measure (default: quick)\n{presets}")
+    add("--shape", nargs="+", metavar="N,H,V", help="rows, hidden size, vocabulary; instead of the preset's")
+    add("--sweep", nargs="+", choices=tuple(SWEEPS), default=[], help="also vary N, V or H of the first shape")
+    add("--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), help="default: the preset's, bfloat16")
+    add("--loss", nargs="+", choices=tuple(LOSSES), help="default: the preset's")
+    add("--part", nargs="+", choices=PARTS, default=["both"], help="default: forward and backward together")
+    add("--only", nargs="+", metavar="NAME", help="implementations, by name or the beginning of it; see --list")
+    add("--list", action="store_true", help="name the implementations, and what runs here")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--rounds", type=_positive, help="of floor and implementations, interleaved (default: the preset's)")
+    add("--memory-limit", type=float, metavar="GB", help="of each process (default: 80 %% of what is available)")
+    add("--timeout", type=float, default=TIMEOUT, metavar="S", help="for one call (default: %(default).0f)")
+    add(
+        "--csv", type=Path, metavar="FILE", help="keep the rows; those of other runs in it stay, same ones are replaced"
+    )
+    add("--json", type=Path, metavar="FILE", help="the rows of this run as JSON")
+    add("--plot", type=Path, metavar="FILE.png", help="scaling and roofline, of all rows in --csv and of this run")
+    add("--trace", type=Path, metavar="FILE.json.gz", help="a torch profiler trace of one step of ours, first case")
+    add("--show", type=Path, metavar="FILE.csv", help="measure nothing: the tables (and --plot) of a CSV")
+    return made
+
+
+def plan(options: argparse.Namespace, device: str) -> dict[Case, bool]:
+    """The cases that the options ask for, in order, and whether their errors are measured: a sweep is about time and
+    memory, and float64 at its far end is neither cheap nor news."""
+    preset = PRESETS[options.preset or "quick"]
+    shapes = [Shape.parse(text) for text in options.shape] if options.shape else list(preset.shapes)
+    dtypes, losses = options.dtype or preset.dtypes, options.loss or preset.losses
+    found = {
+        Case(shape, dtype, loss, part, device): True
+        for shape in shapes
+        for dtype in dtypes
+        for loss in losses
+        for part in options.part
+    }
+    for dimension in options.sweep or (() if options.shape else preset.sweeps):
+        for shape in sweep(dimension, shapes[0]):
+            for loss in options.loss or _SWEPT:
+                found.setdefault(Case(shape, dtypes[0], loss, options.part[0], device), False)
+    return found
+
+
+_SWEPT = ("cross_entropy", "forward_kl")  # the losses of a sweep where none is named
+
+
+def chosen(only: Sequence[str] | None, loss: str | None = None) -> list[str]:
+    """Names of the implementations that have a loss."""
+    table = everyone()
+    for wanted in only or ():
+        if not any(name.startswith(wanted) for name in table):
+            raise ValueError(
+                f"bench: --only must begin names of implementations, got {wanted!r}. They are: {', '.join(table)}."
+            )
+    return [
+        name
+        for name, each in table.items()
+        if (loss is None or loss in each.losses) and (not only or any(name.startswith(wanted) for wanted in only))
+    ]
+
+
+def measure(options: argparse.Namespace, todo: dict[Case, bool], console: Any) -> list[Row]:
+    """The rows of all cases; printed and kept case by case."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    device = next(iter(todo)).device
+    limit = int(options.memory_limit * 1e9) if options.memory_limit else runs.default_limit(device)
+    rounds = options.rounds or PRESETS[options.preset or "quick"].rounds
+    about = runs.about(device)
+    rows: list[Row] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, refresh_per_second=1, transient=True) as progress:
+        task = progress.add_task("", total=len(todo))
+        for case, errors in todo.items():
+
+            def tell(text: str, case: Case = case) -> None:
+                progress.update(task, description=f"{LOSSES[case.loss].title}, {case.shape}: {text}")
+
+            seen, ceilings = runs.measure_case(
+                case, chosen(options.only, case.loss), rounds=rounds, seconds=SECONDS, limit=limit,
+                timeout=options.timeout, errors=errors, progress=tell,
+            )  # fmt: skip
+            new = runs.rows_of(case, seen, ceilings, about)
+            rows += new
+            if options.csv:
+                tables.write(options.csv, tables.merged(_kept(options.csv), new))
+            for table in tables.render(new):
+                progress.console.print(table)
+            progress.update(task, advance=1)
+    return rows
+
+
+def _kept(path: Path | None) -> list[Row]:
+    return tables.read(path) if path is not None and path.exists() else []
+
+
+def trace(case: Case, only: Sequence[str] | None, path: Path) -> str:
+    """A profile of one forward and backward of ours, written for chrome://tracing; says whose."""
+    name = next((name for name in chosen(only, case.loss) if _calls(name, case) is not None), None)
+    if name is None:
+        raise ValueError(f"bench: --trace needs an implementation of {case} that runs here, got none. See --list.")
+    call = _calls(name, case)
+    assert call is not None
+    x = Inputs.make(case, 0)
+    call(x).backward()
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if case.device == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        torch.cuda.synchronize()
+    with torch.profiler.profile(activities=kinds, record_shapes=True) as profile:
+        call(x).backward()
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile.export_chrome_trace(str(path))
+    return name
+
+
+def _calls(name: str, case: Case) -> Call | None:
+    try:
+        return everyone()[name].prepare(case)
+    except Exception:  # what does not run here is no candidate
+        return None
+
+
+def _list(device: str, console: Any) -> None:
+    from rich.table import Table
+
+    table = Table("implementation", "package", "losses", "here")
+    for name, each in everyone().items():
+        case = Case(Shape(8, 16, 32), "bfloat16", each.losses[0], "both", device)
+        try:
+            each.prepare(case)
+            here = "runs"
+        except Exception as error:
+            here = str(error)
+        table.add_row(name, each.version(), ", ".join(each.losses), here)
+    console.print(table)
+
+
+def _check(options: argparse.Namespace, device: str) -> None:
+    """What would fail after the work, before it."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench: --device cuda needs a GPU that torch sees, got none. Leave it out, or see nvidia-smi.")
+    for path in (options.csv, options.json, options.plot, options.trace):
+        if path is not None and path.is_dir():
+            raise ValueError(f"bench: {path} must be a file's name, got a folder. Name a file in it.")
+    if options.plot is not None and options.plot.suffix != ".png":
+        raise ValueError(f"bench: --plot must end in .png, got {options.plot}. Rename it.")
+    if options.memory_limit is not None and options.memory_limit <= 0:
+        raise ValueError(f"bench: --memory-limit must be positive gigabytes, got {options.memory_limit:g}.")
+    _kept(options.csv)
+    chosen(options.only)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, and write."""
+    options = parser().parse_args(arguments)
+    try:
+        import matplotlib  # noqa: F401
+        from rich.console import Console
+    except ImportError as error:
+        print(f"bench: the extra 'bench' must be installed, got: {error}. Run pip install 'dft-kernels[bench]'.")
+        return 2
+    wide = None if sys.stdout.isatty() else 160
+    console = Console(width=wide)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own start and stop lines
+    try:
+        _check(options, device)
+        if options.list:
+            _list(device, console)
+            return 0
+        if options.show:
+            rows = tables.read(options.show)
+            for table in tables.render(rows):
+                console.print(table)
+        else:
+            todo = {case: errors for case, errors in plan(options, device).items() if chosen(options.only, case.loss)}
+            if not todo:
+                raise ValueError("bench: --only and --loss must leave something to measure, got nothing. See --list.")
+            rows = measure(options, todo, console)
+            if options.json:
+                tables.write_json(options.json, rows)
+            if options.trace:
+                name = trace(next(iter(todo)), options.only, options.trace)
+                console.print(f"a trace of {name} is in {options.trace}")
+        if options.plot:
+            plots.draw(tables.merged(_kept(options.csv), rows), options.plot)
+            console.print(f"pictures are in {options.plot}")
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        kept = f"; finished cases are in {options.csv}" if options.csv else ""
+        print(f"bench: stopped{kept}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""Who is measured: ours by each backend, the losses that people write in PyTorch, and other libraries' (peers.py).
+
+An implementation is prepared for a case before anything is timed; what it cannot do here is said as a reason.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .. import backends
+from ..functional import linear_cross_entropy, linear_distribution_loss
+from ..teachers import TeacherHead, TeacherLogits
+from .problems import HARD_WEIGHT, LOSSES, Case, Inputs
+
+Call = Callable[[Inputs], Tensor]  # the mean loss of a row
+
+
+class Unavailable(Exception):  # noqa: N818 - no error: a fact about this machine
+    """Why an implementation cannot run a case on this machine."""
+
+
+class Implementation(NamedTuple):
+    """Someone's loss."""
+
+    name: str
+    package: str  # that it comes in
+    losses: tuple[str, ...]
+    prepare: Callable[[Case], Call]  # raises Unavailable or ImportError
+    compiled: bool = False  # compiles itself for the shapes it meets
+    ours: bool = False
+
+    def version(self) -> str:
+        """Package and version, or the package alone."""
+        try:
+            return f"{self.package} {importlib.metadata.version(self.package)}"
+        except importlib.metadata.PackageNotFoundError:
+            return self.package
+
+
+# ---- ours ----
+
+
+def terms(loss: str) -> dict[str, Any]:
+    """The arguments of `linear_distribution_loss` that make it `loss`."""
+    if loss == "ce_and_kl":
+        return {"hard_weight": HARD_WEIGHT}
+    return {"divergence": loss} if loss in ("reverse_kl", "jensen_shannon") else {}
+
+
+def labels_and_teacher(x: Inputs, loss: str) -> tuple[Tensor | None, Any]:
+    """The target and the teacher of `linear_distribution_loss`."""
+    if loss == "cross_entropy":
+        return x.target, None
+    if loss == "stored_kl":
+        assert x.teacher_logits is not None
+        return None, TeacherLogits(x.teacher_logits)
+    return x.target if loss == "ce_and_kl" else None, TeacherHead(x.teacher_hidden, x.teacher_weight)
+
+
+def _ours(backend: str) -> Callable[[Case], Call]:
+    def prepare(case: Case) -> Call:
+        reason = backends.BACKENDS[backend].unavailable(torch.device(case.device), case.torch_dtype)
+        if reason is not None:
+            raise Unavailable(reason)
+        if case.loss == "cross_entropy":
+            return lambda x: linear_cross_entropy(x.hidden, x.weight, x.target, backend=backend)
+        extra = terms(case.loss)
+
+        def call(x: Inputs) -> Tensor:
+            target, teacher = labels_and_teacher(x, case.loss)
+            loss: Tensor = linear_distribution_loss(x.hidden, x.weight, target, teacher, backend=backend, **extra)
+            return loss
+
+        return call
+
+    return prepare
+
+
+# ---- what people write ----
+
+
+def divergence_of_rows(loss: str, z: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """The sum over rows of a loss of `LOSSES` from fp32 logits [R, V] of the model and the teacher."""
+    if loss == "cross_entropy":
+        return F.cross_entropy(z, target, reduction="sum")
+    log_q, log_p = z.log_softmax(-1), teacher.log_softmax(-1)
+    if loss == "reverse_kl":
+        return F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+    if loss == "jensen_shannon":
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        return 0.5 * (
+            F.kl_div(log_m, log_p, reduction="sum", log_target=True)
+            + F.kl_div(log_m, log_q, reduction="sum", log_target=True)
+        )
+    soft = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return soft + HARD_WEIGHT * F.nll_loss(log_q, target, reduction="sum") if loss == "ce_and_kl" else soft
+
+
+def _sum_of_rows(
+    loss: str, hidden: Tensor, weight: Tensor, target: Tensor, teacher: Tensor, head: Tensor | None
+) -> Tensor:
+    """With the teacher's hidden states and head, or its logits and None."""
+    z = F.linear(hidden, weight).float()
+    if loss != "cross_entropy":
+        teacher = (teacher if head is None else F.linear(teacher, head)).float()
+    return divergence_of_rows(loss, z, teacher, target)
+
+
+def _teacher(x: Inputs, loss: str) -> tuple[Tensor, Tensor | None]:
+    if loss == "stored_kl":
+        assert x.teacher_logits is not None
+        return x.teacher_logits, None
+    return x.teacher_hidden, x.teacher_weight
+
+
+def _eager(case: Case) -> Call:
+    loss = case.loss
+    return lambda x: _sum_of_rows(loss, x.hidden, x.weight, x.target, *_teacher(x, loss)) / len(x.hidden)
+
+
+def _compiled(case: Case) -> Call:
+    rows = torch.compile(_sum_of_rows, dynamic=False)
+    loss = case.loss
+    return lambda x: rows(loss, x.hidden, x.weight, x.target, *_teacher(x, loss)) / len(x.hidden)
+
+
+TEXTBOOK_ROWS = 1024
+
+
+def _textbook(case: Case) -> Call:
+    """Chunks of rows whose logits are dropped after forward and made again in backward."""
+    loss = case.loss
+
+    def call(x: Inputs) -> Tensor:
+        teacher, head = _teacher(x, loss)
+        total = x.hidden.new_zeros((), dtype=torch.float32)
+        chunks = (x.hidden.split(TEXTBOOK_ROWS), x.target.split(TEXTBOOK_ROWS), teacher.split(TEXTBOOK_ROWS))
+        for hidden, target, rows in zip(*chunks, strict=True):
+            total = total + checkpoint(_sum_of_rows, loss, hidden, x.weight, target, rows, head, use_reentrant=False)
+        return total / len(x.hidden)
+
+    return call
+
+
+EAGER = Implementation("eager", "torch", tuple(LOSSES), _eager)
+
+
+def ours() -> list[Implementation]:
+    """This library by each of its backends."""
+    return [
+        Implementation(f"dft_kernels {name}", "dft-kernels", tuple(LOSSES), _ours(name), ours=True)
+        for name in backends.BACKENDS
+    ]
+
+
+def written() -> list[Implementation]:
+    """The losses that people write in PyTorch."""
+    every = tuple(LOSSES)
+    return [
+        EAGER,
+        Implementation("torch.compile(eager)", "torch", every, _compiled, compiled=True),
+        Implementation("chunks with checkpoint", "torch", every, _textbook),
+    ]

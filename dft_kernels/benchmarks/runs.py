@@ -1,0 +1,203 @@
+"""Cases to rows: starts the workers, survives them, and keeps what they say."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import platform
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .implementations import EAGER
+from .problems import Case
+from .tables import Row
+from .worker import FAILED, OK, OUT_OF_MEMORY, TIMED_OUT, Event, Job, everyone, main
+
+
+@dataclass
+class Seen:
+    """What is known of one implementation in one case."""
+
+    status: str = OK
+    reason: str = ""
+    peak: int | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    rounds: dict[int, tuple[float, float]] = field(default_factory=dict)  # floor and implementation, ms
+
+
+def available_memory() -> int:
+    """Bytes of memory that programs can still take, by the kernel and by this control group."""
+    free = [1 << 40]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        free.append(int(line.split()[1]) * 1024)
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.exists() and limit.read_text().strip().isdigit():
+        free.append(int(limit.read_text()) - int(used.read_text()))
+    return min(free)
+
+
+def default_limit(device: str) -> int:
+    """Bytes that a worker may take: 80 % of what is available."""
+    return int(0.8 * (torch.cuda.mem_get_info()[0] if device == "cuda" else available_memory()))
+
+
+def commit() -> str:
+    """The commit that is measured; "+" if the tree has changes; the version where there is no repository."""
+    from .. import __version__
+
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else __version__
+
+
+def machine(device: str) -> str:
+    """What the numbers belong to."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def watch(job: Job, timeout: float, hear: Callable[[Event], None]) -> tuple[str, str] | None:
+    """Run one worker; None if it came to its end, else the status and the reason of its death."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile(suffix=".log") as log:
+        process = context.Process(target=main, args=(job, sender, log.name), daemon=True)
+        process.start()
+        sender.close()
+        try:
+            while receiver.poll(timeout):
+                event = receiver.recv()
+                if event is None:
+                    process.join(10)  # a library's thread may keep it
+                    return None
+                hear(event)
+            return TIMED_OUT, f"said nothing for {timeout:.0f} s"
+        except EOFError:
+            process.join()
+            last = next(
+                (line for line in reversed(Path(log.name).read_text(errors="replace").splitlines()) if line), ""
+            )
+            if process.exitcode == -9:
+                return OUT_OF_MEMORY, "killed by the system"
+            return FAILED, f"the process ended with {process.exitcode}: {last[:300]}"
+        finally:
+            process.kill()
+            process.join()
+            receiver.close()
+
+
+def measure_case(
+    case: Case, names: list[str], *, rounds: int, seconds: float, limit: int, timeout: float, errors: bool,
+    progress: Callable[[str], None],
+) -> tuple[dict[str, Seen], dict[str, float]]:  # fmt: skip
+    """What is found of every implementation, and the ceilings of the machine."""
+    seen = {name: Seen() for name in names}
+    ceilings: dict[str, float] = {}
+
+    def alive() -> tuple[str, ...]:
+        return tuple(name for name in names if seen[name].status == OK)
+
+    def attend(wanted: tuple[str, ...], memory: bool, time: bool) -> None:
+        while wanted:
+            job = Job(case, wanted, memory, time, errors, rounds, seconds, limit)
+            now = ""
+            for name in wanted if time else ():
+                seen[name].rounds.clear()
+
+            def hear(event: Event) -> None:
+                nonlocal now
+                if event.kind == "begin":
+                    now = event.name
+                    progress(f"{'memory' if memory and not time else 'time'} of {now or 'the floor'}")
+                elif event.kind == "ceilings":
+                    ceilings.update(event.value)
+                elif event.name in seen:
+                    one = seen[event.name]
+                    if event.kind == "status":
+                        one.status, one.reason = event.value
+                    elif event.kind == "peak":
+                        one.peak = event.value
+                    elif event.kind == "errors":
+                        one.errors = event.value
+                    elif event.kind == "time":
+                        one.rounds[event.value[0]] = event.value[1:]
+
+            death = watch(job, timeout, hear)
+            if death is None:
+                return
+            for name in [now] if now else wanted:  # what died takes nobody along
+                seen[name].status, seen[name].reason = death
+            wanted = tuple(name for name in wanted if seen[name].status == OK)
+
+    if case.device == "cuda":  # its allocator counts each call exactly, so one process serves for all of it
+        attend(alive(), memory=True, time=True)
+    else:
+        for name in names:
+            attend((name,), memory=True, time=False)
+        attend(alive(), memory=False, time=True)
+    return seen, ceilings
+
+
+def rows_of(case: Case, seen: dict[str, Seen], ceilings: dict[str, float], about: dict[str, Any]) -> list[Row]:
+    """The table of a case: medians over rounds, of ratios taken within each."""
+    table = everyone()
+    times = {
+        name: {number: pair[1] for number, pair in one.rounds.items()}
+        for name, one in seen.items()
+        if one.status == OK and one.rounds
+    }
+    rivals = {name: statistics.median(of.values()) for name, of in times.items() if not table[name].ours}
+    best = min(rivals, key=lambda name: rivals[name], default=None)
+
+    def over(name: str, other: str | None) -> float:
+        if other not in times:
+            return math.nan
+        common = [times[name][number] / ms for number, ms in times[other].items() if number in times[name]]
+        return statistics.median(common) if common else math.nan
+
+    rows = []
+    for name, one in seen.items():
+        measured: dict[str, Any] = dict(ceilings)
+        if name in times:
+            bare, whole = zip(*one.rounds.values(), strict=True)
+            ratio = [mine / floor for floor, mine in one.rounds.values()]
+            measured |= {
+                "rounds": len(whole), "ms": statistics.median(whole), "ms_low": min(whole), "ms_high": max(whole),
+                "floor_ms": statistics.median(bare), "over_floor": statistics.median(ratio),
+                "over_floor_low": min(ratio), "over_floor_high": max(ratio),
+                "over_eager": over(name, EAGER.name), "over_best_peer": over(name, best),
+            }  # fmt: skip
+        peak = one.peak if one.peak is not None else math.nan
+        measured |= {f"error_{what}": error for what, error in one.errors.items()}
+        rows.append(
+            Row(
+                **about, device=case.device, n=case.shape.n, h=case.shape.h, v=case.shape.v, dtype=case.dtype,
+                loss=case.loss, part=case.part, implementation=name, package=table[name].version(),
+                status=one.status, reason=one.reason, peak_bytes=peak, **measured,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def about(device: str) -> dict[str, Any]:
+    """The columns that are the same in all rows of a run."""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "machine": machine(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

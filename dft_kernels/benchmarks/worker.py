@@ -1,0 +1,131 @@
+"""A process that measures and says what it sees as it goes, so that what dies takes nothing along but itself."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from . import measure
+from .implementations import Call, Implementation, Unavailable, ours, written
+from .peers import peers
+from .problems import Case, Inputs
+
+SKIPPED, OUT_OF_MEMORY, FAILED, TIMED_OUT, OK = "skipped", "out of memory", "failed", "timed out", "ok"
+
+
+class Job(NamedTuple):
+    """What a worker does for one case."""
+
+    case: Case
+    names: tuple[str, ...]  # of implementations
+    memory: bool
+    time: bool
+    errors: bool
+    rounds: int
+    seconds: float  # that an implementation's rounds may take, two rounds apart
+    limit: int  # bytes
+
+
+class Event(NamedTuple):
+    """What a worker says: `begin` of anything long, and what was found."""
+
+    kind: str  # begin, status, peak, rounds, time, errors, ceilings
+    name: str  # of the implementation, "" for the case
+    value: Any = None
+
+
+def everyone() -> dict[str, Implementation]:
+    """All implementations, ours first."""
+    return {each.name: each for each in (*ours(), *written(), *peers())}
+
+
+def run(job: Job, say: Callable[[Event], None]) -> None:
+    """Measure; every finding goes to `say`."""
+    measure.limit_memory(job.limit, job.case.device)
+    calls: dict[str, Call] = {}
+    table = everyone()
+
+    def attempt(name: str, action: Callable[[], Any]) -> Any:
+        """The action's result; where it fails, None, and the implementation is out of the race."""
+        say(Event("begin", name))
+        try:
+            return action()
+        except Exception as error:  # a peer's own failure on this machine is a result
+            text = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            status = OUT_OF_MEMORY if measure.is_out_of_memory(error) else FAILED
+            calls.pop(name, None)
+        say(Event("status", name, (status, text)))
+        measure.give_back()
+        return None
+
+    for name in job.names:
+        say(Event("begin", name))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                calls[name] = table[name].prepare(job.case)
+        except Unavailable as error:
+            say(Event("status", name, (SKIPPED, str(error))))
+        except ImportError as error:
+            say(Event("status", name, (SKIPPED, f"not installed ({error}): pip install 'dft-kernels[bench]'")))
+        except Exception as error:  # raised by an import that does not suit this machine
+            say(Event("status", name, (SKIPPED, f"{type(error).__name__}: {error}")))
+    if job.memory:
+        x = Inputs.make(job.case, 0)
+        for name in list(calls):
+            peak = attempt(name, partial(measure.peak_bytes, job.case, table[name], calls[name], x))
+            x.forget_gradients()
+            if name in calls:
+                say(Event("peak", name, peak))
+        del x
+        measure.give_back()
+    if job.time and calls:
+        _time(job, calls, attempt, say)
+
+
+def _time(job: Job, calls: dict[str, Call], attempt: Callable[..., Any], say: Callable[[Event], None]) -> None:
+    case = job.case
+    say(Event("begin", ""))
+    sets = measure.input_sets(case, job.limit)
+    clock = measure.Clock(case.device)
+    say(Event("ceilings", "", measure.ceilings(case)))
+    rounds: dict[str, int] = {}
+    for name in list(calls):
+        attempt(name, partial(measure.timed, case, calls[name], sets[0], clock))  # compiles, fills caches
+        if name in calls:
+            first = attempt(name, partial(measure.timed, case, calls[name], sets[-1], clock))
+        if name in calls:
+            rounds[name] = measure.rounds_for(first, job.rounds, job.seconds)
+    for x in sets:
+        x.forget_gradients()
+    if job.errors and case.part == "both" and calls:
+        exact = attempt("", partial(measure.Exact, case, sets[0]))
+        for name in list(calls) if exact else []:
+            errors = attempt(name, partial(exact.errors, calls[name]))
+            if name in calls:
+                say(Event("errors", name, errors))
+        del exact
+        measure.give_back()
+    if not calls:
+        return
+    race = measure.Race(case, sets)
+    for number in range(max(rounds[name] for name in calls)):
+        for name in measure.turned(list(calls), number):
+            if number < rounds[name]:
+                pair = attempt(name, partial(race.pair, calls[name], number))
+                if name in calls:
+                    say(Event("time", name, (number, *pair)))
+
+
+def main(job: Job, connection: Any, log: str) -> None:
+    """Entry of the process: what libraries print goes to the file `log`."""
+    with open(log, "w") as file:
+        sys.stdout.flush()
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        run(job, connection.send)
+        connection.send(None)

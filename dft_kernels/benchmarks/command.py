@@ -18,9 +18,9 @@ import torch
 
 from . import plots, runs, tables
 from .implementations import Call
+from .peers import everyone
 from .problems import LOSSES, PARTS, PRESETS, SWEEPS, Case, Inputs, Shape, sweep
 from .tables import Row
-from .worker import everyone
 
 SECONDS = 20.0  # of rounds an implementation; a slower one is measured less often, at least twice
 TIMEOUT = 300.0
@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="the rows of this run as JSON")
     add("--plot", type=Path, metavar="FILE.png", help="scaling and roofline, of all rows in --csv and of this run")
     add("--trace", type=Path, metavar="FILE.json.gz", help="a torch profiler trace of one step of ours, first case")
+    add("--brief", action="store_true", help="one line a case instead of tables")
     add("--show", type=Path, metavar="FILE.csv", help="measure nothing: the tables (and --plot) of a CSV")
     return made
 
@@ -118,10 +119,14 @@ def measure(options: argparse.Namespace, todo: dict[Case, bool], console: Any) -
             rows += new
             if options.csv:
                 tables.write(options.csv, tables.merged(_kept(options.csv), new))
-            for table in tables.render(new):
-                progress.console.print(table)
+            _print(new, options.brief, progress.console)
             progress.update(task, advance=1)
     return rows
+
+
+def _print(rows: list[Row], brief: bool, console: Any) -> None:
+    for table in [tables.brief(rows)] if brief else tables.render(rows):
+        console.print(table)
 
 
 def _kept(path: Path | None) -> list[Row]:
@@ -207,13 +212,14 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.show:
             rows = tables.read(options.show)
-            for table in tables.render(rows):
-                console.print(table)
+            _print(rows, options.brief, console)
         else:
             todo = {case: errors for case, errors in plan(options, device).items() if chosen(options.only, case.loss)}
             if not todo:
                 raise ValueError("bench: --only and --loss must leave something to measure, got nothing. See --list.")
             rows = measure(options, todo, console)
+            for line in tables.skipped(rows):
+                console.print(line)
             if options.json:
                 tables.write_json(options.json, rows)
             if options.trace:

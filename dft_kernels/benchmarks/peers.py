@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .implementations import Call, Implementation, Unavailable
+from .implementations import Call, Implementation, Unavailable, ours, written
 from .problems import HARD_WEIGHT, Case
 
 _TEACHER_HEAD = ("forward_kl", "reverse_kl", "jensen_shannon")
@@ -131,3 +131,8 @@ def peers() -> list[Implementation]:
         Implementation("QuACK", "quack-kernels", ce, _quack),
         Implementation("TRL chunked_divergence", "trl", _TEACHER_HEAD, _trl),
     ]
+
+
+def everyone() -> dict[str, Implementation]:
+    """All implementations by name, ours first."""
+    return {each.name: each for each in (*ours(), *written(), *peers())}

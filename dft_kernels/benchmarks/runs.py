@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from .implementations import EAGER
+from .implementations import EAGER, Implementation
+from .peers import everyone
 from .problems import Case
 from .tables import Row
-from .worker import FAILED, OK, OUT_OF_MEMORY, TIMED_OUT, Event, Job, everyone, main
+from .worker import FAILED, OK, OUT_OF_MEMORY, TIMED_OUT, Event, Job, main
 
 
 @dataclass
@@ -101,7 +102,7 @@ def watch(job: Job, timeout: float, hear: Callable[[Event], None]) -> tuple[str,
 
 def measure_case(
     case: Case, names: list[str], *, rounds: int, seconds: float, limit: int, timeout: float, errors: bool,
-    progress: Callable[[str], None],
+    progress: Callable[[str], None], table: Callable[[], dict[str, Implementation]] = everyone,
 ) -> tuple[dict[str, Seen], dict[str, float]]:  # fmt: skip
     """What is found of every implementation, and the ceilings of the machine."""
     seen = {name: Seen() for name in names}
@@ -112,7 +113,7 @@ def measure_case(
 
     def attend(wanted: tuple[str, ...], memory: bool, time: bool) -> None:
         while wanted:
-            job = Job(case, wanted, memory, time, errors, rounds, seconds, limit)
+            job = Job(case, wanted, memory, time, errors, rounds, seconds, limit, table)
             now = ""
             for name in wanted if time else ():
                 seen[name].rounds.clear()

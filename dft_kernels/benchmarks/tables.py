@@ -142,10 +142,10 @@ def render(rows: list[Row]) -> list[Any]:
             table.add_column(heading, justify="right" if heading else "left")
         left_out = []
         for row in sorted(group, key=lambda row: (row.status != "ok", row.over_floor)):
+            if row.status == "skipped":
+                continue
             if row.status != "ok":
                 left_out.append(f"{row.implementation}: {row.status}. {row.reason}")
-                if row.status == "skipped":
-                    continue
             marks = ("[bold]" if row.ours else "") + ("[green]" if row.over_floor == best else "")
             table.add_row(
                 marks + row.implementation,
@@ -165,6 +165,35 @@ def render(rows: list[Row]) -> list[Any]:
         table.caption = "\n".join([caption, *left_out])
         tables.append(table)
     return tables
+
+
+def brief(rows: list[Row]) -> Any:
+    """A rich table with one line a case: our fastest against the floor, eager, and the fastest peer."""
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("case", "ours", "ms", "x floor", "x eager", "x best peer", "best peer", "MB", "least MB of peers"):
+        table.add_column(heading, justify="left" if heading in ("case", "ours", "best peer") else "right")
+    for case, group in by_case(rows):
+        done = [row for row in group if row.status == "ok"]
+        mine, others = (sorted((r for r in done if r.ours is o), key=lambda r: r.ms) for o in (True, False))
+        if mine:
+            ours, least = mine[0], min((row.peak_bytes for row in others), default=math.nan)
+            table.add_row(
+                str(case), ours.implementation.removeprefix(OURS), number(ours.ms, ".4g"), number(ours.over_floor),
+                number(ours.over_eager), number(ours.over_best_peer), others[0].implementation if others else "–",
+                number(ours.peak_bytes / 1e6, ".0f"), number(least / 1e6, ".0f"),
+            )  # fmt: skip
+        else:
+            reasons = "; ".join(f"{row.implementation}: {row.status}" for row in group if row.ours)
+            table.add_row(str(case), reasons or "–")
+    return table
+
+
+def skipped(rows: Iterable[Row]) -> list[str]:
+    """Who was not measured, and why, each once."""
+    lines = [f"{row.implementation}: not measured, {row.reason}" for row in rows if row.status == "skipped"]
+    return list(dict.fromkeys(lines))
 
 
 def markdown(rows: list[Row], shape: Shape, dtype: str) -> str:

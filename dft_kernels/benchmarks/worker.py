@@ -10,8 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from . import measure
-from .implementations import Call, Implementation, Unavailable, ours, written
-from .peers import peers
+from .implementations import Call, Implementation, Unavailable
 from .problems import Case, Inputs
 
 SKIPPED, OUT_OF_MEMORY, FAILED, TIMED_OUT, OK = "skipped", "out of memory", "failed", "timed out", "ok"
@@ -28,6 +27,7 @@ class Job(NamedTuple):
     rounds: int
     seconds: float  # that an implementation's rounds may take, two rounds apart
     limit: int  # bytes
+    table: Callable[[], dict[str, Implementation]]  # whose names these are
 
 
 class Event(NamedTuple):
@@ -38,16 +38,11 @@ class Event(NamedTuple):
     value: Any = None
 
 
-def everyone() -> dict[str, Implementation]:
-    """All implementations, ours first."""
-    return {each.name: each for each in (*ours(), *written(), *peers())}
-
-
 def run(job: Job, say: Callable[[Event], None]) -> None:
     """Measure; every finding goes to `say`."""
     measure.limit_memory(job.limit, job.case.device)
     calls: dict[str, Call] = {}
-    table = everyone()
+    table = job.table()
 
     def attempt(name: str, action: Callable[[], Any]) -> Any:
         """The action's result; where it fails, None, and the implementation is out of the race."""

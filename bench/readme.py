@@ -1,0 +1,70 @@
+"""Writes the README's tables from the CSVs in bench/results: python bench/readme.py [--check]
+
+A table stands between two comments. The first says where it comes from: a file of `dft-kernels bench --csv`, a shape
+and a dtype, or a summary.csv of `dft-kernels demo`.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from pathlib import Path
+
+from dft_kernels.benchmarks import tables
+from dft_kernels.benchmarks.problems import Shape
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(?P<open><!-- table: (?P<source>[^\n]*?) -->\n)(?P<body>.*?)(?P<close><!-- end -->)", re.S)
+
+
+def demo_table(path: Path) -> str:
+    """Of the demo's summary: a column an implementation."""
+    with path.open(newline="") as file:
+        ways = list(csv.DictReader(file))
+    first = ways[0]
+    lines = [
+        [f"{first['steps']} steps of {first['tokens']} tokens, fp32", *(way["implementation"] for way in ways)],
+        ["---"] * (len(ways) + 1),
+        [f"held-out KL, {float(first['kl_before']):.4f} before", *(f"{float(way['kl_after']):.4f}" for way in ways)],
+        ["loss forward + backward, s a step", *(f"{float(way['seconds']):.2f}" for way in ways)],
+        ["loss, peak MB", *(f"{float(way['peak_bytes']) / 1e6:.0f}" for way in ways)],
+    ]
+    where = f"{first['machine']}; torch {first['torch']}; commit {first['commit']}; curves apart by"
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n\n{where} {float(first['apart']):.1e} at most."
+
+
+def table(source: str) -> str:
+    """What belongs between the comments."""
+    name, *rest = source.split()
+    path = ROOT / name
+    if not rest:
+        return demo_table(path)
+    shape, dtype = rest
+    return tables.markdown(tables.read(path), Shape.parse(shape), dtype)
+
+
+def filled(text: str) -> str:
+    """The text with every table made anew."""
+    return BLOCK.sub(lambda block: f"{block['open']}{table(block['source'])}\n{block['close']}", text)
+
+
+def main(arguments: list[str]) -> int:
+    """Write the README, or with --check say whether it is as the CSVs are."""
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = filled(old)
+    if arguments == ["--check"]:
+        if old != new:
+            print("bench: the tables of README.md must be those of bench/results. Run python bench/readme.py.")
+        return int(old != new)
+    if arguments:
+        print(__doc__)
+        return 2
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

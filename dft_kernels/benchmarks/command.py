@@ -22,7 +22,7 @@ from .peers import everyone
 from .problems import LOSSES, PARTS, PRESETS, SWEEPS, Case, Inputs, Shape, sweep
 from .tables import Row
 
-SECONDS = 20.0  # of rounds an implementation; a slower one is measured less often, at least twice
+SECONDS = 30.0  # of rounds an implementation; a slower one is measured less often, at least once
 TIMEOUT = 300.0
 
 

@@ -97,8 +97,8 @@ def input_sets(case: Case, memory: int) -> list[Inputs]:
 
 
 def rounds_for(first: float, rounds: int, seconds: float) -> int:
-    """How often a call of `first` milliseconds is measured: at least twice, and else as often as fits `seconds`."""
-    return max(min(2, rounds), min(rounds, int(1e3 * seconds / max(first, 1e-3))))
+    """How often a call of `first` milliseconds is measured: as often as fits `seconds`, and once anyhow."""
+    return max(1, min(rounds, int(1e3 * seconds / max(first, 1e-3))))
 
 
 def ceilings(case: Case) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -16,16 +17,19 @@ from .problems import Case, Inputs
 SKIPPED, OUT_OF_MEMORY, FAILED, TIMED_OUT, OK = "skipped", "out of memory", "failed", "timed out", "ok"
 
 
+SLOW = 10.0  # seconds of a first call after which no second one comes before the rounds
+
+
 class Job(NamedTuple):
     """What a worker does for one case."""
 
     case: Case
     names: tuple[str, ...]  # of implementations
     memory: bool
-    time: bool
+    times: bool
     errors: bool
     rounds: int
-    seconds: float  # that an implementation's rounds may take, two rounds apart
+    seconds: float  # that an implementation's rounds may take; one round it gets
     limit: int  # bytes
     table: Callable[[], dict[str, Implementation]]  # whose names these are
 
@@ -78,7 +82,7 @@ def run(job: Job, say: Callable[[Event], None]) -> None:
                 say(Event("peak", name, peak))
         del x
         measure.give_back()
-    if job.time and calls:
+    if job.times and calls:
         _time(job, calls, attempt, say)
 
 
@@ -88,23 +92,27 @@ def _time(job: Job, calls: dict[str, Call], attempt: Callable[..., Any], say: Ca
     sets = measure.input_sets(case, job.limit)
     clock = measure.Clock(case.device)
     say(Event("ceilings", "", measure.ceilings(case)))
+    exact = None
+    if job.errors and case.part == "both":
+        exact = attempt("", partial(measure.Exact, case, sets[0]))
     rounds: dict[str, int] = {}
     for name in list(calls):
-        attempt(name, partial(measure.timed, case, calls[name], sets[0], clock))  # compiles, fills caches
-        if name in calls:
+        started = time.perf_counter()
+        if exact is None:
+            attempt(name, partial(measure.timed, case, calls[name], sets[0], clock))
+        else:
+            errors = attempt(name, partial(exact.errors, calls[name]))
+            if name in calls:
+                say(Event("errors", name, errors))
+        first = 1e3 * (time.perf_counter() - started)  # compiles, fills caches
+        if name in calls and first < 1e3 * SLOW:
             first = attempt(name, partial(measure.timed, case, calls[name], sets[-1], clock))
         if name in calls:
             rounds[name] = measure.rounds_for(first, job.rounds, job.seconds)
     for x in sets:
         x.forget_gradients()
-    if job.errors and case.part == "both" and calls:
-        exact = attempt("", partial(measure.Exact, case, sets[0]))
-        for name in list(calls) if exact else []:
-            errors = attempt(name, partial(exact.errors, calls[name]))
-            if name in calls:
-                say(Event("errors", name, errors))
-        del exact
-        measure.give_back()
+    del exact
+    measure.give_back()
     if not calls:
         return
     race = measure.Race(case, sets)

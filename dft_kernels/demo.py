@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import json
 import os
 import statistics
 import sys
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import backends, extension
+from .benchmarks.runs import about
 from .extension import release_scratch
 from .finetune import materials
 from .finetune.training import Loss, Trainee, every_second_layer, hidden_states, pack
@@ -89,7 +89,7 @@ def held_out_kl(model: Any, teacher: Any, batches: list[Tensor]) -> float:
 
 
 def run(teacher: Any, tokenizer: Any, texts: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Train the students; write losses.csv, result.json and curves.png into options.out; return what was measured."""
+    """Train the students; write losses.csv, summary.csv and curves.png into options.out; return what was measured."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -128,8 +128,7 @@ def run(teacher: Any, tokenizer: Any, texts: list[str], options: argparse.Namesp
     curves = {name: trainee.losses for name, trainee in trainees.items()}
     apart = max(abs(a - b) / abs(b) for name in names for a, b in zip(curves[name], curves[EAGER], strict=True))
     result = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
+        "about": about(device.type),
         "tokens": options.batch * options.length,
         "curves": curves,
         "apart": apart,
@@ -150,7 +149,15 @@ def _write(out: Path, result: dict[str, Any]) -> None:
     from matplotlib import pyplot
 
     out.mkdir(parents=True, exist_ok=True)
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    one_each = ("seconds", "peak_bytes", "kl_after")
+    shared = {name: result[name] for name in ("kl_before", "apart", "tokens")} | {"steps": len(curves[EAGER])}
+    with (out / "summary.csv").open("w", newline="") as file:
+        lines = [
+            {"implementation": w, **{n: result[n][w] for n in one_each}, **shared, **result["about"]} for w in curves
+        ]
+        summary = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        summary.writeheader()
+        summary.writerows(lines)
     with (out / "losses.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["step", *curves])
@@ -170,7 +177,7 @@ def render(result: dict[str, Any], out: Path) -> Any:
     from rich.table import Table
 
     ways = list(result["curves"])
-    table = Table(title=f"{result['tokens']} tokens a step, on {result['device']}")
+    table = Table(title=f"{result['tokens']} tokens a step, on {result['about']['machine']}")
     for heading in ("", *ways):
         table.add_column(heading, justify="right" if heading else "left")
 

@@ -59,6 +59,13 @@ def test_curves_coincide_and_are_written(teacher: Any, tmp_path: Path) -> None:
         rows = list(csv.reader(file))
     assert rows[0] == ["step", *NAMES, "eager"]
     assert [float(row[1]) for row in rows[1:]] == result["curves"][NAMES[0]]
+    with (tmp_path / "out" / "summary.csv").open() as file:
+        summary = {line["implementation"]: line for line in csv.DictReader(file)}
+    assert list(summary) == rows[0][1:]
+    for name, line in summary.items():
+        assert float(line["kl_after"]) == result["kl_after"][name]
+        assert float(line["peak_bytes"]) == result["peak_bytes"][name]
+        assert (line["steps"], line["tokens"], line["torch"]) == ("40", "32", torch.__version__)
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert [column.header for column in demo.render(result, tmp_path).columns] == ["", *NAMES, "eager"]
 

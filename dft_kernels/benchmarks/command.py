@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from ..backends import BACKENDS
 from . import plots, runs, tables
-from .implementations import Call
+from .implementations import OURS, Call
 from .peers import everyone
 from .problems import LOSSES, PARTS, PRESETS, SWEEPS, Case, Inputs, Shape, sweep
 from .tables import Row
@@ -39,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), help="default: the preset's, bfloat16")
     add("--loss", nargs="+", choices=tuple(LOSSES), help="default: the preset's")
     add("--part", nargs="+", choices=PARTS, default=["both"], help="default: forward and backward together")
-    add("--only", nargs="+", metavar="NAME", help="implementations, by name or the beginning of it; see --list")
+    add("--backend", nargs="*", choices=tuple(BACKENDS), help="ours to measure (default: all that run; none: no name)")
+    add("--peer", nargs="*", metavar="NAME", help="others, by the beginning of their names; see --list (default: all)")
     add("--list", action="store_true", help="name the implementations, and what runs here")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--rounds", type=_positive, help="of floor and implementations, interleaved (default: the preset's)")
@@ -50,7 +52,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--json", type=Path, metavar="FILE", help="the rows of this run as JSON")
     add("--plot", type=Path, metavar="FILE.png", help="scaling and roofline, of all rows in --csv and of this run")
-    add("--trace", type=Path, metavar="FILE.json.gz", help="a torch profiler trace of one step of ours, first case")
+    add(
+        "--trace",
+        type=Path,
+        metavar="FILE.json.gz",
+        help="a torch profiler trace of one step of the first implementation, first case",
+    )
     add("--brief", action="store_true", help="one line a case instead of tables")
     add("--show", type=Path, metavar="FILE.csv", help="measure nothing: the tables (and --plot) of a CSV")
     return made
@@ -79,19 +86,18 @@ def plan(options: argparse.Namespace, device: str) -> dict[Case, bool]:
 _SWEPT = ("cross_entropy", "forward_kl")  # the losses of a sweep where none is named
 
 
-def chosen(only: Sequence[str] | None, loss: str | None = None) -> list[str]:
-    """Names of the implementations that have a loss."""
+def chosen(options: argparse.Namespace, loss: str | None = None) -> list[str]:
+    """Names of the implementations that --backend and --peer leave, and that have a loss."""
     table = everyone()
-    for wanted in only or ():
-        if not any(name.startswith(wanted) for name in table):
+    others = [name for name, each in table.items() if not each.ours]
+    for begin in options.peer or ():
+        if not any(name.startswith(begin) for name in others):
             raise ValueError(
-                f"bench: --only must begin names of implementations, got {wanted!r}. They are: {', '.join(table)}."
+                f"bench: --peer must begin names of implementations, got {begin!r}. They are: {', '.join(others)}."
             )
-    return [
-        name
-        for name, each in table.items()
-        if (loss is None or loss in each.losses) and (not only or any(name.startswith(wanted) for wanted in only))
-    ]
+    left = [OURS + name for name in (BACKENDS if options.backend is None else options.backend)]
+    left += [name for name in others if options.peer is None or name.startswith(tuple(options.peer))]
+    return [name for name in left if loss is None or loss in table[name].losses]
 
 
 def measure(options: argparse.Namespace, todo: dict[Case, bool], console: Any) -> list[Row]:
@@ -112,7 +118,7 @@ def measure(options: argparse.Namespace, todo: dict[Case, bool], console: Any) -
                 progress.update(task, description=f"{LOSSES[case.loss].title}, {case.shape}: {text}")
 
             seen, ceilings = runs.measure_case(
-                case, chosen(options.only, case.loss), rounds=rounds, seconds=SECONDS, limit=limit,
+                case, chosen(options, case.loss), rounds=rounds, seconds=SECONDS, limit=limit,
                 timeout=options.timeout, errors=errors, progress=tell,
             )  # fmt: skip
             new = runs.rows_of(case, seen, ceilings, about)
@@ -133,13 +139,12 @@ def _kept(path: Path | None) -> list[Row]:
     return tables.read(path) if path is not None and path.exists() else []
 
 
-def trace(case: Case, only: Sequence[str] | None, path: Path) -> str:
-    """A profile of one forward and backward of ours, written for chrome://tracing; says whose."""
-    name = next((name for name in chosen(only, case.loss) if _calls(name, case) is not None), None)
-    if name is None:
+def trace(case: Case, names: Sequence[str], path: Path) -> str:
+    """A profile of one forward and backward, written for chrome://tracing, of the first of `names` that runs here."""
+    ready = ((name, _prepared(name, case)) for name in names)
+    name, call = next(((name, call) for name, call in ready if callable(call)), ("", None))
+    if call is None:
         raise ValueError(f"bench: --trace needs an implementation of {case} that runs here, got none. See --list.")
-    call = _calls(name, case)
-    assert call is not None
     x = Inputs.make(case, 0)
     call(x).backward()
     kinds = [torch.profiler.ProfilerActivity.CPU]
@@ -155,11 +160,12 @@ def trace(case: Case, only: Sequence[str] | None, path: Path) -> str:
     return name
 
 
-def _calls(name: str, case: Case) -> Call | None:
+def _prepared(name: str, case: Case) -> Call | str:
+    """An implementation ready to call, or why it does not run here."""
     try:
         return everyone()[name].prepare(case)
-    except Exception:  # what does not run here is no candidate
-        return None
+    except Exception as reason:  # an import may raise anything
+        return str(reason)
 
 
 def _list(device: str, console: Any) -> None:
@@ -168,12 +174,8 @@ def _list(device: str, console: Any) -> None:
     table = Table("implementation", "package", "losses", "here")
     for name, each in everyone().items():
         case = Case(Shape(8, 16, 32), "bfloat16", each.losses[0], "both", device)
-        try:
-            each.prepare(case)
-            here = "runs"
-        except Exception as error:
-            here = str(error)
-        table.add_row(name, each.version(), ", ".join(each.losses), here)
+        here = _prepared(name, case)
+        table.add_row(name, each.version(), ", ".join(each.losses), here if isinstance(here, str) else "runs")
     console.print(table)
 
 
@@ -189,7 +191,7 @@ def _check(options: argparse.Namespace, device: str) -> None:
     if options.memory_limit is not None and options.memory_limit <= 0:
         raise ValueError(f"bench: --memory-limit must be positive gigabytes, got {options.memory_limit:g}.")
     _kept(options.csv)
-    chosen(options.only)
+    chosen(options)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -214,16 +216,17 @@ def main(arguments: list[str] | None = None) -> int:
             rows = tables.read(options.show)
             _print(rows, options.brief, console)
         else:
-            todo = {case: errors for case, errors in plan(options, device).items() if chosen(options.only, case.loss)}
+            todo = {case: errors for case, errors in plan(options, device).items() if chosen(options, case.loss)}
             if not todo:
-                raise ValueError("bench: --only and --loss must leave something to measure, got nothing. See --list.")
+                raise ValueError("bench: --backend, --peer and --loss must leave something, got nothing. See --list.")
             rows = measure(options, todo, console)
             for line in tables.skipped(rows):
                 console.print(line)
             if options.json:
                 tables.write_json(options.json, rows)
             if options.trace:
-                name = trace(next(iter(todo)), options.only, options.trace)
+                case = next(iter(todo))
+                name = trace(case, chosen(options, case.loss), options.trace)
                 console.print(f"a trace of {name} is in {options.trace}")
         if options.plot:
             plots.draw(tables.merged(_kept(options.csv), rows), options.plot)

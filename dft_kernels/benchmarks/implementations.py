@@ -20,6 +20,7 @@ from ..functional import linear_cross_entropy, linear_distribution_loss
 from ..teachers import TeacherHead, TeacherLogits
 from .problems import HARD_WEIGHT, LOSSES, Case, Inputs
 
+OURS = "dft_kernels "  # how our names begin
 Call = Callable[[Inputs], Tensor]  # the mean loss of a row
 
 
@@ -156,8 +157,7 @@ EAGER = Implementation("eager", "torch", tuple(LOSSES), _eager)
 def ours() -> list[Implementation]:
     """This library by each of its backends."""
     return [
-        Implementation(f"dft_kernels {name}", "dft-kernels", tuple(LOSSES), _ours(name), ours=True)
-        for name in backends.BACKENDS
+        Implementation(OURS + name, "dft-kernels", tuple(LOSSES), _ours(name), ours=True) for name in backends.BACKENDS
     ]
 
 

@@ -177,10 +177,11 @@ def give_back() -> None:
 def peak_bytes(case: Case, implementation: Implementation, call: Call, x: Inputs) -> int | None:
     """Peak memory of one call over that just before it, returned gradients included.
 
-    Libraries' own first-call buffers are nobody's loss memory, so a call of a few rows and words goes before; of what
-    compiles itself for a shape, a call of this one. None where the system does not say.
+    Libraries' own first-call buffers are nobody's loss memory, so a call of a few rows and words goes before; of this
+    shape, where something compiles or tunes itself for a shape. None where the system does not say.
     """
-    small = x if implementation.compiled else Inputs.make(case._replace(shape=Shape(8, case.shape.h, 64)), 0)
+    shaped = implementation.compiled or case.device == "cuda"
+    small = x if shaped else Inputs.make(case._replace(shape=Shape(8, case.shape.h, 64)), 0)
     timed(case, call, small, Clock(case.device))
     small.forget_gradients()
     del small

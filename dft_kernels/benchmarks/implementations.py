@@ -88,31 +88,23 @@ def _ours(backend: str) -> Callable[[Case], Call]:
 # ---- what people write ----
 
 
-def divergence_of_rows(loss: str, z: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """The sum over rows of a loss of `LOSSES` from fp32 logits [R, V] of the model and the teacher."""
+def _sum_of_rows(
+    loss: str, hidden: Tensor, weight: Tensor, target: Tensor, teacher: Tensor, head: Tensor | None
+) -> Tensor:
+    """The sum over rows of a loss of `LOSSES`, from the teacher's hidden states and head, or its logits and None.
+    No logits have a name: what autograd does not need is freed at once."""
     if loss == "cross_entropy":
-        return F.cross_entropy(z, target, reduction="sum")
-    log_q, log_p = z.log_softmax(-1), teacher.log_softmax(-1)
+        return F.cross_entropy(F.linear(hidden, weight).float(), target, reduction="sum")
+    log_q = F.linear(hidden, weight).float().log_softmax(-1)
+    log_p = (teacher if head is None else F.linear(teacher, head)).float().log_softmax(-1)
     if loss == "reverse_kl":
         return F.kl_div(log_p, log_q, reduction="sum", log_target=True)
     if loss == "jensen_shannon":
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-        return 0.5 * (
-            F.kl_div(log_m, log_p, reduction="sum", log_target=True)
-            + F.kl_div(log_m, log_q, reduction="sum", log_target=True)
-        )
+        halves = (F.kl_div(log_m, log_x, reduction="sum", log_target=True) for log_x in (log_p, log_q))
+        return 0.5 * sum(halves, start=log_m.new_zeros(()))
     soft = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
     return soft + HARD_WEIGHT * F.nll_loss(log_q, target, reduction="sum") if loss == "ce_and_kl" else soft
-
-
-def _sum_of_rows(
-    loss: str, hidden: Tensor, weight: Tensor, target: Tensor, teacher: Tensor, head: Tensor | None
-) -> Tensor:
-    """With the teacher's hidden states and head, or its logits and None."""
-    z = F.linear(hidden, weight).float()
-    if loss != "cross_entropy":
-        teacher = (teacher if head is None else F.linear(teacher, head)).float()
-    return divergence_of_rows(loss, z, teacher, target)
 
 
 def _teacher(x: Inputs, loss: str) -> tuple[Tensor, Tensor | None]:

@@ -4,7 +4,7 @@
 #
 #   bench/gpu.sh [--dry-run]       --dry-run: the same parts on a CPU, small, with what is already built
 #
-#   OUT=FOLDER      where log.txt, summary.txt, bench.csv, bench.png, trace.json.gz go (default: bench/results/gpu-DATE)
+#   OUT=FOLDER      where log.txt, summary.txt, bench.csv, sweep.csv, bench.png, trace.json.gz go (default: bench/results/gpu-DATE)
 #   WHEELS=FOLDER   wheels of peers; they are unpacked beside, nothing is fetched and nothing is installed
 #   PYTHON=python3  which must have torch
 set -uo pipefail
@@ -81,15 +81,17 @@ print(f"{major}.{minor}" + ("a" if major >= 9 else ""))')
     MANY=() # Triton's kernels are compiled by the tests that meet them: on many cores, if pytest can
     if "$PYTHON" -c 'import xdist' 2>/dev/null; then MANY=(-n 8); fi
     part tests 150 "$PYTHON" -m pytest -p no:cacheprovider tests/test_device.py --maxfail=20 "${MANY[@]}"
-    bench llama3 130 --preset llama3-8b --rounds 10 --loss cross_entropy forward_kl jensen_shannon
-    part memcheck 60 compute-sanitizer --tool memcheck --kernel-name kns=dft --error-exitcode 9 \
-        "$PYTHON" -m pytest -p no:cacheprovider tests/test_device.py -k "on_a_gpu and everything and bfloat16 and cuda"
-    part racecheck 60 compute-sanitizer --tool racecheck --kernel-name kns=dft --error-exitcode 9 \
-        "$PYTHON" -m pytest -p no:cacheprovider tests/test_device.py -k "on_a_gpu and everything and bfloat16 and cuda"
-    bench smollm2 90 --preset smollm2 --rounds 10 --loss cross_entropy forward_kl jensen_shannon
-    bench trace 60 --preset llama3-8b --loss forward_kl --peer --rounds 3 --trace "$OUT/trace.json.gz"
-    bench sweep 90 --sweep n --shape 8192,4096,128256 --loss forward_kl --peer eager "Liger chunked" TRL \
-        --rounds 3 --plot "$OUT/bench.png"
+    bench llama3 240 --preset llama3-8b --rounds 10 --loss forward_kl cross_entropy jensen_shannon
+    for tool in memcheck racecheck; do
+        part $tool 60 compute-sanitizer --tool $tool --kernel-name kns=dft --error-exitcode 9 \
+            "$PYTHON" -m pytest -p no:cacheprovider tests/test_device.py \
+            -k "on_a_gpu and everything and bfloat16 and cuda"
+    done
+    part trace 40 "$PYTHON" -m dft_kernels.benchmarks.command --preset llama3-8b --loss forward_kl --backend cuda \
+        --peer --rounds 2 --trace "$OUT/trace.json.gz"
+    part sweep 90 "$PYTHON" -m dft_kernels.benchmarks.command --csv "$OUT/sweep.csv" --plot "$OUT/bench.png" \
+        --sweep n --shape 8192,4096,128256 --loss forward_kl --backend cuda triton --peer eager TRL --rounds 3
+    bench smollm2 90 --preset smollm2 --rounds 10 --loss forward_kl cross_entropy jensen_shannon
 fi
 
 "$PYTHON" -m dft_kernels.benchmarks.command --show "$OUT/bench.csv" --brief 2>&1 | tee -a "$OUT/summary.txt"

@@ -25,6 +25,7 @@ from .tables import Row
 
 SECONDS = 30.0  # of rounds an implementation; a slower one is measured less often, at least once
 TIMEOUT = 300.0
+SWEPT = ("cross_entropy", "forward_kl")  # the losses of a sweep where none is named
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,17 +48,10 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=_positive, help="of floor and implementations, interleaved (default: the preset's)")
     add("--memory-limit", type=float, metavar="GB", help="of each process (default: 80 %% of what is available)")
     add("--timeout", type=float, default=TIMEOUT, metavar="S", help="for one call (default: %(default).0f)")
-    add(
-        "--csv", type=Path, metavar="FILE", help="keep the rows; those of other runs in it stay, same ones are replaced"
-    )
+    add("--csv", type=Path, metavar="FILE", help="keep the rows; other runs' rows in it stay, the same are replaced")
     add("--json", type=Path, metavar="FILE", help="the rows of this run as JSON")
     add("--plot", type=Path, metavar="FILE.png", help="scaling and roofline, of all rows in --csv and of this run")
-    add(
-        "--trace",
-        type=Path,
-        metavar="FILE.json.gz",
-        help="a torch profiler trace of one step of the first implementation, first case",
-    )
+    add("--trace", type=Path, metavar="FILE.json.gz", help="a profile of one step: the first implementation and case")
     add("--brief", action="store_true", help="one line a case instead of tables")
     add("--show", type=Path, metavar="FILE.csv", help="measure nothing: the tables (and --plot) of a CSV")
     return made
@@ -78,12 +72,9 @@ def plan(options: argparse.Namespace, device: str) -> dict[Case, bool]:
     }
     for dimension in options.sweep or (() if options.shape else preset.sweeps):
         for shape in sweep(dimension, shapes[0]):
-            for loss in options.loss or _SWEPT:
+            for loss in options.loss or SWEPT:
                 found.setdefault(Case(shape, dtypes[0], loss, options.part[0], device), False)
     return found
-
-
-_SWEPT = ("cross_entropy", "forward_kl")  # the losses of a sweep where none is named
 
 
 def chosen(options: argparse.Namespace, loss: str | None = None) -> list[str]:

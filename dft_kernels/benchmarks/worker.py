@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,8 +16,6 @@ from .implementations import Call, Implementation, Unavailable
 from .problems import Case, Inputs
 
 SKIPPED, OUT_OF_MEMORY, FAILED, TIMED_OUT, OK = "skipped", "out of memory", "failed", "timed out", "ok"
-
-
 SLOW = 10.0  # seconds of a first call after which no second one comes before the rounds
 
 
@@ -49,15 +48,17 @@ def run(job: Job, say: Callable[[Event], None]) -> None:
     table = job.table()
 
     def attempt(name: str, action: Callable[[], Any]) -> Any:
-        """The action's result; where it fails, None, and the implementation is out of the race."""
+        """The action's result; where it fails, None, and the implementation is out of the race, or all of them where
+        what fails is nobody's own."""
         say(Event("begin", name))
         try:
             return action()
         except Exception as error:  # a peer's own failure on this machine is a result
             text = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             status = OUT_OF_MEMORY if measure.is_out_of_memory(error) else FAILED
-            calls.pop(name, None)
-        say(Event("status", name, (status, text)))
+        for loser in [name] if name else list(calls):
+            calls.pop(loser)
+            say(Event("status", loser, (status, text)))
         measure.give_back()
         return None
 
@@ -74,7 +75,7 @@ def run(job: Job, say: Callable[[Event], None]) -> None:
         except Exception as error:  # raised by an import that does not suit this machine
             say(Event("status", name, (SKIPPED, f"{type(error).__name__}: {error}")))
     if job.memory:
-        x = Inputs.make(job.case, 0)
+        x = attempt("", partial(Inputs.make, job.case, 0))
         for name in list(calls):
             peak = attempt(name, partial(measure.peak_bytes, job.case, table[name], calls[name], x))
             x.forget_gradients()
@@ -88,13 +89,14 @@ def run(job: Job, say: Callable[[Event], None]) -> None:
 
 def _time(job: Job, calls: dict[str, Call], attempt: Callable[..., Any], say: Callable[[Event], None]) -> None:
     case = job.case
-    say(Event("begin", ""))
-    sets = measure.input_sets(case, job.limit)
+    sets = attempt("", partial(measure.input_sets, case, job.limit))
     clock = measure.Clock(case.device)
-    say(Event("ceilings", "", measure.ceilings(case)))
     exact = None
-    if job.errors and case.part == "both":
-        exact = attempt("", partial(measure.Exact, case, sets[0]))
+    if calls:
+        say(Event("ceilings", "", measure.ceilings(case)))
+    if calls and job.errors and case.part == "both":
+        with suppress(MemoryError, RuntimeError):  # where float64 does not fit, errors stay unmeasured
+            exact = measure.Exact(case, sets[0])
     rounds: dict[str, int] = {}
     for name in list(calls):
         started = time.perf_counter()
@@ -104,19 +106,18 @@ def _time(job: Job, calls: dict[str, Call], attempt: Callable[..., Any], say: Ca
             errors = attempt(name, partial(exact.errors, calls[name]))
             if name in calls:
                 say(Event("errors", name, errors))
-        first = 1e3 * (time.perf_counter() - started)  # compiles, fills caches
-        if name in calls and first < 1e3 * SLOW:
+        first = 1e3 * (time.perf_counter() - started)
+        prepares = job.table()[name].compiled or case.device == "cuda"  # its first call says nothing of the next
+        if name in calls and (prepares or first < 1e3 * SLOW):
             first = attempt(name, partial(measure.timed, case, calls[name], sets[-1], clock))
         if name in calls:
             rounds[name] = measure.rounds_for(first, job.rounds, job.seconds)
-    for x in sets:
+    for x in sets or ():
         x.forget_gradients()
     del exact
     measure.give_back()
-    if not calls:
-        return
-    race = measure.Race(case, sets)
-    for number in range(max(rounds[name] for name in calls)):
+    race: Any = attempt("", partial(measure.Race, case, sets)) if calls else None
+    for number in range(max((rounds[name] for name in calls), default=0)):
         for name in measure.turned(list(calls), number):
             if number < rounds[name]:
                 pair = attempt(name, partial(race.pair, calls[name], number))

@@ -1,30 +1,33 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in under nine minutes: build from source, the GPU tests, compute-sanitizer, the
-# benchmarks against the floor and the peers, a profile of one step. A part that fails is named and the others go on.
+# Everything that wants a GPU, in under nine minutes: build from source, the GPU tests, compute-sanitizer, a profile of
+# one step, the benchmarks against the floor and the peers. A part that fails is named and the others go on.
 #
 #   bench/gpu.sh [--dry-run]       --dry-run: the same parts on a CPU, small, with what is already built
 #
-#   OUT=FOLDER      where log.txt, summary.txt, bench.csv, sweep.csv, bench.png, trace.json.gz go (default: bench/results/gpu-DATE)
-#   WHEELS=FOLDER   wheels of peers; they are unpacked beside, nothing is fetched and nothing is installed
+#   OUT=FOLDER      where log.txt, summary.txt, bench.csv, sweep.csv, bench.png and trace.json.gz go
+#                   (default: bench/results/gpu-DATE, of a dry run build/gpu-dry-run)
+#   WHEELS=FOLDER   wheels of peers; pip unpacks them beside, nothing is fetched and nothing is installed
 #   PYTHON=python3  which must have torch
+#   COMMIT=TEXT     what is measured, where git cannot say
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-OUT=${OUT:-bench/results/gpu-$(date +%Y-%m-%d)}
+COMMIT=${COMMIT:-$(git describe --always --dirty=+ 2>/dev/null || echo unknown)}
 DRY=
 case "${1:-}" in
     --dry-run) DRY=1 ;;
     "") ;;
     *) echo "bench/gpu.sh: the only option is --dry-run, got $1"; exit 2 ;;
 esac
+OUT=${OUT:-$([[ -n "$DRY" ]] && echo build/gpu-dry-run || echo "bench/results/gpu-$(date +%Y-%m-%d)")}
 mkdir -p "$OUT" || exit 2
 OUT=$(cd "$OUT" && pwd)
+rm -f "$OUT"/{log.txt,summary.txt,bench.csv,sweep.csv,bench.png,trace.json.gz}
 SITE=$(mktemp -d)
 trap 'rm -rf "$SITE"' EXIT
-export PYTHONPATH=$PWD:$SITE PYTHONUNBUFFERED=1
-: >"$OUT/log.txt"
-: >"$OUT/summary.txt"
-DEADLINE=$((SECONDS + 530))
+echo "import os, site; site.addsitedir(os.path.dirname(__file__))" >"$SITE/sitecustomize.py" # for wheels with a .pth
+export PYTHONPATH=$PWD:$SITE${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+DEADLINE=$((SECONDS + 510))
 FAILED=0
 
 note() { echo "$*" | tee -a "$OUT/summary.txt"; }
@@ -45,54 +48,61 @@ part() {
     return 1
 }
 
-bench() { # NAME SECONDS OPTIONS...: into the one CSV
+bench() { # NAME SECONDS OPTIONS...
     local name=$1 limit=$2
     shift 2
-    part "$name" "$limit" "$PYTHON" -m dft_kernels.benchmarks.command --csv "$OUT/bench.csv" "$@"
+    part "$name" "$limit" "$PYTHON" -m dft_kernels.benchmarks.command --commit "$COMMIT" "$@"
 }
 
-note "commit $(git describe --always --dirty=+ 2>/dev/null || echo unknown), $(date -u +%Y-%m-%dT%H:%MZ)"
+note "commit $COMMIT, $(date -u +%Y-%m-%dT%H:%MZ)"
 note "$("$PYTHON" -c 'import platform, torch
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 print(gpu + ", Python", platform.python_version() + ", torch", torch.__version__ + ", CUDA", torch.version.cuda)' 2>&1)"
 
-if [[ -n "${WHEELS:-}" ]]; then
-    part wheels 60 "$PYTHON" -c 'import pathlib, sys, zipfile
-found = sorted(pathlib.Path(sys.argv[1]).glob("*.whl"))
-if not found:
-    sys.exit(f"no wheels in {sys.argv[1]}")
-for wheel in found:
-    zipfile.ZipFile(wheel).extractall(sys.argv[2])
-    print(wheel.name)' "$WHEELS" "$SITE"
-fi
-
+MAIN="--loss forward_kl cross_entropy jensen_shannon"
 if [[ -n "$DRY" ]]; then
-    part build 60 "$PYTHON" -m dft_kernels.cli info
-    part tests 120 "$PYTHON" -m pytest tests/test_contract.py -k "cross_entropy and native and float32"
-    bench bench 120 --device cpu --shape 32,16,64 --loss cross_entropy --backend native --peer eager --rounds 2 \
-        --plot "$OUT/bench.png" --trace "$OUT/trace.json.gz"
+    BUILD=("$PYTHON" -m dft_kernels.cli info)
+    TESTS=(tests/test_contract.py -k "cross_entropy and native and float32")
+    CHECKED=(tests/test_contract.py -k "cross_entropy and native and bfloat16")
+    SANITIZER="env TOOL="
+    SMALL="--device cpu --dtype float32 --backend native --peer eager --rounds 2 --shape"
+    BIG="$SMALL 32,16,64 --loss cross_entropy" ONE="$SMALL 32,16,64 --loss forward_kl"
+    SWEEP="$SMALL 8,16,32 --loss cross_entropy" OTHER="$SMALL 16,16,64 --loss cross_entropy"
 else
     ARCH=$("$PYTHON" -c 'import torch
 major, minor = torch.cuda.get_device_capability()
 print(f"{major}.{minor}" + ("a" if major >= 9 else ""))')
-    part build 150 env DFT_KERNELS_CUDA=1 DFT_KERNELS_REQUIRE_EXTENSION=1 TORCH_CUDA_ARCH_LIST="$ARCH" \
-        "$PYTHON" setup.py -q build_ext --inplace
-    part info 30 "$PYTHON" -m dft_kernels.cli info
-    MANY=() # Triton's kernels are compiled by the tests that meet them: on many cores, if pytest can
-    if "$PYTHON" -c 'import xdist' 2>/dev/null; then MANY=(-n 8); fi
-    part tests 150 "$PYTHON" -m pytest -p no:cacheprovider tests/test_device.py --maxfail=20 "${MANY[@]}"
-    bench llama3 240 --preset llama3-8b --rounds 10 --loss forward_kl cross_entropy jensen_shannon
-    for tool in memcheck racecheck; do
-        part $tool 60 compute-sanitizer --tool $tool --kernel-name kns=dft --error-exitcode 9 \
-            "$PYTHON" -m pytest -p no:cacheprovider tests/test_device.py \
-            -k "on_a_gpu and everything and bfloat16 and cuda"
-    done
-    part trace 40 "$PYTHON" -m dft_kernels.benchmarks.command --preset llama3-8b --loss forward_kl --backend cuda \
-        --peer --rounds 2 --trace "$OUT/trace.json.gz"
-    part sweep 90 "$PYTHON" -m dft_kernels.benchmarks.command --csv "$OUT/sweep.csv" --plot "$OUT/bench.png" \
-        --sweep n --shape 8192,4096,128256 --loss forward_kl --backend cuda triton --peer eager TRL --rounds 3
-    bench smollm2 90 --preset smollm2 --rounds 10 --loss forward_kl cross_entropy jensen_shannon
+    BUILD=(env DFT_KERNELS_CUDA=1 DFT_KERNELS_REQUIRE_EXTENSION=1 TORCH_CUDA_ARCH_LIST="$ARCH"
+        "$PYTHON" setup.py -q build_ext --inplace)
+    TESTS=(tests/test_device.py --maxfail=20)
+    # Triton's kernels are compiled by the tests that meet them: on many cores, if pytest can
+    if "$PYTHON" -c 'import xdist' 2>/dev/null; then TESTS+=(-n 8); fi
+    CHECKED=(tests/test_device.py -k "on_a_gpu and everything and bfloat16 and cuda")
+    SANITIZER="env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=dft --error-exitcode 9 --tool "
+    BIG="--preset llama3-8b --rounds 10 $MAIN" ONE="--preset llama3-8b --loss forward_kl --backend cuda --peer --rounds 2"
+    SWEEP="--sweep n --shape 8192,4096,128256 --loss forward_kl --backend cuda triton --peer eager TRL --rounds 3"
+    OTHER="--preset smollm2 --rounds 10 $MAIN"
 fi
 
-"$PYTHON" -m dft_kernels.benchmarks.command --show "$OUT/bench.csv" --brief 2>&1 | tee -a "$OUT/summary.txt"
+# shellcheck disable=SC2086 # options are words
+{
+    if [[ -n "${WHEELS:-}" ]]; then
+        part wheels 60 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl
+    fi
+    part build 120 "${BUILD[@]}"
+    part info 20 "$PYTHON" -m dft_kernels.cli info
+    part tests 120 "$PYTHON" -m pytest -p no:cacheprovider "${TESTS[@]}"
+    for tool in memcheck racecheck; do
+        part $tool 45 ${SANITIZER}$tool "$PYTHON" -m pytest -p no:cacheprovider "${CHECKED[@]}"
+    done
+    bench trace 40 $ONE --trace "$OUT/trace.json.gz"
+    bench main 210 $BIG --csv "$OUT/bench.csv"
+    bench sweep 60 $SWEEP --csv "$OUT/sweep.csv" --plot "$OUT/bench.png"
+    bench other 60 $OTHER --csv "$OUT/bench.csv"
+}
+
+timeout 20 "$PYTHON" -m dft_kernels.benchmarks.command --show "$OUT/bench.csv" --brief 2>&1 | tee -a "$OUT/summary.txt"
+if (($(stat -c %s "$OUT/log.txt") > 8 << 20)); then
+    tail -c $((8 << 20)) "$OUT/log.txt" >"$OUT/log.tail" && mv "$OUT/log.tail" "$OUT/log.txt"
+fi
 if ((FAILED)); then note "$FAILED parts failed; see $OUT/log.txt"; exit 1; fi

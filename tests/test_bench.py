@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,20 @@ OURS_ELSEWHERE = tuple(f"dft_kernels {name}" for name in BACKENDS if name not in
 def test_every_implementation_is_the_loss(name: str, loss: str) -> None:
     case = SMALL._replace(loss=loss)
     if name.startswith(ELSEWHERE + OURS_ELSEWHERE) and name != "CCE torch_compile":
-        with pytest.raises((Unavailable, ImportError), match=r"needs a GPU|kernels run on|not installed"):
+        with pytest.raises((Unavailable, ImportError), match=r"needs a GPU|kernels run on"):
             everyone()[name].prepare(case)
         return
-    errors = measure.Exact(case, Inputs.make(case, 0)).errors(everyone()[name].prepare(case))
-    assert max(errors.values()) < 1e-5, errors
+    try:
+        call = everyone()[name].prepare(case)
+    except (Unavailable, ModuleNotFoundError) as reason:
+        if everyone()[name].package in ("dft-kernels", "liger-kernel", "cut-cross-entropy"):
+            raise
+        pytest.skip(str(reason))  # TRL has Python 3.11, F.linear_cross_entropy torch 2.13
+    assert worst(measure.Exact(case, Inputs.make(case, 0)).errors(call)) < 1e-5
+
+
+def worst(errors: dict[str, float]) -> float:
+    return max(error for what, error in errors.items() if what != "rows")
 
 
 def test_errors_see_a_wrong_gradient() -> None:
@@ -77,17 +87,22 @@ def test_errors_take_fewer_rows_where_float64_is_dear(monkeypatch: pytest.Monkey
     monkeypatch.setitem(measure.ORACLE_FLOPS, "cpu", 8.0 * h * v * (n // 2))
     exact = measure.Exact(SMALL, Inputs.make(SMALL, 0))
     assert len(exact.dhidden) == n // 2
-    assert max(exact.errors(EAGER.prepare(SMALL)).values()) < 1e-5
+    errors = exact.errors(EAGER.prepare(SMALL))
+    assert worst(errors) < 1e-5
+    assert errors["rows"] == n // 2
 
 
 def test_inputs_are_as_they_say() -> None:
-    case = SMALL._replace(shape=Shape(256, 64, 4096), loss="stored_kl")
+    case = SMALL._replace(shape=Shape(64, 256, 4096), loss="stored_kl")
     x, y = Inputs.make(case, 0), Inputs.make(case, 1)
     assert not torch.equal(x.hidden, y.hidden)
     assert torch.equal(x.hidden, Inputs.make(case, 0).hidden)
     logits, teacher = x.hidden.detach() @ x.weight.detach().t(), x.teacher_hidden @ x.teacher_weight.t()
-    assert 3.5 < float(logits.std()) < 4.5
-    assert 0.75 < float(torch.corrcoef(torch.stack([logits.flatten(), teacher.flatten()]))[0, 1]) < 0.95
+    frequency = -torch.arange(2.0, 4098.0).log()  # Zipf's law
+    noise, other = logits - frequency, teacher - frequency
+    assert 2.7 < float(noise.std()) < 3.3
+    assert abs(float(noise.mean())) < 0.1
+    assert 0.75 < float(torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1]) < 0.95
     assert x.teacher_logits is not None
     assert x.teacher_probabilities is not None
     torch.testing.assert_close(x.teacher_probabilities, teacher.softmax(-1))
@@ -125,9 +140,11 @@ def test_the_floor_is_the_products(loss: str, part: str, monkeypatch: pytest.Mon
 
 
 def test_rounds_turn_and_fit_the_time() -> None:
-    assert [measure.turned(["a", "b", "c"], number) for number in range(3)] == [
-        ["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"],
-    ]  # fmt: skip
+    orders = [measure.turned(["a", "b", "c"], number) for number in range(50)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert {(order.index("a"), order.index("b")) for order in orders} == {
+        (i, j) for i in range(3) for j in range(3) if i != j
+    }  # fmt: skip
     assert measure.rounds_for(1.0, 5, 30.0) == 5
     assert measure.rounds_for(10_000.0, 5, 30.0) == 3
     assert measure.rounds_for(90_000.0, 5, 30.0) == 1
@@ -136,9 +153,9 @@ def test_rounds_turn_and_fit_the_time() -> None:
 def _fake(action: Callable[[Inputs], Any], name: str, compiled: bool = False) -> Implementation:
     def prepare(case: Case) -> Callable[[Inputs], Tensor]:
         def call(x: Inputs) -> Tensor:
-            if len(x.hidden) == SMALL.shape.n:  # not the small call before memory is measured
-                action(x)
-            return EAGER.prepare(case)(x)
+            # not in the small call before memory is measured
+            more = action(x) if len(x.hidden) == SMALL.shape.n else None
+            return EAGER.prepare(case)(x) + (0.0 if more is None else more)
 
         return call
 
@@ -150,6 +167,10 @@ BLOCK = 192 << 20
 
 def _allocate(x: Inputs) -> None:
     torch.ones(BLOCK, dtype=torch.int8)
+
+
+def _wrong(x: Inputs) -> Tensor:
+    return x.hidden.sum()
 
 
 def _too_much(x: Inputs) -> None:
@@ -184,6 +205,7 @@ def crowd() -> dict[str, Implementation]:
         _fake(_allocate, "allocates"),
         _fake(_too_much, "wants 64 GB"),
         _fake(_raise, "raises"),
+        _fake(_wrong, "is another loss"),
         _fake(_die, "dies"),
         Implementation("unavailable", "none", tuple(LOSSES), _unavailable),
         Implementation("not installed", "none", tuple(LOSSES), _not_installed),
@@ -191,8 +213,22 @@ def crowd() -> dict[str, Implementation]:
     return {each.name: each for each in made}
 
 
+def _dies_in_float64(case: Case) -> Callable[[Inputs], Tensor]:
+    """Prepared so that the oracle after it ends the process."""
+
+    def die(*_: Any) -> None:
+        os._exit(4)
+
+    measure.Exact = die  # type: ignore[assignment,misc]  # in the worker alone
+    return EAGER.prepare(case)
+
+
 def slow_crowd() -> dict[str, Implementation]:
     return {"hangs": _fake(_hang, "hangs", compiled=True), EAGER.name: EAGER}
+
+
+def unlucky_crowd() -> dict[str, Implementation]:
+    return {EAGER.name: Implementation(EAGER.name, "torch", tuple(LOSSES), _dies_in_float64)}
 
 
 def test_workers_survive_what_they_run() -> None:
@@ -205,17 +241,19 @@ def test_workers_survive_what_they_run() -> None:
         "allocates": "ok",
         "wants 64 GB": "out of memory",
         "raises": "failed",
+        "is another loss": "failed",
         "dies": "failed",
         "unavailable": "skipped",
         "not installed": "skipped",
     }
+    assert re.fullmatch(r"its gradient is off by \d+%: not this loss's", seen["is another loss"].reason)
     assert seen["raises"].reason == "RuntimeError: this machine"
     assert seen["dies"].reason == "the process ended with 3: so long"
     assert seen["unavailable"].reason == "only on Sundays"
     assert "pip install 'dft-kernels[bench]'" in seen["not installed"].reason
     for name in ("eager", "allocates"):
         assert len(seen[name].rounds) == 2
-        assert max(seen[name].errors.values()) < 1e-5
+        assert worst(seen[name].errors) < 1e-5
     assert ceilings["product_flops"] > 0
     if sys.platform == "linux":
         eager, more = seen["eager"].peak, seen["allocates"].peak
@@ -244,9 +282,17 @@ def test_what_dies_while_it_is_timed_takes_nobody_along(monkeypatch: pytest.Monk
 
 def test_what_says_nothing_is_stopped() -> None:
     seen, _ = runs.measure_case(
-        SMALL, ["hangs"], **{**QUIET, "timeout": 15.0}, progress=lambda _: None, table=slow_crowd
+        SMALL, ["hangs", "eager"], **{**QUIET, "timeout": 45.0}, progress=lambda _: None, table=slow_crowd
     )
-    assert (seen["hangs"].status, seen["hangs"].reason) == ("timed out", "said nothing for 15 s")
+    assert (seen["hangs"].status, seen["hangs"].reason) == ("timed out", "said nothing for 45 s")
+    assert (seen["eager"].status, len(seen["eager"].rounds)) == ("ok", 2)
+
+
+def test_times_survive_the_oracle() -> None:
+    seen, _ = runs.measure_case(
+        SMALL, ["eager"], **{**QUIET, "errors": True}, progress=lambda _: None, table=unlucky_crowd
+    )
+    assert (seen["eager"].status, seen["eager"].errors, len(seen["eager"].rounds)) == ("ok", {}, 2)
 
 
 # ---- tables and pictures ----
@@ -311,8 +357,8 @@ def test_tables_say_who_is_where() -> None:
         row("dft_kernels native", ms=6.0, over_floor=1.2, over_eager=0.3, over_best_peer=0.6, peak_bytes=1e6),
         row(),
         row("CCE", ms=10.0, over_floor=2.0, over_best_peer=1.0, peak_bytes=2e6),
-        row("QuACK", status="skipped", reason="QuACK needs a GPU"),
-        row("TRL chunked_divergence", status="out of memory", reason="killed by the system", ms=math.nan),
+        row("QuACK", status="skipped", reason="QuACK needs [a GPU]"),
+        row("TRL chunked_divergence", status="out of memory", reason="[enforce fail at /x/y.cpp:1]", ms=math.nan),
     ]
     console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     for table in tables.render(rows):
@@ -322,10 +368,10 @@ def test_tables_say_who_is_where() -> None:
     assert [line.split("│")[1].strip() for line in lines] == [
         "dft_kernels native", "CCE", "eager", "TRL chunked_divergence",
     ]  # fmt: skip
-    assert re.search(r"native +│ +6 \(19\.\.22\) +│ +1\.20 .*│ +0\.30 │ +0\.60 │ +1 │", lines[0])
-    assert "TRL chunked_divergence: out of memory. killed by the system" in text
+    assert re.search(r"native +│ +6 \(19\.\.22\) +│ +3 │ +1\.20 .*│ +0\.30 │ +0\.60 │ +1 │", lines[0])
+    assert "TRL chunked_divergence: out of memory. [enforce fail at /x/y.cpp:1]" in text
     assert "QuACK" not in text
-    assert tables.skipped([*rows, *rows]) == ["QuACK: not measured, QuACK needs a GPU"]
+    assert tables.skipped([*rows, *rows]) == ["QuACK: not measured, QuACK needs [a GPU]"]
     console.print(tables.brief(rows))
     (line,) = [line for line in console.export_text(clear=False).splitlines() if "forward KL: N 64" in line]
     assert [cell.strip() for cell in line.split("│")[2:-1]] == [
@@ -334,7 +380,11 @@ def test_tables_say_who_is_where() -> None:
     made = tables.markdown(rows, Shape(64, 16, 128), "bfloat16")
     assert "| dft_kernels native | 1.20, 1 MB |" in made
     assert "| TRL chunked_divergence | out of memory |" in made
-    assert "QuACK" not in made
+    assert "Not measured, since they do not run here: QuACK." in made
+    for others in ([], [row(machine="another")]):
+        with pytest.raises(ValueError, match="of one machine, got"):
+            tables.markdown([*rows, *others] if others else [], Shape(64, 16, 128), "bfloat16")
+    assert [len(group) for _, group in tables.by_case([*rows, row(machine="another")])] == [5, 1]
     with pytest.raises(ValueError, match="must have rows of N 1, H 2, V 3 in float32"):
         tables.markdown(rows, Shape(1, 2, 3), "float32")
 
@@ -441,27 +491,32 @@ def test_stopping_keeps_what_was_finished(
     assert str(path) in capsys.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ctrl_c_leaves_no_process_behind() -> None:
     command_line = [sys.executable, "-m", "dft_kernels.cli", "bench", "--peer", "eager", "--device", "cpu"]
     process = subprocess.Popen(command_line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
 
-    def group() -> list[str]:
-        listed = subprocess.run(["ps", "-o", "pid=", "-g", str(process.pid)], capture_output=True, text=True)
-        return listed.stdout.split()
+    def group() -> int:
+        found = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # one that has just ended
+                fields = stat.read_text().rpartition(")")[2].split()  # state, parent, group, ...
+                found += fields[0] != "Z" and int(fields[2]) == process.pid
+        return found
 
     for _ in range(600):
-        if len(group()) > 1:
+        if group() > 2:  # the command, multiprocessing's tracker, a worker
             break
         time.sleep(0.1)
-    assert len(group()) > 1
+    assert group() > 2
     os.kill(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     for _ in range(100):
-        if not group():
+        if group() == 0:
             return
         time.sleep(0.1)
-    raise AssertionError(group())
+    raise AssertionError(f"{group()} processes are left")
 
 
 def test_a_trace_of_one_step(tmp_path: Path) -> None:
@@ -514,22 +569,46 @@ def test_microbenchmarks_run() -> None:
     assert "failed" not in done.stdout.splitlines()[-1]
 
 
+def peer_wheel(folder: Path) -> None:
+    """A wheel as a peer's: a module of one line."""
+    import zipfile
+
+    folder.mkdir()
+    record = "peer.py,,\npeer-1.0.dist-info/METADATA,,\npeer-1.0.dist-info/WHEEL,,\npeer-1.0.dist-info/RECORD,,\n"
+    with zipfile.ZipFile(folder / "peer-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("peer.py", "HERE = 1\n")
+        wheel.writestr("peer-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: peer\nVersion: 1.0\n")
+        wheel.writestr(
+            "peer-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        wheel.writestr("peer-1.0.dist-info/RECORD", record)
+
+
+PARTS_OF_GPU_SH = ("wheels", "build", "info", "tests", "memcheck", "racecheck", "trace", "main", "sweep", "other")
+
+
 def test_gpu_script_dry_run(tmp_path: Path) -> None:
-    """Every part on a CPU; and one that fails does not take the others along."""
-    (tmp_path / "wheels").mkdir()
-    done = run(
-        "bench/gpu.sh", "--dry-run", OUT=str(tmp_path / "out"), WHEELS=str(tmp_path / "wheels"), PYTHON=sys.executable
-    )
+    """Every part on a CPU; and one that fails, here since its file cannot be written, takes no other along."""
+    out, wheels = tmp_path / "out", tmp_path / "wheels"
+    (out / "trace.json.gz").mkdir(parents=True)
+    (out / "bench.csv").write_text("of another day\n")
+    peer_wheel(wheels)
+    done = run("bench/gpu.sh", "--dry-run", OUT=str(out), WHEELS=str(wheels), PYTHON=sys.executable, COMMIT="abc")
+    summary = (out / "summary.txt").read_text()
     assert done.returncode == 1, done.stdout
-    summary = (tmp_path / "out" / "summary.txt").read_text()
-    assert "wheels: FAILED with 1" in summary
-    assert "no wheels in" in summary
-    for part in ("build", "tests", "bench"):
-        assert re.search(rf"^{part}: ok", summary, re.M), (tmp_path / "out" / "log.txt").read_text()
+    for part in ("wheels", "build", "info", "tests", "memcheck", "racecheck", "trace", "main", "sweep", "other"):
+        state = "FAILED with 2 .*must be a file's name" if part == "trace" else "ok"
+        assert re.search(rf"^{part}: {state}", summary, re.M), (out / "log.txt").read_text()
     assert "1 parts failed" in summary
     assert "cross-entropy: N 32, H 16, V 64" in done.stdout
-    files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {"log.txt", "summary.txt", "bench.csv", "bench.png", "trace.json.gz"}
+    assert {path.name for path in out.iterdir()} == {
+        "log.txt", "summary.txt", "bench.csv", "sweep.csv", "bench.png", "trace.json.gz",
+    }  # fmt: skip
+    assert {(r.commit, r.n) for r in tables.read(out / "bench.csv")} == {("abc", 32), ("abc", 16)}
+
+
+def test_gpu_script_has_one_option() -> None:
     assert run("bench/gpu.sh", "--wet-run").returncode == 2
 
 
@@ -544,11 +623,13 @@ def test_the_readme_claims_nothing_that_no_table_holds() -> None:
     assert text.count("<!-- table: bench/results/") >= 2
     prose = re.sub(r"<!-- table: .*?<!-- end -->|```.*?```", "", text, flags=re.S)
     quantities = re.findall(r"\d[\d.,]* ?(?:s|ms|MB|GB|KB|x|%|minutes|hours)\b", prose)
-    assert set(quantities) <= {"6 minutes", "8 minutes", "9 minutes", "180 MB"}, quantities
+    assert set(quantities) <= {"180 MB", "9 minutes"}, quantities  # a download's size, a limit of gpu.sh
 
 
 def test_our_peak_is_the_lowest_of_the_committed_table() -> None:
     rows = tables.read(ROOT / "bench" / "results" / "cpu.csv")
-    for case, group in tables.by_case([r for r in rows if r.status == "ok" and r.n == 4096]):
+    groups = tables.by_case([r for r in rows if r.status == "ok" and r.n == 4096])
+    assert {case.loss for case, _ in groups} == set(LOSSES)
+    for case, group in groups:
         best = min(group, key=lambda r: r.peak_bytes)
         assert best.ours, (case, best.implementation)

@@ -37,7 +37,13 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--preset", choices=tuple(PRESETS), help=f"what to measure (default: quick)\n{presets}")
     add("--shape", nargs="+", metavar="N,H,V", help="rows, hidden size, vocabulary; instead of the preset's")
-    add("--sweep", nargs="+", choices=tuple(SWEEPS), default=[], help="also vary N, V or H of the first shape")
+    add(
+        "--sweep",
+        nargs="+",
+        choices=tuple(SWEEPS),
+        default=[],
+        help="also vary N, V or H of the first shape, dtype, part",
+    )
     add("--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), help="default: the preset's, bfloat16")
     add("--loss", nargs="+", choices=tuple(LOSSES), help="default: the preset's")
     add("--part", nargs="+", choices=PARTS, default=["both"], help="default: forward and backward together")
@@ -52,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="the rows of this run as JSON")
     add("--plot", type=Path, metavar="FILE.png", help="scaling and roofline, of all rows in --csv and of this run")
     add("--trace", type=Path, metavar="FILE.json.gz", help="a profile of one step: the first implementation and case")
+    add("--commit", help="what the rows say was measured (default: what git says)")
     add("--brief", action="store_true", help="one line a case instead of tables")
     add("--show", type=Path, metavar="FILE.csv", help="measure nothing: the tables (and --plot) of a CSV")
     return made
@@ -98,7 +105,7 @@ def measure(options: argparse.Namespace, todo: dict[Case, bool], console: Any) -
     device = next(iter(todo)).device
     limit = int(options.memory_limit * 1e9) if options.memory_limit else runs.default_limit(device)
     rounds = options.rounds or PRESETS[options.preset or "quick"].rounds
-    about = runs.about(device)
+    about = runs.about(device, options.commit)
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, refresh_per_second=1, transient=True) as progress:
@@ -212,17 +219,19 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ValueError("bench: --backend, --peer and --loss must leave something, got nothing. See --list.")
             rows = measure(options, todo, console)
             for line in tables.skipped(rows):
-                console.print(line)
+                console.print(line, markup=False)
             if options.json:
                 tables.write_json(options.json, rows)
             if options.trace:
                 case = next(iter(todo))
-                name = trace(case, chosen(options, case.loss), options.trace)
-                console.print(f"a trace of {name} is in {options.trace}")
+                name = trace(
+                    case, [row.implementation for row in rows if row.case == case and row.status == "ok"], options.trace
+                )
+                console.print(f"a trace of {name} is in {options.trace}", markup=False)
         if options.plot:
             plots.draw(tables.merged(_kept(options.csv), rows), options.plot)
-            console.print(f"pictures are in {options.plot}")
-    except (ValueError, OSError) as error:
+            console.print(f"pictures are in {options.plot}", markup=False)
+    except (ValueError, OSError, RuntimeError) as error:  # the last: a GPU, or memory, that is gone
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import random
 import resource
 import sys
 import time
@@ -53,8 +54,9 @@ def timed(case: Case, call: Call, x: Inputs, clock: Clock) -> float:
     """Milliseconds of the part of a loss that the case asks for."""
     x.forget_gradients()
     if case.part == "forward":
+        frozen = x.detached()
         with torch.no_grad():
-            return clock(lambda: call(x))
+            return clock(lambda: call(frozen))
     if case.part == "backward":
         loss = call(x)
         return clock(loss.backward)
@@ -135,9 +137,8 @@ class Race:
 
 
 def turned(names: list[str], number: int) -> list[str]:
-    """The order in a round: nobody always follows the same one."""
-    start = number % len(names)
-    return names[start:] + names[:start]
+    """The order in a round: another each time, so that nobody always follows the same one."""
+    return random.Random(number).sample(names, len(names))
 
 
 # ---- memory ----
@@ -166,6 +167,7 @@ def give_back() -> None:
     gc.collect()
     release_scratch()
     if torch.cuda.is_available():
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()
     if sys.platform == "linux":
         try:
@@ -190,7 +192,7 @@ def peak_bytes(case: Case, implementation: Implementation, call: Call, x: Inputs
     def run() -> None:
         if case.part == "forward":
             with torch.no_grad():
-                call(x)
+                call(x.detached())
         else:
             call(x).backward()
 
@@ -200,9 +202,10 @@ def peak_bytes(case: Case, implementation: Implementation, call: Call, x: Inputs
         run()
         return torch.cuda.max_memory_allocated() - before
     status = Path("/proc/self/status")
-    if not status.exists():
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    except OSError:
         return None
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     run()
     peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -219,19 +222,19 @@ class Exact:
         n, h, v = case.shape
         affordable = int(ORACLE_FLOPS[case.device] / (8 * h * v))
         self.inputs = x if affordable >= n else x.first(max(1, affordable))
-        self.loss_name = case.loss
         x = self.inputs
-        rows = max(1, (256 << 20) // (8 * v))
+        self.rows = len(x.hidden)
+        step = max(1, (256 << 20) // (8 * v))
         weight = x.weight.detach().double().requires_grad_()
         losses, dhidden = [], []
-        for start in range(0, len(x.hidden), rows):
+        for start in range(0, self.rows, step):
             part = Inputs(
-                x.hidden.detach()[start : start + rows].double().requires_grad_(),
+                x.hidden.detach()[start : start + step].double().requires_grad_(),
                 weight,
-                x.target[start : start + rows],
-                x.teacher_hidden[start : start + rows],
+                x.target[start : start + step],
+                x.teacher_hidden[start : start + step],
                 x.teacher_weight,
-                None if x.teacher_logits is None else x.teacher_logits[start : start + rows],
+                None if x.teacher_logits is None else x.teacher_logits[start : start + step],
             )
             target, teacher = labels_and_teacher(part, case.loss)
             loss = dense_loss(part.hidden, weight, target, teacher, reduction="sum", **terms(case.loss))
@@ -240,9 +243,8 @@ class Exact:
             assert part.hidden.grad is not None
             dhidden.append(part.hidden.grad)
         assert weight.grad is not None
-        count = len(x.hidden)
-        self.loss = torch.stack(losses).sum() / count
-        self.dhidden, self.dweight = torch.cat(dhidden).div_(count), weight.grad.div_(count)
+        self.loss = torch.stack(losses).sum() / self.rows
+        self.dhidden, self.dweight = torch.cat(dhidden).div_(self.rows), weight.grad.div_(self.rows)
 
     def errors(self, call: Call) -> dict[str, float]:
         """Relative distances, in the 2-norm, of a call's loss and gradients."""
@@ -259,4 +261,4 @@ class Exact:
         }
         errors = {name: relative_error(value, exact) for name, (value, exact) in found.items()}
         x.forget_gradients()
-        return errors
+        return {**errors, "rows": self.rows}

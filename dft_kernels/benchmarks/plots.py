@@ -67,7 +67,8 @@ def _scaling(axes: Any, dimension: str, title: str, rows: list[Row], styles: dic
                     axis.plot(fell[0], points[-1][1], "x", markersize=11, markeredgewidth=3, color=style["color"])
     floor = sorted({(getattr(row, dimension), row.floor_ms) for row in rows if row.status == "ok"})
     lowest = {x: min(y for other, y in floor if other == x) for x, _ in floor}
-    time.plot(*zip(*lowest.items(), strict=True), "k--", label="floor", linewidth=1.5)
+    if lowest:
+        time.plot(*zip(*lowest.items(), strict=True), "k--", label="floor", linewidth=1.5)
     for axis, unit in ((time, "ms"), (memory, "peak MB")):
         axis.set(xscale="log", yscale="log", xlabel=_SAME[dimension], ylabel=unit)
         axis.grid(alpha=0.3)

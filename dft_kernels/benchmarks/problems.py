@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -74,7 +74,7 @@ class Case(NamedTuple):
     def compulsory_bytes(self) -> float:
         """What must move to and from memory if logits never do: operands read once, gradients written once."""
         n, h, v = self.shape
-        heads = (1 if self.part != "backward" else 0) * LOSSES[self.loss].forward + (1 if self.part != "forward" else 0)
+        heads = 1 if self.part == "backward" else LOSSES[self.loss].forward
         gradients = 0 if self.part == "forward" else 1
         stored = n * v if self.loss == "stored_kl" and self.part != "backward" else 0
         return ((heads + gradients) * (n + v) * h + stored) * self.torch_dtype.itemsize
@@ -130,8 +130,8 @@ def sweep(dimension: str, base: Shape) -> list[Shape]:
     return [base._replace(**{dimension: size}) for size in SWEEPS[dimension]]
 
 
-SPREAD = 4.0  # standard deviation of the logits: an entropy of about 3 nats at V 49152, as a trained model's
-LIKENESS = 0.9  # correlation of the teacher's logits with the model's: a forward KL of about 2 nats
+SPREAD = 3.0  # of the logits about their token's log-frequency, which falls as Zipf's law
+LIKENESS = 0.9  # correlation of the teacher's logits with the model's
 
 
 @dataclass
@@ -148,8 +148,9 @@ class Inputs:
 
     @classmethod
     def make(cls, case: Case, seed: int) -> Inputs:
-        """Of a case. Peers that leave small gradients out would leave all of them out on nearly uniform rows, so the
-        logits spread as a trained model's do."""
+        """Of a case. Logits are a token's log-frequency, and about it normal: peers that leave small gradients out, or
+        sort the vocabulary, would do all or nothing on uniform rows, and not what they do on a trained model's. The
+        entropy is about 3 nats at V 49152, the forward KL about 1."""
         n, h, v = case.shape
         generator = torch.Generator(device=case.device).manual_seed(seed)
         dtype = case.torch_dtype
@@ -162,9 +163,18 @@ class Inputs:
             other = normal(len(x), scale * math.sqrt(1 - LIKENESS))
             return other.add_(x, alpha=math.sqrt(LIKENESS))
 
-        hidden, weight = normal(n, 1.0), normal(v, SPREAD / math.sqrt(h))
-        target = torch.randint(0, v, (n,), generator=generator, device=case.device)
-        made = cls(hidden, weight, target, alike(hidden, 1.0), alike(weight, SPREAD / math.sqrt(h)))
+        scale = SPREAD / math.sqrt(h)
+        hidden, weight = normal(n, 1.0), normal(v, scale)
+        made = cls(
+            hidden,
+            weight,
+            torch.randint(0, v, (n,), generator=generator, device=case.device),
+            alike(hidden, 1.0),
+            alike(weight, scale),
+        )
+        frequency = -torch.arange(2, v + 2, device=case.device, dtype=torch.float32).log()
+        for states, head in ((hidden, weight), (made.teacher_hidden, made.teacher_weight)):
+            states[:, 0], head[:, 0] = 1.0, frequency.to(dtype)
         if case.loss == "stored_kl":
             made.teacher_logits = made.teacher_hidden @ made.teacher_weight.t()
             made.teacher_probabilities = torch.empty_like(made.teacher_logits)
@@ -185,6 +195,10 @@ class Inputs:
             self.teacher_weight,
             *(None if x is None else x[:rows] for x in stored),
         )
+
+    def detached(self) -> Inputs:
+        """The same without gradients: some peers look at the tensors, not at the mode."""
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach())
 
     def forget_gradients(self) -> None:
         """Frees what the last call returned."""

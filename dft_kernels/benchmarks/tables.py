@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,7 @@ class Row:
     error_loss: float = math.nan  # relative, against float64
     error_dhidden: float = math.nan
     error_dweight: float = math.nan
+    error_rows: int = 0  # rows of the problem that errors are of: all N, or fewer where float64 is dear
     product_flops: float = math.nan  # of the machine in this run, a second
     copy_bytes: float = math.nan
 
@@ -116,10 +116,11 @@ def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
 
 
 def by_case(rows: Iterable[Row]) -> list[tuple[Case, list[Row]]]:
-    """Rows of each case, cases in the order of their first rows."""
-    order = list(dict.fromkeys(row.case for row in rows))
-    grouped = groupby(sorted(rows, key=lambda row: order.index(row.case)), key=lambda row: row.case)
-    return [(case, list(group)) for case, group in grouped]
+    """Rows of each case on each machine, in the order of their first rows."""
+    groups: dict[tuple[str, Case], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.machine, row.case), []).append(row)
+    return [(case, group) for (_, case), group in groups.items()]
 
 
 def number(value: float, form: str = ".2f", unit: str = "") -> str:
@@ -129,28 +130,25 @@ def number(value: float, form: str = ".2f", unit: str = "") -> str:
 
 def render(rows: list[Row]) -> list[Any]:
     """A rich table a case, and the reasons of what was not measured."""
+    from rich.markup import escape
     from rich.table import Table
 
     tables = []
     for case, group in by_case(rows):
-        best = min((row.over_floor for row in group if row.status == "ok"), default=math.nan)
+        done = [row for row in group if row.status == "ok"]
+        lost = [row for row in group if row.status not in ("ok", "skipped")]
+        best = min((row.over_floor for row in done), default=math.nan)
         table = Table(title=str(case), title_justify="left", caption_justify="left")
-        headings = ["", "ms (low..high)", "x floor (low..high)", "x eager", "x best peer", "peak MB"]
+        headings = ["", "ms (low..high)", "rounds", "x floor (low..high)", "x eager", "x best peer", "peak MB"]
         headings += ["error of loss", "dhidden", "dweight"]
         for heading in headings:
             table.add_column(heading, justify="right" if heading else "left")
-        left_out = []
-        for row in sorted(group, key=lambda row: (row.status != "ok", row.over_floor)):
-            if row.status == "skipped":
-                continue
-            if row.status != "ok":
-                left_out.append(f"{row.implementation}: {row.status}. {row.reason}")
+        for row in sorted(done, key=lambda row: row.over_floor):
             marks = ("[bold]" if row.ours else "") + ("[green]" if row.over_floor == best else "")
             table.add_row(
-                marks + row.implementation,
-                f"{number(row.ms, '.4g')} ({number(row.ms_low, '.4g')}..{number(row.ms_high, '.4g')})"
-                if row.status == "ok"
-                else row.status,
+                marks + escape(row.implementation),
+                f"{number(row.ms, '.4g')} ({number(row.ms_low, '.4g')}..{number(row.ms_high, '.4g')})",
+                str(row.rounds),
                 f"{number(row.over_floor)} ({number(row.over_floor_low)}..{number(row.over_floor_high)})",
                 number(row.over_eager),
                 number(row.over_best_peer),
@@ -159,9 +157,14 @@ def render(rows: list[Row]) -> list[Any]:
                 number(row.error_dhidden, ".1e"),
                 number(row.error_dweight, ".1e"),
             )
-        floor = [row.floor_ms for row in group if row.status == "ok"]
-        caption = f"floor: {case.products()} products, {min(floor):.4g}..{max(floor):.4g} ms" if floor else ""
-        table.caption = "\n".join([caption, *left_out])
+        for row in lost:
+            table.add_row(escape(row.implementation), row.status)
+        lines = [f"{row.implementation}: {row.status}. {row.reason}" for row in lost]
+        if done:
+            floors, counts = [row.floor_ms for row in done], {row.error_rows for row in done} - {0, case.shape.n}
+            fewer = f"; errors are of the first {max(counts)} rows" if counts else ""
+            lines.insert(0, f"floor: {case.products()} products, {min(floors):.4g}..{max(floors):.4g} ms{fewer}")
+        table.caption = escape("\n".join(lines))
         tables.append(table)
     return tables
 
@@ -177,7 +180,7 @@ def brief(rows: list[Row]) -> Any:
         done = [row for row in group if row.status == "ok"]
         mine, others = (sorted((r for r in done if r.ours is o), key=lambda r: r.ms) for o in (True, False))
         if mine:
-            ours, least = mine[0], min((row.peak_bytes for row in others), default=math.nan)
+            ours, least = mine[0], min((row.peak_bytes for row in others if row.peak_bytes > 0), default=math.nan)
             table.add_row(
                 str(case), ours.implementation.removeprefix(OURS), number(ours.ms, ".4g"), number(ours.over_floor),
                 number(ours.over_eager), number(ours.over_best_peer), others[0].implementation if others else "–",
@@ -198,10 +201,15 @@ def skipped(rows: Iterable[Row]) -> list[str]:
 def markdown(rows: list[Row], shape: Shape, dtype: str) -> str:
     """The README's table: time over the floor and peak memory of every implementation, a column a loss."""
     rows = [row for row in rows if row.case.shape == shape and row.dtype == dtype and row.part == "both"]
-    if not rows:
-        raise ValueError(f"bench: the CSV must have rows of {shape} in {dtype}, got none. Measure them first.")
+    machines = list(dict.fromkeys(row.machine for row in rows))
+    if len(machines) != 1:
+        raise ValueError(
+            f"bench: the CSV must have rows of {shape} in {dtype} of one machine, got {len(machines)} machines. "
+            "Measure them first, or name a CSV for each machine."
+        )
     losses = [loss for loss in LOSSES if any(row.loss == loss for row in rows)]
     names = list(dict.fromkeys(row.implementation for row in rows if row.status != "skipped"))
+    absent = dict.fromkeys(row.implementation for row in rows if row.implementation not in names)
     cells = {(row.implementation, row.loss): row for row in rows}
 
     def cell(name: str, loss: str) -> str:
@@ -217,6 +225,11 @@ def markdown(rows: list[Row], shape: Shape, dtype: str) -> str:
         "|---" * (len(losses) + 1) + "|",
         *("| " + " | ".join([name, *(cell(name, loss) for loss in losses)]) + " |" for name in names),
     ]
-    first = rows[0]
-    commits = ", ".join(dict.fromkeys(row.commit for row in rows))
-    return "\n".join(lines) + f"\n\n{first.machine}; torch {first.torch}; commit {commits}; {first.date}."
+    commits, dates, torches = (
+        ", ".join(dict.fromkeys(getattr(row, what) for row in rows)) for what in ("commit", "date", "torch")
+    )
+    packages = ", ".join(dict.fromkeys(row.package for row in rows if row.status == "ok" and not row.ours))
+    lines += ["", f"{machines[0]}; torch {torches}; {packages}; commit {commits}; {dates}."]
+    if absent:
+        lines.append(f"Not measured, since they do not run here: {', '.join(absent)}.")
+    return "\n".join(lines)

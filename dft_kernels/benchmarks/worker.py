@@ -11,11 +11,14 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
+
 from . import measure
 from .implementations import Call, Implementation, Unavailable
 from .problems import Case, Inputs
 
 SKIPPED, OUT_OF_MEMORY, FAILED, TIMED_OUT, OK = "skipped", "out of memory", "failed", "timed out", "ok"
+EXACT = "float64"  # what `begin` names while the oracle runs
 SLOW = 10.0  # seconds of a first call after which no second one comes before the rounds
 
 
@@ -59,7 +62,7 @@ def run(job: Job, say: Callable[[Event], None]) -> None:
         for loser in [name] if name else list(calls):
             calls.pop(loser)
             say(Event("status", loser, (status, text)))
-        measure.give_back()
+        measure.give_back()  # where a GPU can do no more, this process ends here, and another goes on
         return None
 
     for name in job.names:
@@ -90,24 +93,28 @@ def run(job: Job, say: Callable[[Event], None]) -> None:
 def _time(job: Job, calls: dict[str, Call], attempt: Callable[..., Any], say: Callable[[Event], None]) -> None:
     case = job.case
     sets = attempt("", partial(measure.input_sets, case, job.limit))
-    clock = measure.Clock(case.device)
+    clock, table = measure.Clock(case.device), job.table()
     exact = None
     if calls:
-        say(Event("ceilings", "", measure.ceilings(case)))
+        with suppress(MemoryError, RuntimeError):  # no room
+            say(Event("ceilings", "", measure.ceilings(case)))
     if calls and job.errors and case.part == "both":
+        say(Event("begin", EXACT))
         with suppress(MemoryError, RuntimeError):  # where float64 does not fit, errors stay unmeasured
             exact = measure.Exact(case, sets[0])
     rounds: dict[str, int] = {}
     for name in list(calls):
         started = time.perf_counter()
-        if exact is None:
+        if exact is not None:
+            say(Event("begin", name))
+            with suppress(Exception):  # if it is the implementation that fails, it fails again below
+                say(Event("errors", name, exact.errors(calls[name])))
+            if exact.rows != case.shape.n and table[name].compiled:
+                torch._dynamo.reset()  # or the full size would run as the second of many
+        if exact is None or exact.rows != case.shape.n:
             attempt(name, partial(measure.timed, case, calls[name], sets[0], clock))
-        else:
-            errors = attempt(name, partial(exact.errors, calls[name]))
-            if name in calls:
-                say(Event("errors", name, errors))
         first = 1e3 * (time.perf_counter() - started)
-        prepares = job.table()[name].compiled or case.device == "cuda"  # its first call says nothing of the next
+        prepares = table[name].compiled or case.device == "cuda"  # its first call says nothing of the next
         if name in calls and (prepares or first < 1e3 * SLOW):
             first = attempt(name, partial(measure.timed, case, calls[name], sets[-1], clock))
         if name in calls:

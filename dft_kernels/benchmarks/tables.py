@@ -228,8 +228,9 @@ def markdown(rows: list[Row], shape: Shape, dtype: str) -> str:
     commits, dates, torches = (
         ", ".join(dict.fromkeys(getattr(row, what) for row in rows)) for what in ("commit", "date", "torch")
     )
-    packages = ", ".join(dict.fromkeys(row.package for row in rows if row.status == "ok" and not row.ours))
-    lines += ["", f"{machines[0]}; torch {torches}; {packages}; commit {commits}; {dates}."]
+    others = dict.fromkeys(row.package for row in rows if row.status == "ok" and not row.ours)
+    packages = ", ".join([f"torch {torches}", *(name for name in others if name.split()[0] != "torch")])
+    lines += ["", f"{machines[0]}; {packages}; commit {commits}; {dates}."]
     if absent:
         lines.append(f"Not measured, since they do not run here: {', '.join(absent)}.")
     return "\n".join(lines)

@@ -282,9 +282,9 @@ def test_what_dies_while_it_is_timed_takes_nobody_along(monkeypatch: pytest.Monk
 
 def test_what_says_nothing_is_stopped() -> None:
     seen, _ = runs.measure_case(
-        SMALL, ["hangs", "eager"], **{**QUIET, "timeout": 45.0}, progress=lambda _: None, table=slow_crowd
+        SMALL, ["hangs", "eager"], **{**QUIET, "timeout": 30.0}, progress=lambda _: None, table=slow_crowd
     )
-    assert (seen["hangs"].status, seen["hangs"].reason) == ("timed out", "said nothing for 45 s")
+    assert (seen["hangs"].status, seen["hangs"].reason) == ("timed out", "said nothing for 30 s")
     assert (seen["eager"].status, len(seen["eager"].rounds)) == ("ok", 2)
 
 

@@ -109,7 +109,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "quick": Preset("a small SmolLM2 batch, three losses", (Shape(512, *_SMOLLM2[1:]),), _MAIN, rounds=3),
+    "quick": Preset("a small SmolLM2 batch, three losses", (Shape(256, *_SMOLLM2[1:]),), _MAIN, rounds=3),
     "smollm2": Preset("SmolLM2-135M's head, every loss", (_SMOLLM2,)),
     "llama3-8b": Preset("Llama 3 8B's head, every loss", (_LLAMA3,)),
     "qwen": Preset("Qwen3 8B's head", (_QWEN3,)),

@@ -19,7 +19,7 @@ from .problems import Case, Inputs
 
 SKIPPED, OUT_OF_MEMORY, FAILED, TIMED_OUT, OK = "skipped", "out of memory", "failed", "timed out", "ok"
 EXACT = "float64"  # what `begin` names while the oracle runs
-SLOW = 10.0  # seconds of a first call after which no second one comes before the rounds
+SLOW = 5.0  # seconds of a first call after which no second one comes before the rounds
 
 
 class Job(NamedTuple):

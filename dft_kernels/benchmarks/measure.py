@@ -58,10 +58,7 @@ def timed(case: Case, call: Call, x: Inputs, clock: Clock) -> float:
         frozen = x.detached()
         with torch.no_grad():
             return clock(lambda: call(frozen))
-    if case.part == "backward":
-        took = clock(call(x).backward)
-    else:
-        took = clock(lambda: call(x).backward())
+    took = clock(call(x).backward) if case.part == "backward" else clock(lambda: call(x).backward())
     x.forget_gradients()
     return took
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import backends, extension
+from .benchmarks.command import positive
 from .benchmarks.runs import about
 from .extension import release_scratch
 from .finetune import materials
@@ -199,9 +200,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="dft-kernels demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--steps", type=_positive, default=30, help="training steps (default: 30)")
-    parser.add_argument("--batch", type=_positive, default=4, help="sequences a step (default: 4)")
-    parser.add_argument("--length", type=_positive, default=128, help="tokens a sequence (default: 128)")
+    parser.add_argument("--steps", type=positive, default=30, help="training steps (default: 30)")
+    parser.add_argument("--batch", type=positive, default=4, help="sequences a step (default: 4)")
+    parser.add_argument("--length", type=positive, default=128, help="tokens a sequence (default: 128)")
     parser.add_argument("--text", type=Path, nargs="+", help="your own UTF-8 texts (default: LAMBADA, by pip)")
     parser.add_argument("--backend", choices=tuple(backends.BACKENDS), help="only this one (default: all available)")
     parser.add_argument("--seed", type=int, default=0, help="which sequences (default: 0)")
@@ -232,10 +233,3 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"[red]The curves do not coincide: {result['apart']:.1e} > {COINCIDE:.0e}.")
         return 1
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

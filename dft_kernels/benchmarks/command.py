@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--peer", nargs="*", metavar="NAME", help="others, by the beginning of their names; see --list (default: all)")
     add("--list", action="store_true", help="name the implementations, and what runs here")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--rounds", type=_positive, help="of floor and implementations, interleaved (default: the preset's)")
+    add("--rounds", type=positive, help="of floor and implementations, interleaved (default: the preset's)")
     add("--memory-limit", type=float, metavar="GB", help="of each process (default: 80 %% of what is available)")
     add("--timeout", type=float, default=TIMEOUT, metavar="S", help="for one call (default: %(default).0f)")
     add("--csv", type=Path, metavar="FILE", help="keep the rows; other runs' rows in it stay, the same are replaced")
@@ -241,7 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An option's whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")

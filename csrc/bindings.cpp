@@ -46,12 +46,12 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<ChunkArguments>(m, "Chunk")
       .def(py::init([](at::Tensor hidden, Optional label, Optional group, Optional weight, Optional target,
-                       HeadArguments teacher) {
-             return ChunkArguments{std::move(hidden), std::move(label),  std::move(group),
-                                   std::move(weight), std::move(target), std::move(teacher)};
+                       HeadArguments teacher, Optional index, Optional favourite) {
+             return ChunkArguments{std::move(hidden), std::move(label),   std::move(group), std::move(weight),
+                                   std::move(target), std::move(teacher), std::move(index), std::move(favourite)};
            }),
            py::arg("hidden"), py::arg("label"), py::arg("group"), py::arg("weight"), py::arg("target"),
-           py::arg("teacher"));
+           py::arg("teacher"), py::arg("index"), py::arg("favourite"));
 
   py::class_<CpuStep>(m, "CpuStep")
       .def(py::init([](HeadArguments model, int64_t vocab, int64_t wanted, int64_t differentiated, bool differentiates,

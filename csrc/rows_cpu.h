@@ -80,7 +80,8 @@ struct Moments {
 
 // Sweep 3: dz = q (factor - entropy log q + pull (G - ..) + phi k) + label [v = y] + mean
 //               + soft (g - qT slope), times scale (1 - (z / cap)^2); 0 for a token that is not active.
-// Per-token constants fold everything that does not depend on v; null: not there.
+// Per-token constants fold everything that does not depend on v; null: not there. Outside of a sparse target's tokens
+// g = 0; these themselves are -inf here, get 0, and are written by the caller.
 template <class T>
 struct Gradient {
   LogSumExp<T> lse;                                 // null: no term at T = 1
@@ -94,7 +95,7 @@ struct Gradient {
   const T* features;                  // [K, c]: cotangents
   LogSumExp<T> soft_lse, target_lse;  // null: no divergence
   const T *soft, *slope;              // [c]
-  const T* teacher;                   // [m, c]
+  const T* teacher;                   // [m, c], null for a sparse target
   T inverse, target_inverse, parameter;
   const T* active;  // [c]: 1 or 0
   T scale, cap;
@@ -109,7 +110,7 @@ struct Kernels {
   void (*divergence[8])(const Tile<T>&, const Divergence<T>&);
   bool flat[8];  // divergence.h: whether the value may be left to the gradient's sweep
   void (*moments)(const Tile<T>&, const Moments<T>&);
-  void (*gradient[9])(const Tile<T>&, const Gradient<T>&);  // [8]: no divergence
+  void (*gradient[10])(const Tile<T>&, const Gradient<T>&);  // [8]: no divergence, [9]: of a sparse target
   // out [m, c] = in[token, v..v+m] transposed, tokens beyond `rows` zero; stride: of a token in `in`
   void (*load)(T* out, int64_t m, int64_t c, const void* in, Element element, int64_t rows, int64_t stride, int64_t v);
   void (*save)(const T* in, int64_t m, int64_t c, void* out, Element element, int64_t rows, int64_t stride, int64_t v);

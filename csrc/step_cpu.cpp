@@ -13,70 +13,10 @@
 
 #include "divergence.h"
 #include "products_cpu.h"
+#include "sums_cpu.h"
 
 namespace dft {
 namespace {
-
-template <class T>
-struct Online {  // a thread's sums over its share of the vocabulary
-  Numbers<T> max;
-  Numbers<Integer<T>> arg;
-  Numbers<double> sum[2];
-  Online(int64_t c, bool wants_arg, int temperatures)
-      : max(c, std::numeric_limits<T>::lowest()), arg(wants_arg ? c : 0) {
-    for (int k = 0; k < temperatures; k++) sum[k].assign(c, 0.0);
-  }
-  Sums<T> sums(int temperatures, const T* inverse) {
-    return {max.data(),
-            arg.empty() ? nullptr : arg.data(),
-            temperatures,
-            {inverse[0], inverse[1]},
-            {sum[0].data(), sum[1].data()}};
-  }
-};
-
-// A log-sum-exp [c], and what its rounding dropped
-template <class T>
-struct Merged {
-  Numbers<T> lse, low;
-  LogSumExp<T> data() const { return {lse.empty() ? nullptr : lse.data(), low.empty() ? nullptr : low.data()}; }
-};
-
-// of all threads' sums at temperature k
-template <class T>
-Merged<T> merge(const std::vector<Online<T>>& parts, int k, T inverse) {
-  const size_t c = parts[0].max.size();
-  Merged<T> out{Numbers<T>(c), Numbers<T>(c)};
-  for (size_t l = 0; l < c; l++) {
-    T top = parts[0].max[l];
-    for (const auto& part : parts) top = std::max(top, part.max[l]);
-    double total = 0;
-    for (const auto& part : parts) total += part.sum[k][l] * std::exp((double(part.max[l]) - top) * inverse);
-    const double exact = double(top) * inverse + std::log(total);
-    out.lse[l] = T(exact);
-    out.low[l] = std::isfinite(exact) ? T(exact - double(out.lse[l])) : T(0);
-  }
-  return out;
-}
-
-template <class T>
-Numbers<int64_t> merge_arg(const std::vector<Online<T>>& parts) {
-  Numbers<int64_t> out(parts[0].max.size());
-  for (size_t l = 0; l < out.size(); l++) {
-    size_t best = 0;
-    for (size_t t = 1; t < parts.size(); t++)
-      if (parts[t].max[l] > parts[best].max[l]) best = t;
-    out[l] = parts[best].arg[l];
-  }
-  return out;
-}
-
-Numbers<double> total(const std::vector<Numbers<double>>& parts) {
-  Numbers<double> out(parts[0]);
-  for (size_t t = 1; t < parts.size(); t++)
-    for (size_t i = 0; i < out.size(); i++) out[i] += parts[t][i];
-  return out;
-}
 
 template <class T>
 class Step final : public CpuStep {
@@ -90,30 +30,45 @@ class Step final : public CpuStep {
     if (a_.feature_entries) entries_ = a_.feature_entries->to(type).contiguous();
   }
 
-  std::tuple<Tensor, Tensor> statistics(const ChunkArguments& chunk, const optional<Tensor>& columns) override {
+  std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const ChunkArguments& chunk,
+                                                        const optional<Tensor>& columns) override {
     const Source<T> model = source(a_.model, chunk.hidden, a_.logits), teacher = teacher_source(chunk);
     const int64_t c = model.c, threads = at::get_num_threads();
     const bool taught = chunk.target.has_value();
     const bool hard = wants(kLogProb) || wants(kMeanLogProb) || wants(kEntropy) || wants(kLse) || wants(kPotential) ||
                       columns || a_.feature_rows;
-    const bool soft = taught && wants(kDivergence);
-    const bool apart = soft && hard && a_.temperature != 1.0;  // two temperatures of the model
+    const bool sparse = chunk.index && wants(kDivergence), soft = taught && wants(kDivergence);
+    const bool apart = (soft || sparse) && hard && a_.temperature != 1.0;  // two temperatures of the model
     const T inverse[2] = {T(hard ? 1.0 : 1.0 / a_.temperature), T(1.0 / a_.temperature)};
     const T target_inverse[2] = {T(1.0 / a_.teacher_temperature), T(0)};
     std::vector<Online<T>> online(threads, Online<T>(c, wants(kCorrect) || wants(kAgreement), 1 + apart));
-    std::vector<Online<T>> target_online(threads, Online<T>(c, wants(kAgreement), 1));
+    std::vector<Online<T>> target_online(threads, Online<T>(c, taught && wants(kAgreement), 1));
+    places_.reset();
+    if (sparse) places_.emplace(*chunk.index, a_.vocab);
+    Tensor found = sparse ? at::empty(chunk.index->sizes(), options()) : at::empty({0}, options());  // z at its tokens
+    T* z = found.data_ptr<T>();
 
     over_blocks(model, teacher, taught, [&](int64_t t, int64_t v, int64_t m) {
       model.fill_tile(v, m);
-      kernels<T>().sums({model.logits + v * c, m, c, v}, model.finish(v), online[t].sums(1 + apart, inverse));
+      const Tile<T> tile{model.logits + v * c, m, c, v};
+      if (!sparse) {
+        kernels<T>().sums(tile, model.finish(v), online[t].sums(1 + apart, inverse));
+      } else {  // sums over what is outside of the target's tokens
+        Online<T> unused(c, false, 0);
+        kernels<T>().sums(tile, model.finish(v), unused.sums(0, inverse));
+        take(tile, z);
+        kernels<T>().sums(tile, {nullptr, T(1), T(0)}, online[t].sums(1 + apart, inverse));
+        places_->in_tile(v, [&](int64_t i, int64_t row, int64_t slot) { tile.z[i * c + row] = z[slot]; });
+      }
       if (taught) {
         teacher.fill_tile(v, m);
         kernels<T>().sums({teacher.logits + v * c, m, c, v}, teacher.finish(v),
                           target_online[t].sums(1, target_inverse));
       }
     });
-    auto lse = merge(online, 0, inverse[0]);
-    auto soft_lse = apart ? merge(online, 1, inverse[1]) : lse;
+    const size_t taken = sparse ? found.size(1) : 0, with = sparse ? found.size(0) : 0;
+    auto lse = merge(online, 0, inverse[0], z, with, taken);
+    auto soft_lse = apart ? merge(online, 1, inverse[1], z, with, taken) : lse;
     auto target_lse = taught ? merge(target_online, 0, target_inverse[0]) : Merged<T>();
 
     const int64_t rows = chunk.hidden.size(0);
@@ -121,23 +76,30 @@ class Step final : public CpuStep {
     Tensor features = a_.feature_rows ? at::empty({rows, a_.features}, options()) : at::empty({0}, options());
     second_sweep(model, teacher, chunk, columns, soft && !waits(), lse, soft_lse, target_lse, out, features);
     put(out, kLse, lse.lse), put(out, kLseLow, lse.low);
-    if (soft) {
-      put(out, kSoftLse, soft_lse.lse), put(out, kSoftLseLow, soft_lse.low);
-      put(out, kTargetLse, target_lse.lse), put(out, kTargetLseLow, target_lse.low);
+    if (soft || sparse) put(out, kSoftLse, soft_lse.lse), put(out, kSoftLseLow, soft_lse.low);
+    if (soft) put(out, kTargetLse, target_lse.lse), put(out, kTargetLseLow, target_lse.low);
+    Tensor tail = at::empty({sparse ? 2 : 0, rows}, options());
+    if (sparse) {
+      auto outside = merge(online, apart ? 1 : 0, inverse[1]);
+      std::copy_n(outside.lse.begin(), rows, tail.data_ptr<T>());
+      std::copy_n(outside.low.begin(), rows, tail.data_ptr<T>() + rows);
     }
-    if (wants(kLogProb) || wants(kCorrect) || wants(kAgreement)) picks(model, chunk, lse, online, target_online, out);
-    return {out, features};
+    if (wants(kLogProb) || wants(kCorrect) || wants(kAgreement))
+      picks(model, chunk, lse, online, target_online, found, out);
+    return {out, features, found, tail};
   }
 
   void gradient(const ChunkArguments& chunk, const Tensor& statistics, const Tensor& features, const Tensor& cotangents,
-                const optional<Tensor>& feature_cotangents, const optional<Tensor>& dhidden,
-                const optional<Tensor>& dweight, const optional<Tensor>& dbias, bool first) override {
+                const optional<Tensor>& feature_cotangents, const optional<Tensor>& sparse,
+                const optional<Tensor>& dhidden, const optional<Tensor>& dweight, const optional<Tensor>& dbias,
+                bool first) override {
     const Source<T> model(a_.model, chunk.hidden, a_.logits.data_ptr<T>(), a_.vocab, padded_rows(chunk.hidden));
     const int64_t c = model.c, rows = chunk.hidden.size(0), threads = at::get_num_threads();
     const auto constants = fold(chunk, statistics, features, cotangents, feature_cotangents, c);
     Gradient<T> shared = constants.kernel(a_);
     shared.narrow = model.tiles;
-    const int which = shared.soft_lse.lse ? a_.divergence : int(kDivergences);
+    const int which = !shared.soft_lse.lse ? int(kDivergences) : sparse ? int(kDivergences) + 1 : int(a_.divergence);
+    const Tensor given = sparse ? sparse->to(options().dtype()).contiguous() : Tensor();
     const T* teacher = a_.target ? a_.target->template const_data_ptr<T>() : nullptr;
     Numbers<uint32_t> packed;
     if (model.tiles && dweight) packed = pack_tokens(model.hidden, c);
@@ -162,7 +124,10 @@ class Step final : public CpuStep {
           std::fill(sums[t].begin(), sums[t].end(), 0.0);
           at.bias = dbias ? sums[t].data() : nullptr;
           at.value = value[t].data();
-          kernels<T>().gradient[which]({model.logits + v * c, m, c, v}, at);
+          const Tile<T> tile{model.logits + v * c, m, c, v};
+          if (sparse) take(tile, nullptr);
+          kernels<T>().gradient[which](tile, at);
+          if (sparse) give(tile, given.const_data_ptr<T>(), model.tiles, at.bias);
           if (dbias) {
             T* out = dbias->template data_ptr<T>() + v;
             for (int64_t i = 0; i < m; i++) out[i] = T(first ? sums[t][i] : out[i] + sums[t][i]);
@@ -208,9 +173,30 @@ class Step final : public CpuStep {
   StepArguments a_;
   Tensor table_, entries_;
   int64_t groups_ = 1;
+  optional<Places> places_;  // of the chunk's sparse target
+
+  // a tile's logits at the sparse target's tokens out of it, and -inf there
+  void take(const Tile<T>& tile, T* to) const {
+    places_->in_tile(tile.v, [&](int64_t i, int64_t row, int64_t slot) {
+      T& z = tile.z[i * tile.c + row];
+      if (to) to[slot] = z;
+      z = -std::numeric_limits<T>::infinity();
+    });
+  }
+  // their gradient into the tile's
+  void give(const Tile<T>& tile, const T* from, bool narrow, double* bias) const {
+    places_->in_tile(tile.v, [&](int64_t i, int64_t row, int64_t slot) {
+      T* to = tile.z + i * tile.c;
+      if (narrow)
+        reinterpret_cast<at::BFloat16*>(to)[row] = at::BFloat16(float(from[slot]));
+      else
+        to[row] = from[slot];
+      if (bias) bias[i] += double(from[slot]);
+    });
+  }
 
   // whether the divergence's value is left to the gradient's sweep
-  bool waits() const { return a_.differentiates && live(kDivergence) && kernels<T>().flat[a_.divergence]; }
+  bool waits() const { return a_.differentiates && live(kDivergence) && a_.target && kernels<T>().flat[a_.divergence]; }
   bool wants(Row row) const { return a_.wanted >> row & 1; }
   bool live(Row row) const { return a_.differentiated >> row & 1; }
   at::TensorOptions options() const { return a_.logits.options(); }
@@ -320,14 +306,15 @@ class Step final : public CpuStep {
 
   // What is read off single logits: the label's log-probability, and where the maxima are.
   void picks(const Source<T>& model, const ChunkArguments& chunk, const Merged<T>& lse,
-             const std::vector<Online<T>>& online, const std::vector<Online<T>>& target_online,
+             const std::vector<Online<T>>& online, const std::vector<Online<T>>& target_online, const Tensor& found,
              const Tensor& out) const {
     const int64_t rows = out.size(1);
     T* to = out.data_ptr<T>();
     Numbers<int64_t> label, best, target_best;
-    if (chunk.label) label = labels_of(chunk);
-    if (wants(kCorrect) || wants(kAgreement)) best = merge_arg(online);
-    if (wants(kAgreement)) target_best = merge_arg(target_online);
+    if (chunk.label) label = ids_of(*chunk.label);
+    if (wants(kCorrect) || wants(kAgreement))
+      best = places_ ? merge_arg(online, *chunk.index, found) : merge_arg(online);
+    if (wants(kAgreement)) target_best = places_ ? ids_of(*chunk.favourite) : merge_arg(target_online);
     for (int64_t r = 0; r < rows; r++) {
       if (wants(kLogProb)) {
         bool inside = label[r] >= 0 && label[r] < a_.vocab;
@@ -339,9 +326,9 @@ class Step final : public CpuStep {
     }
   }
 
-  static Numbers<int64_t> labels_of(const ChunkArguments& chunk) {
-    Tensor label = chunk.label->contiguous();
-    return {label.const_data_ptr<int64_t>(), label.const_data_ptr<int64_t>() + label.numel()};
+  static Numbers<int64_t> ids_of(const Tensor& ids) {
+    Tensor flat = ids.contiguous();
+    return {flat.const_data_ptr<int64_t>(), flat.const_data_ptr<int64_t>() + flat.numel()};
   }
   static Numbers<int64_t> groups_of(const ChunkArguments& chunk, int64_t c) {
     if (!chunk.group) return {};
@@ -403,7 +390,7 @@ class Step final : public CpuStep {
       if (live(kLogProb)) {
         out.label = seed(kLogProb);
         subtract(out.label);
-        auto label = labels_of(chunk);
+        auto label = ids_of(*chunk.label);
         out.target.assign(c, -1);
         for (int64_t r = 0; r < rows; r++) {
           if (label[r] >= 0 && label[r] < a_.vocab)
@@ -445,13 +432,13 @@ class Step final : public CpuStep {
           }
       }
     }
-    if (live(kDivergence) && a_.target) {
+    if (live(kDivergence) && (a_.target || places_)) {
       out.soft_lse = {known(kSoftLse), known(kSoftLseLow)};
       out.target_lse = {known(kTargetLse), known(kTargetLseLow)};
       out.slope = known(kSlope);
       out.soft = seed(kDivergence);
       for (auto& x : out.soft) x /= T(a_.temperature);
-      out.teacher = a_.target->template const_data_ptr<T>();
+      out.teacher = a_.target ? a_.target->template const_data_ptr<T>() : nullptr;
     }
     return out;
   }

@@ -36,20 +36,26 @@ struct ChunkArguments {
   std::optional<at::Tensor> label, group, weight;  // [R]
   std::optional<at::Tensor> target;                // the teacher's hidden states [R, Ht], or logits [R, V]
   HeadArguments teacher;
+  std::optional<at::Tensor> index;      // [R, k]: the tokens of a sparse target, which stands in for `target`
+  std::optional<at::Tensor> favourite;  // [R]: the likeliest of them
 };
 
 class CpuStep {
  public:
   virtual ~CpuStep() = default;
   // Row quantities [rows, R] and features [R, K]; adds to columns [G, V]; leaves the logits in the workspace, and the
-  // value of a flat divergence to gradient(), if that follows: it then writes it into `statistics`.
-  virtual std::tuple<at::Tensor, at::Tensor> statistics(const ChunkArguments& chunk,
-                                                        const std::optional<at::Tensor>& columns) = 0;
-  // dhidden [R, H] written; dweight [V, H] and dbias [V] written by the first chunk, added to by the others.
+  // value of a flat divergence to gradient(), if that follows: it then writes it into `statistics`. Of a sparse target
+  // the finished logits at its tokens [R, k] and the log-sum-exp of z / T outside of them with what its rounding
+  // dropped [2, R]; DIVERGENCE and SLOPE are then the caller's to write.
+  virtual std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> statistics(
+      const ChunkArguments& chunk, const std::optional<at::Tensor>& columns) = 0;
+  // dhidden [R, H] written; dweight [V, H] and dbias [V] written by the first chunk, added to by the others. sparse
+  // [R, k]: the whole gradient with respect to the raw logits at a sparse target's tokens.
   virtual void gradient(const ChunkArguments& chunk, const at::Tensor& statistics, const at::Tensor& features,
                         const at::Tensor& cotangents, const std::optional<at::Tensor>& feature_cotangents,
-                        const std::optional<at::Tensor>& dhidden, const std::optional<at::Tensor>& dweight,
-                        const std::optional<at::Tensor>& dbias, bool first) = 0;
+                        const std::optional<at::Tensor>& sparse, const std::optional<at::Tensor>& dhidden,
+                        const std::optional<at::Tensor>& dweight, const std::optional<at::Tensor>& dbias,
+                        bool first) = 0;
 };
 
 std::unique_ptr<CpuStep> make_step(StepArguments arguments);

@@ -12,19 +12,24 @@ from .functional import (
     linear_distribution_statistics,
     shift_labels,
 )
+from .mixture import Labels, Mixture
 from .modules import LinearCrossEntropyLoss, LinearDistributionLoss
-from .teachers import LogitStream, TeacherHead, TeacherLogits
+from .streams import LogitStream
+from .teachers import TeacherHead, TeacherLogits, TopK
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DistributionStatistics",
+    "Labels",
     "LinearCrossEntropyLoss",
     "LinearDistributionLoss",
     "LogitStream",
     "Metrics",
+    "Mixture",
     "TeacherHead",
     "TeacherLogits",
+    "TopK",
     "cross_entropy",
     "distribution_loss",
     "divergences",

@@ -27,7 +27,7 @@ from .extension import scratch
 from .problem import SCHEMA, TENSORS, Problem, loss_terms
 from .row_loss import loss_cotangents, loss_rows
 from .selection import Selection, dweight_dtype, plan_rows, select_rows
-from .teachers import Rows, open_head, open_stream, stream_of
+from .teachers import Request, Rows, open_head, open_top_k, source_of
 
 REPORTED = Row.AGREEMENT + 1  # the leading quantities that leave the loop
 
@@ -94,7 +94,7 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
                 rows.put(outcome.features, features)
             rows.put(outcome.rows, statistics[:REPORTED], dim=1)
         if targets is not None:
-            next(targets, None)  # lets a stream check that it ended where the rows do
+            next(targets, None)  # lets a source check that it ended where the rows do
     if selection.ignored is not None:
         outcome.rows.masked_fill_(selection.ignored, 0.0)
         if outcome.features is not None:
@@ -129,9 +129,13 @@ def _gradients(
 
 
 def _open_teacher(problem: Problem, blocks: list[Rows]) -> AbstractContextManager[Any]:
-    if problem.stream:
-        stream, hidden = stream_of(problem.stream), problem.hidden
-        return open_stream(stream, blocks, hidden.shape[0], problem.vocab, hidden.device)
+    hidden, temperature = problem.hidden, problem.teacher_temperature
+    if problem.source:
+        rows, vocab = hidden.shape[0], problem.vocab
+        request = Request(blocks, rows, vocab, hidden.device, problem.dtype, temperature, problem.target)
+        return source_of(problem.source).open(request)
+    if problem.top is not None:
+        return open_top_k(problem.top, temperature, problem.dtype, blocks)
     if problem.teacher_hidden is None:
         return nullcontext()
     return open_head(problem.teacher_hidden, problem.teacher_head, blocks)
@@ -282,8 +286,8 @@ def _statistics_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     ctx.mark_non_differentiable(output[Row.CORRECT], output[Row.AGREEMENT], output[-1])
     ctx.save_for_backward(*inputs[:TENSORS], output[-1])
     ctx.rest = inputs[TENSORS:]
-    stream = Problem(*inputs).stream
-    ctx.stream = stream_of(stream) if stream else None  # keeps it alive until backward
+    source = Problem(*inputs).source
+    ctx.source = source_of(source) if source else None  # keeps it alive until backward
 
 
 def _statistics_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from . import backends
 from .divergences import TABLE, Divergence
-from .teachers import Head, LogitStream, TeacherHead, TeacherLogits
+from .mixture import Given, Labels, Mixture
+from .streams import LogitStream
+from .teachers import TAILS, Head, Source, TeacherHead, TeacherLogits, TopK
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -39,11 +41,12 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 
 class Taught(NamedTuple):
-    """A teacher, flattened: tensors and their head, or a stream's handle."""
+    """A teacher, flattened: tensors and their head, a sparse one, or a source's handle."""
 
     hidden: Tensor | None = None
     head: Head = Head()
-    stream: int = 0
+    top: TopK | None = None
+    source: int = 0
 
 
 class Checks:
@@ -193,28 +196,41 @@ class Checks:
         value = value.to_sparse_coo().coalesce()
         return value.values(), value.indices(), value.shape[1]
 
-    def teacher(self, teacher: Any, vocab: int) -> Taught:
-        """A teacher, checked against the model's rows and vocabulary, and flattened."""
+    def teacher(self, teacher: Any, vocab: int, temperature: float, divergence: Divergence, labelled: bool) -> Taught:
+        """A teacher, checked against the model's rows, its vocabulary and the rest of the call, and flattened.
+        temperature: the teacher's."""
         if teacher is None:
             return Taught()
+        if isinstance(teacher, Mixture):
+            self._mixture(teacher, vocab, temperature, divergence, labelled)
+            return Taught(source=teacher.handle)
+        part = self._part(teacher, vocab, temperature, divergence)
+        if isinstance(part, Source):
+            return Taught(source=part.handle)
+        return Taught(top=part) if isinstance(part, TopK) else Taught(part.hidden, part.head)
+
+    def _part(self, teacher: Any, vocab: int, temperature: float, divergence: Divergence) -> Given | TopK | Source:
         if isinstance(teacher, LogitStream):
             self.positive_int("LogitStream prefetch", teacher.prefetch)
             if not callable(teacher.source) and not hasattr(teacher.source, "__iter__"):
                 got = type(teacher.source).__name__
                 remedy = "Pass an iterator of logits, or a function rows -> logits"
                 self.fail("LogitStream source", "be an iterator or a callable", got, remedy, TypeError)
-            return Taught(stream=teacher.handle)
+            return teacher
+        if isinstance(teacher, TopK):
+            return self._top_k(teacher, vocab, temperature, divergence)
         if isinstance(teacher, Tensor):
             teacher = TeacherLogits(teacher)
         if isinstance(teacher, TeacherLogits):
             logits = self.constant("teacher", teacher.logits)
-            self._same_vocabulary("teacher", logits.shape[-1] if logits.ndim else 0, vocab)
+            if logits.ndim and self._sliced("teacher", logits.shape[-1], teacher.vocab_size, vocab):
+                logits = logits[..., :vocab]
             self.shape("teacher", logits, (*self.lead, vocab), f"{self.names[0]}'s leading shape and V")
-            return Taught(logits.reshape(-1, vocab))
+            return Given(logits.reshape(-1, vocab), Head())
         if not isinstance(teacher, TeacherHead):
             self.fail(
                 "teacher",
-                "be a tensor of logits, TeacherLogits, TeacherHead or LogitStream",
+                "be a tensor of logits, TeacherLogits, TeacherHead, TopK, LogitStream or Mixture",
                 type(teacher).__name__,
                 "Wrap the teacher's hidden states and head as TeacherHead(hidden, weight)",
                 TypeError,
@@ -227,15 +243,99 @@ class Checks:
         if hidden.ndim == 0:
             self.fail(names[0], "have shape [..., Ht]", "a 0-d tensor", "Pass the teacher's last hidden states")
         self.head(weight, bias, hidden, names)
-        self._same_vocabulary("teacher", weight.shape[0], vocab)
+        if self._sliced("teacher", weight.shape[0], teacher.vocab_size, vocab):
+            weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
         self.shape(names[0], hidden, (*self.lead, hidden.shape[-1]), f"{self.names[0]}'s leading shape, then Ht")
         scale = self.number("teacher.logit_scale", teacher.logit_scale, "be a number other than 0", lambda x: x != 0)
         softcap = teacher.softcap
         if softcap is not None:
             softcap = self.number("teacher.softcap", softcap, "be greater than 0 or None", lambda x: x > 0)
-        return Taught(hidden.reshape(-1, hidden.shape[-1]), Head(weight, bias, scale, softcap))
+        return Given(hidden.reshape(-1, hidden.shape[-1]), Head(weight, bias, scale, softcap))
 
-    def _same_vocabulary(self, argument: str, theirs: int, ours: int) -> None:
+    def _top_k(self, top: TopK, vocab: int, temperature: float, divergence: Divergence) -> TopK:
+        indices = self.constant("teacher.indices", top.indices, floating=False)
+        if indices.dtype != torch.int64:
+            self.fail("teacher.indices", "be int64", indices.dtype, "Cast it with .long()", TypeError)
+        k = indices.shape[-1] if indices.ndim else 0
+        if not 1 <= k <= vocab:
+            remedy = "Pass token ids [..., k]"
+            self.fail("teacher.indices", f"hold 1 to {vocab} ids a row (V)", list(indices.shape), remedy)
+        self.shape("teacher.indices", indices, (*self.lead, k), f"{self.names[0]}'s leading shape, then k")
+        log_probs = self.constant("teacher.log_probs", top.log_probs)
+        self.shape("teacher.log_probs", log_probs, tuple(indices.shape), "one for each of teacher.indices")
+        tail_log_prob = self.per_row("teacher.tail_log_prob", top.tail_log_prob, floating=True)
+        self.choice("teacher.tail", top.tail, TAILS)
+        captured = self.number("teacher.temperature", top.temperature, "be greater than 0", lambda x: x > 0)
+        if top.tail != "renormalise" and captured != temperature:
+            self.fail(
+                "teacher_temperature",
+                f"be {captured}, at which this TopK was captured (what its tail weighs at another is not known)",
+                temperature,
+                f'Pass teacher_temperature={captured}, capture at {temperature}, or use tail="renormalise"',
+            )
+        without_zeros = divergence.name == "reverse_kl" or (
+            divergence.name == "alpha_divergence" and divergence.parameter < 0
+        )
+        if top.tail == "renormalise" and without_zeros:
+            self.fail(
+                "divergence",
+                'be finite where the target is 0 with tail="renormalise"',
+                f"{divergence.name}, which is infinite there",
+                'Use tail="bucket", or jensen_shannon',
+            )
+        tail = "ignore" if top.tail == "bucket" and k == vocab else top.tail  # there is nothing outside
+        return TopK(indices.reshape(-1, k), log_probs.reshape(-1, k), tail_log_prob, captured, tail)
+
+    def _mixture(
+        self, mixture: Mixture, vocab: int, temperature: float, divergence: Divergence, labelled: bool
+    ) -> None:
+        linear = self.choice("Mixture kind", mixture.kind, ("linear", "log_linear")) == "linear"
+        count = len(mixture.teachers)
+        if count == 0 or len(mixture.weights) != count:
+            got = f"{count} teachers, {len(mixture.weights)} weights"
+            self.fail(
+                "Mixture", "have one weight for each of its teachers, and one teacher at least", got, "Count them"
+            )
+        for weight in mixture.weights:
+            if linear:
+                self.number("Mixture weights", weight, "be greater than 0", lambda x: x > 0)
+            else:
+                self.number("Mixture weights", weight, "be a number other than 0", lambda x: x != 0)
+        if linear and abs(math.fsum(mixture.weights) - 1.0) > 1e-6:
+            total = math.fsum(mixture.weights)
+            self.fail("Mixture weights", "sum to 1 in a linear mixture", total, "Divide them by their sum")
+        parts: list[Given | TopK | Source | Labels] = []
+        for teacher in mixture.teachers:
+            if isinstance(teacher, Labels):
+                if not (linear and labelled):
+                    got = "no target" if linear else "a log-linear mixture, in which all else would be 0"
+                    self.fail("Labels()", "come with target in a linear mixture", got, "Pass the labels as target")
+                parts.append(teacher)
+                continue
+            if isinstance(teacher, TopK) and teacher.tail != "renormalise":
+                relation = 'have tail="renormalise" in a mixture, which weighs single tokens (a bucket does not)'
+                remedy = 'Use TopK alone with hard_weight for the label, a whole teacher, or tail="renormalise"'
+                self.fail("TopK", relation, repr(teacher.tail), remedy)
+            if isinstance(teacher, Mixture):
+                remedy = "Multiply the weights out"
+                self.fail("Mixture", "hold teachers that are not mixtures", "a Mixture", remedy, TypeError)
+            parts.append(self._part(teacher, vocab, temperature, divergence))
+        mixture.parts = parts
+
+    def _sliced(self, argument: str, theirs: int, vocab_size: Any, ours: int) -> bool:
+        """Whether the teacher's vocabulary is to be cut to the model's, as its vocab_size says."""
+        if vocab_size is not None:
+            self.positive_int(f"{argument}.vocab_size", vocab_size)
+            if vocab_size != ours or vocab_size > theirs:
+                relation = f"be the model's vocabulary of {ours}, and at most the teacher's of {theirs}"
+                remedy = "A model whose own vocabulary is the padded one is sliced by its weight: weight[:vocab_size]"
+                self.fail(f"{argument}.vocab_size", relation, vocab_size, remedy)
+            return theirs > ours
         if theirs != ours:
-            remedy = f"Slice the padded one explicitly, e.g. weight[:{min(theirs, ours)}], if the first ids agree"
+            remedy = (
+                f"If its first {ours} ids are the model's and the rest is padding, give the teacher vocab_size={ours}"
+            )
+            if theirs < ours:
+                remedy = f"If the model's ids from {theirs} on are padding, slice its head: weight[:{theirs}]"
             self.fail(argument, f"have the model's vocabulary of {ours}", f"a vocabulary of {theirs}", remedy)
+        return False

@@ -14,7 +14,7 @@ from .backends.contract import Row
 from .checks import fail
 from .problem import Problem, build
 from .row_loss import hard_rows, loss_rows, soft_rows
-from .teachers import LogitStream
+from .teachers import Source
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def linear_distribution_loss(
         hidden: [..., H], float32, bfloat16, float16 or float64. N is the product of the leading dimensions.
         weight: [V, H], hidden's dtype; bias: [V]. Under autocast both are cast as `F.linear` would.
         target: [...] int64 labels; a row whose label is ignore_index is out of every term.
-        teacher: a tensor of logits [..., V], `TeacherLogits`, `TeacherHead` or `LogitStream`; any floating
-            dtype. No gradient flows to it, and one that requires grad is refused.
+        teacher: a tensor of logits [..., V], `TeacherLogits`, `TeacherHead`, `TopK`, `LogitStream` or `Mixture`;
+            any floating dtype. No gradient flows to it, and one that requires grad is refused.
         divergence: a name of `dft_kernels.divergences.TABLE`, or what its functions return.
         hard_weight: None: 1 without a teacher, 0 with one.
         teacher_temperature: None: the same as temperature.
@@ -321,9 +321,10 @@ def _of_logits(function: str, logits: Tensor, target: Any, teacher: Any, terms: 
 
 def _outside_graph(function: Any, teacher: Any) -> Any:
     """`function`, kept out of torch.compile's graph where the teacher calls back into Python."""
-    if not isinstance(teacher, LogitStream):
+    if not isinstance(teacher, Source):
         return function
-    return torch.compiler.disable(function, reason="a LogitStream calls back into Python; pass tensors to compile")
+    reason = f"a {type(teacher).__name__} calls back into Python; pass tensors to compile"
+    return torch.compiler.disable(function, reason=reason)
 
 
 def _finish(problem: Problem, hidden: Tensor, teacher: Any, terms: dict[str, Any]) -> Any:

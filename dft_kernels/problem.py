@@ -18,9 +18,10 @@ from .backends.contract import Row, Terms
 from .checks import Checks, autocast
 from .divergences import Divergence
 from .gemm import accumulate_dtype
-from .teachers import Head, LogitStream
+from .streams import LogitStream
+from .teachers import Head, Source, TopK, source_of
 
-TENSORS = 13  # the leading fields of a Problem that are tensors
+TENSORS = 16  # the leading fields of a Problem that are tensors
 
 
 class Problem(NamedTuple):
@@ -35,13 +36,18 @@ class Problem(NamedTuple):
     teacher_hidden: Tensor | None  # [N, Ht], or logits [N, V] where there is no teacher_weight
     teacher_weight: Tensor | None  # [V, Ht]
     teacher_bias: Tensor | None  # [V]
+    top_indices: Tensor | None  # [N, k] int64 of a sparse teacher
+    top_log_probs: Tensor | None  # [N, k]
+    top_tail: Tensor | None  # [N]
     potential: Tensor | None  # [G, V]
     group: Tensor | None  # [N] int64
     features: Tensor | None  # [V, K], or the values [nnz] of a sparse one
     feature_index: Tensor | None  # [2, nnz] of a sparse one
     num_features: int
     num_groups: int
-    stream: int  # LogitStream.handle, 0: none
+    source: int  # Source.handle, 0: none
+    top_temperature: float
+    top_mode: str  # TopK.tail
     teacher_logit_scale: float
     teacher_softcap: float | None
     logit_scale: float
@@ -75,15 +81,24 @@ class Problem(NamedTuple):
     @property
     def has_teacher(self) -> bool:
         """Whether there is a target distribution."""
-        return self.teacher_hidden is not None or self.stream != 0
+        return self.teacher_hidden is not None or self.top is not None or self.source != 0
+
+    @property
+    def top(self) -> TopK | None:
+        """The sparse teacher, if that is what it is."""
+        if self.top_indices is None or self.top_log_probs is None:
+            return None
+        return TopK(self.top_indices, self.top_log_probs, self.top_tail, self.top_temperature, self.top_mode)
 
     @property
     def target_bytes(self) -> int:
         """Bytes of a logit of a chunk's target: of given logits, their copy where rows are left out; of a head or a
-        stream, one in the accumulation dtype. 0 without a teacher."""
-        if self.teacher_hidden is not None and self.teacher_weight is None:
-            return self.teacher_hidden.dtype.itemsize
-        return self.dtype.itemsize if self.has_teacher else 0
+        source, what it computes in the accumulation dtype. 0 without a dense one."""
+        if self.source:
+            return self.dtype.itemsize * source_of(self.source).buffers
+        if self.teacher_hidden is None:
+            return 0
+        return (self.teacher_hidden.dtype if self.teacher_weight is None else self.dtype).itemsize
 
     @property
     def needs_gradient(self) -> bool:
@@ -125,7 +140,7 @@ class Problem(NamedTuple):
             divergence=Divergence(self.divergence, self.parameter),
             temperature=self.temperature,
             teacher_temperature=self.teacher_temperature,
-            taught=self.has_teacher,
+            dense=self.has_teacher and self.top_indices is None,
             potential=self.potential,
             features=None if features is None else features.to(self.dtype),
         )
@@ -239,7 +254,7 @@ def build(
     if not (asked or statistics):
         check.fail("target or teacher", "be given", "neither", "Pass labels, a teacher, or a potential")
 
-    taught = check.teacher(teacher, vocab)
+    taught = check.teacher(teacher, vocab, teacher_temperature, chosen, target is not None)
     grad = torch.is_grad_enabled()
     problem = Problem(
         hidden=hidden.reshape(-1, hidden.shape[-1]),
@@ -251,13 +266,18 @@ def build(
         teacher_hidden=taught.hidden,
         teacher_weight=taught.head.weight,
         teacher_bias=taught.head.bias,
+        top_indices=None if taught.top is None else taught.top.indices,
+        top_log_probs=None if taught.top is None else taught.top.log_probs,
+        top_tail=None if taught.top is None else taught.top.tail_log_prob,
         potential=potential,
         group=group,
         features=values,
         feature_index=feature_index,
         num_features=num_features,
         num_groups=num_groups,
-        stream=taught.stream,
+        source=taught.source,
+        top_temperature=1.0 if taught.top is None else taught.top.temperature,
+        top_mode="" if taught.top is None else taught.top.tail,
         teacher_logit_scale=taught.head.logit_scale,
         teacher_softcap=taught.head.softcap,
         logit_scale=logit_scale,
@@ -289,8 +309,9 @@ def build(
         if memory_budget < row:
             relation = f"be at least {row} bytes (one row of {vocab} logits)"
             check.fail("memory_budget", relation, memory_budget, "Raise it, or give chunk_size=1")
-    if isinstance(teacher, LogitStream) and not teacher.replayable:
-        if teacher.spent:
+    if isinstance(teacher, Source) and not teacher.replayable:
+        streams = getattr(teacher, "teachers", [teacher])
+        if any(isinstance(stream, LogitStream) and not stream.replayable and stream.spent for stream in streams):
             check.fail("teacher", "be an unread stream", "an iterator that was read before", "Make a new LogitStream")
         if problem.needs_gradient and (statistics or reduction == "none"):
             check.fail(

@@ -7,15 +7,16 @@ any product.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import backends
 from .problem import Problem
-from .teachers import Rows
+from .teachers import Rows, TopK
 
 SCRATCH_BYTES = {"cpu": 512 << 20, "cuda": 1536 << 20}  # default memory_budget
 SCRATCH_BYTES_ELSEWHERE = 512 << 20
@@ -51,37 +52,111 @@ class Selection:
 
 
 def select_rows(problem: Problem) -> Selection:
-    """Drop ignored rows, check label and group values, find the denominator. One synchronisation with the
-    device at most; none with `compact=False`, where labels and groups on a device are taken at their word."""
+    """Drop ignored rows, check the values of labels, groups and sparse targets, find the denominator. One
+    synchronisation with the device at most; none with `compact=False`, where values on a device are taken at their
+    word."""
     rows, device, group = problem.hidden.shape[0], problem.hidden.device, problem.group
     index = ignored = None
     count, weight = rows, None if problem.row_weight is None else problem.row_weight.to(problem.dtype)
     looks = problem.compact or device.type == "cpu"
-    if problem.target is not None:
-        valid = problem.target != problem.ignore_index
-        if looks:
-            wrong = valid & ((problem.target < 0) | (problem.target >= problem.vocab))
-            stray = torch.zeros_like(valid) if group is None else valid & ((group < 0) | (group >= problem.num_groups))
-            count, *bad = torch.stack([valid.sum(), wrong.sum(), stray.sum()]).tolist()
-            if bad[0]:
-                _refuse_value("target", problem.target, wrong, f"labels in 0..{problem.vocab - 1}", problem)
-            if bad[1]:
-                assert group is not None
-                _refuse_value("group", group, stray, f"groups in 0..{problem.num_groups - 1}", problem)
-        if count == rows and looks:
-            pass
-        elif problem.compact:
-            index = torch.argsort(valid.to(torch.uint8), stable=True, descending=True)[:count]
-            weight = None if weight is None else torch.where(valid, weight, 0.0)
-        else:
-            count, ignored = rows, ~valid
-            weight = valid.to(problem.dtype) if weight is None else torch.where(valid, weight, 0.0)
-            group = None if group is None else torch.where(valid, group, 0)
-    elif group is not None and looks:
-        stray = (group < 0) | (group >= problem.num_groups)
-        if bool(stray.any()):
-            _refuse_value("group", group, stray, f"groups in 0..{problem.num_groups - 1}", problem)
+    valid = None if problem.target is None else problem.target != problem.ignore_index
+    faults = _faults(problem, valid) if looks else []
+    if faults:
+        of_interest = [fault.rows for fault in faults] if valid is None else [valid, *(fault.rows for fault in faults)]
+        found = torch.stack([mask.sum() for mask in of_interest]).tolist()
+        for fault, wrong in zip(faults, found[-len(faults) :], strict=True):
+            if wrong:
+                _refuse(fault, rows)
+        count = rows if valid is None else found[0]
+    if valid is None or (count == rows and looks):
+        pass
+    elif problem.compact:
+        index = torch.argsort(valid.to(torch.uint8), stable=True, descending=True)[:count]
+        weight = None if weight is None else torch.where(valid, weight, 0.0)
+    else:
+        count, ignored = rows, ~valid
+        weight = valid.to(problem.dtype) if weight is None else torch.where(valid, weight, 0.0)
+        group = None if group is None else torch.where(valid, group, 0)
     return Selection(index, count, weight, group, ignored, _denominator(problem, count, weight))
+
+
+class _Fault(NamedTuple):
+    """Rows whose values of an argument are wrong [N] bool, what they must be, and how to show one."""
+
+    rows: Tensor
+    argument: str
+    relation: str
+    got: Callable[[int], str]
+    remedy: str
+
+
+def _faults(problem: Problem, valid: Tensor | None) -> list[_Fault]:
+    """What may be wrong with values, for every row in play."""
+    target, group, faults = problem.target, problem.group, []
+    if target is not None:
+        relation = f"hold labels in 0..{problem.vocab - 1} or {problem.ignore_index} (ignore_index)"
+        wrong = (target < 0) | (target >= problem.vocab)
+        remedy = "Check that labels and head belong to one tokenizer"
+        faults.append(_Fault(wrong, "target", relation, lambda row: str(int(target[row])), remedy))
+    if group is not None:
+        relation = f"hold groups in 0..{problem.num_groups - 1}"
+        wrong = (group < 0) | (group >= problem.num_groups)
+        faults.append(_Fault(wrong, "group", relation, lambda row: str(int(group[row])), "Check num_groups"))
+    if problem.top is not None:
+        faults += _top_faults(problem.top, problem.vocab, problem.dtype)
+    return faults if valid is None else [fault._replace(rows=fault.rows & valid) for fault in faults]
+
+
+def _top_faults(top: TopK, vocab: int, dtype: torch.dtype) -> list[_Fault]:
+    ids, log_p, tail = top.indices, top.log_probs.to(dtype), top.tail_log_prob
+    ordered = ids.sort(-1).values
+    p = log_p.exp()
+    total = p.sum(-1)
+    rounding = torch.finfo(top.log_probs.dtype).eps * (p * (1.0 - log_p.clamp(min=-1e4))).sum(-1) + 1e-5
+    too_much, relation = total > 1.0 + rounding, "sum to at most 1 in probability"
+    if tail is not None:
+        total = total + tail.to(dtype).exp()
+        rounding = rounding + torch.finfo(tail.dtype).eps
+        too_much = ~((total - 1.0).abs() <= rounding)
+        relation = "sum to 1 in probability with tail_log_prob"
+    return [
+        _Fault(
+            ((ids < 0) | (ids >= vocab)).any(-1),
+            "teacher.indices",
+            f"hold ids in 0..{vocab - 1}",
+            lambda row: str(int(ids[row][(ids[row] < 0) | (ids[row] >= vocab)][0])),
+            "Check that teacher and head belong to one tokenizer, and that a padded vocabulary was sliced at capture",
+        ),
+        _Fault(
+            (ordered[:, 1:] == ordered[:, :-1]).any(-1),
+            "teacher.indices",
+            "hold distinct ids in a row",
+            lambda row: f"{int(ordered[row, 1:][ordered[row, 1:] == ordered[row, :-1]][0])} twice",
+            "Pass what torch.topk returns",
+        ),
+        _Fault(
+            ~(log_p <= 0.0).all(-1),
+            "teacher.log_probs",
+            "hold logarithms of probabilities, none above 0 or NaN",
+            lambda row: str(float(log_p[row].amax())),
+            "Pass log_softmax(logits).gather(-1, indices), not logits",
+        ),
+        _Fault(
+            too_much,
+            "teacher.log_probs",
+            relation,
+            lambda row: str(float(total[row])),
+            "Take the log-softmax over the whole vocabulary at the temperature of capture before the k are picked",
+        ),
+    ]
+
+
+def _refuse(fault: _Fault, rows: int) -> NoReturn:
+    row = int(fault.rows.nonzero()[0])
+    raise ValueError(
+        f"dft_kernels: {fault.argument} must {fault.relation}, got {fault.got(row)} at row {row} of "
+        f"{rows}. {fault.remedy}."
+    )
 
 
 def _denominator(problem: Problem, count: int, weight: Tensor | None) -> Tensor:
@@ -97,15 +172,6 @@ def _denominator(problem: Problem, count: int, weight: Tensor | None) -> Tensor:
         return torch.full((), max(1, count), dtype=problem.dtype, device=device)
     total = weight.sum()
     return torch.where(total == 0, 1.0, total)
-
-
-def _refuse_value(argument: str, values: Tensor, wrong: Tensor, relation: str, problem: Problem) -> NoReturn:
-    row = int(wrong.nonzero()[0])
-    ignore = f" or {problem.ignore_index} (ignore_index)" if argument == "target" else ""
-    raise ValueError(
-        f"dft_kernels: {argument} must hold {relation}{ignore}, got {int(values[row])} at row {row} of "
-        f"{values.shape[0]}. Check that labels and head belong to one tokenizer."
-    )
 
 
 def scratch_bytes(device: torch.device) -> int:

@@ -1,27 +1,23 @@
 """Where target distributions come from: one question, "the target of these rows", answered chunk by chunk.
 
 The chunk loop opens a teacher once for the blocks of rows it is going to visit (ignored rows are never asked
-for) and receives one `DenseTarget` per block. A teacher that is already tensors computes it on the spot; a
-`LogitStream` reads ahead on a thread and copies on a side stream.
+for) and receives one target per block. A teacher that is tensors gives it on the spot; a `Source` (streams.py,
+mixture.py) answers in Python.
 """
 
 from __future__ import annotations
 
 import itertools
-import queue
-import threading
-import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_Item = tuple[Tensor, "torch.cuda.Event | None"] | BaseException | None  # None: the source ended where it should
-_JOIN_SECONDS = 10.0  # how long a closing reader waits for a source that does not return
+TAILS = ("bucket", "renormalise", "ignore")
 
 
 class Head(NamedTuple):
@@ -44,6 +40,18 @@ class DenseTarget(NamedTuple):
 
     hidden: Tensor
     head: Head
+
+
+@dataclass(frozen=True)
+class SparseTarget:
+    """The target distribution of a chunk over k tokens of each row and the bucket of all others."""
+
+    index: Tensor  # [R, k] int64, distinct in a row
+    log_prob: Tensor  # [R, k] in the accumulation dtype
+    tail: Tensor | None  # [R], log p of the bucket; None: no such outcome
+
+
+Target = DenseTarget | SparseTarget
 
 
 @dataclass(frozen=True)
@@ -71,10 +79,12 @@ class Rows:
 class TeacherLogits:
     """Logits [..., V] that are already there, of any floating dtype; leading dimensions follow `hidden`'s.
 
-    What a plain tensor passed as `teacher` becomes.
+    What a plain tensor passed as `teacher` becomes. vocab_size: of a padded vocabulary, only its first ids are the
+    model's; p is the softmax over these.
     """
 
     logits: Tensor
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +93,7 @@ class TeacherHead:
 
     logits = cap(logit_scale * (hidden @ weight.T + bias)), cap(x) = softcap * tanh(x / softcap); Ht is the
     teacher's own hidden size. Costs 2 N Ht V FLOP and a chunk of fp32 logits; no [N, V] tensor exists.
+    vocab_size: of a padded vocabulary, only its first ids are the model's; p is the softmax over these.
     """
 
     hidden: Tensor
@@ -90,43 +101,78 @@ class TeacherHead:
     bias: Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    vocab_size: int | None = None
 
 
-class LogitStream:
-    """Chunks of teacher logits from anywhere: disk, pinned host memory, a server. O(chunk) memory.
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """The k likeliest tokens of each row and what the rest weighs: a sparse target.
 
-    source: an iterator (or iterable) of tensors [r, V] that covers all N rows of the flattened problem in
-        order, chunk sizes free; or a callable `rows -> logits`, given the original row indices of a chunk
-        (int64 on the CPU, ascending, ignored rows left out) and returning [len(rows), V].
-    prefetch: chunks read ahead on a background thread through a bounded queue (at least 1).
+    indices: [..., k] int64, distinct in a row; log_probs: [..., k], log p of them in the whole distribution
+    softmax(teacher logits / temperature); tail_log_prob: [...], log of the mass outside, None: 1 - sum, which
+    rounding spoils where the tail is small, so keep it at capture. Leading dimensions follow `hidden`'s.
 
-    Tensors may be of any floating dtype, on the CPU (pinned and copied on a side stream for CUDA problems) or
-    already on the problem's device. Values of CPU chunks are checked before the copy: a row with NaN, with
-    +inf or with nothing but -inf is refused by its number; of CUDA chunks only shape and dtype. The source
-    runs under `torch.no_grad()` on its own thread. An iterator serves one call, and none that has to
-    recompute logits in backward (`reduction="none"`, statistics); a callable serves any.
+    tail says what becomes of the mass outside of the k tokens S:
+
+        "bucket"       one outcome more, for target and model alike: D over k + 1 outcomes, the model's tail
+                       summed over its tokens. Exact for what is known: a lower bound of D over the whole
+                       vocabulary, 0 only where the model agrees on S and on the tail's mass. In S the gradient of
+                       forward KL is q - p, outside q (1 - p_tail / q_tail).
+        "renormalise"  p / sum of p over S, nothing outside. Biased: draws all of the model's mass into S, and is
+                       overconfident by what the tail held; reverse KL would be infinite and is refused.
+        "ignore"       sum of the divergence's addends f >= 0 over S alone. Biased low: nothing is asked of how
+                       far the tail's mass is off beyond what S says of it.
+
+    Log-probabilities are of the temperature they were captured at: the loss's teacher_temperature must be that one,
+    but for "renormalise", where p over S follows any. FLOPs: O(N k) beside the loss; memory: O(chunk k).
     """
 
-    def __init__(self, source: Iterable[Tensor] | Callable[[Tensor], Tensor], prefetch: int = 2) -> None:
-        self.source = source
-        self.prefetch = prefetch
-        self.spent = False  # whether a one-shot source was already read
+    indices: Tensor
+    log_probs: Tensor
+    tail_log_prob: Tensor | None = None
+    temperature: float = 1.0
+    tail: str = "bucket"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a `Source` is asked for: targets of `blocks` of a problem of `rows` rows and `vocab` columns."""
+
+    blocks: Sequence[Rows]
+    rows: int
+    vocab: int
+    device: torch.device
+    dtype: torch.dtype  # of logits as they are computed
+    temperature: float  # the target is softmax(logits / temperature)
+    target: Tensor | None  # [rows] labels
+
+
+class Source:
+    """A teacher that answers in Python: an operator's schema, which has no room for it, holds its handle."""
+
+    buffers = 1  # logits [chunk, V] that it holds at a time
+
+    def __init__(self) -> None:
         self.handle = next(_handles)
-        _streams[self.handle] = self
+        _living[self.handle] = self
 
     @property
     def replayable(self) -> bool:
         """Whether the same rows can be asked for twice."""
-        return callable(self.source)
+        raise NotImplementedError
+
+    def open(self, request: Request) -> AbstractContextManager[Iterator[DenseTarget]]:
+        """The targets of the request's blocks, in order."""
+        raise NotImplementedError
 
 
 _handles = itertools.count(1)
-_streams: weakref.WeakValueDictionary[int, LogitStream] = weakref.WeakValueDictionary()
+_living: weakref.WeakValueDictionary[int, Source] = weakref.WeakValueDictionary()
 
 
-def stream_of(handle: int) -> LogitStream:
-    """The living stream of this handle: an operator's schema has no room for the object itself."""
-    return _streams[handle]
+def source_of(handle: int) -> Source:
+    """The living source of this handle."""
+    return _living[handle]
 
 
 @contextmanager
@@ -136,183 +182,20 @@ def open_head(hidden: Tensor, head: Head, blocks: Sequence[Rows]) -> Generator[I
 
 
 @contextmanager
-def open_stream(
-    stream: LogitStream, blocks: Sequence[Rows], rows: int, vocab: int, device: torch.device
-) -> Generator[Iterator[DenseTarget]]:
-    """Targets of `blocks` from a stream over `rows` rows and `vocab` columns, read ahead on a thread that ends
-    with the context, however the context ends."""
-    stream.spent = True
-    reader = _Reader(stream, blocks, rows, vocab, device)
-    try:
-        yield reader.targets()
-    finally:
-        reader.close()
+def open_top_k(top: TopK, temperature: float, dtype: torch.dtype, blocks: Sequence[Rows]) -> Generator[Iterator[Any]]:
+    """Sparse targets of `blocks` at `temperature`: log p over the outcomes, which sum to 1 (but for "ignore")."""
+    yield (_sparse(top, rows, temperature, dtype) for rows in blocks)
 
 
-class _Reader:
-    """The thread behind `open_stream`: pulls, checks, uploads, and hands over through a bounded queue."""
-
-    def __init__(
-        self, stream: LogitStream, blocks: Sequence[Rows], rows: int, vocab: int, device: torch.device
-    ) -> None:
-        self.source, self.rows, self.vocab, self.device = stream.source, rows, vocab, device
-        self.blocks = [  # original rows of each block, on the host
-            torch.arange(b.start, b.stop) if b.index is None else b.index.cpu() for b in blocks
-        ]
-        self.queue: queue.Queue[_Item] = queue.Queue(stream.prefetch)
-        self.stopped = threading.Event()
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.begun = torch.cuda.current_stream(device).record_event() if self.side else None
-        self.thread = threading.Thread(target=self._run, name="dft_kernels.LogitStream", daemon=True)
-        self.thread.start()
-
-    def targets(self) -> Iterator[DenseTarget]:
-        for _ in self.blocks:
-            item = self.queue.get()
-            assert item is not None
-            if isinstance(item, BaseException):
-                raise item
-            logits, ready = item
-            if ready is not None:
-                current = torch.cuda.current_stream(self.device)
-                current.wait_event(ready)
-                logits.record_stream(current)
-            yield DenseTarget(logits, Head())
-        end = self.queue.get()  # the source is checked for rows beyond the last block
-        if isinstance(end, BaseException):
-            raise end
-
-    def close(self) -> None:
-        self.stopped.set()
-        self.thread.join(_JOIN_SECONDS)
-        if self.thread.is_alive():
-            warnings.warn(
-                f"LogitStream: the source did not return within {_JOIN_SECONDS:.0f} s of the loss being abandoned; "
-                "its daemon thread is left to it.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
-    def _run(self) -> None:
-        chunks = self._replay(self.source) if callable(self.source) else self._gather(self.source)
-        try:
-            with torch.no_grad(), torch.cuda.stream(self.side):  # type: ignore[arg-type]  # None: no-op
-                if self.side is not None and self.begun is not None:
-                    self.side.wait_event(self.begun)
-                for logits in chunks:
-                    if self.device.type == "cuda" and logits.device.type == "cpu":
-                        logits = logits.pin_memory()
-                    copy = logits.to(self.device, non_blocking=True)
-                    if not self._hand_over((copy, self.side.record_event() if self.side else None)):
-                        return
-            self._hand_over(None)
-        except BaseException as error:  # handed to the training thread, which raises it
-            self._hand_over(error)
-        finally:
-            chunks.close()
-
-    def _hand_over(self, item: _Item) -> bool:
-        while not self.stopped.is_set():
-            try:
-                self.queue.put(item, timeout=0.05)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def _replay(self, source: Callable[[Tensor], Tensor]) -> Generator[Tensor]:
-        """A callable source: one call a block."""
-        for block in self.blocks:
-            first, last = int(block[0]), int(block[-1])
-            with _naming_rows(first, last):
-                logits = source(block)
-            self._check(logits, first, last, block)
-            yield logits
-
-    def _gather(self, source: Iterable[Tensor]) -> Generator[Tensor]:
-        """An iterator source: its chunks, cut and joined to the blocks; ignored rows are dropped here."""
-        iterator = iter(source)
-        first, chunk = 0, torch.empty(0, self.vocab)  # the chunk at hand and its first row
-        try:
-            for block in self.blocks:
-                pieces, last = [], int(block[-1])
-                while True:
-                    inside = block[(block >= first) & (block < first + chunk.shape[0])] - first
-                    if inside.numel():
-                        whole = inside.numel() == chunk.shape[0]
-                        pieces.append(chunk if whole else chunk.index_select(0, inside.to(chunk.device)))
-                    if first + chunk.shape[0] > last:
-                        break
-                    first, chunk = self._next(iterator, first + chunk.shape[0])
-                yield torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-            while first + chunk.shape[0] < self.rows:  # trailing ignored rows
-                first, chunk = self._next(iterator, first + chunk.shape[0])
-            with _naming_rows(self.rows, self.rows):
-                beyond = next(iterator, None)
-            if beyond is not None:
-                raise ValueError(
-                    f"LogitStream: source must end after {self.rows} rows, got another chunk of shape "
-                    f"{_shape(beyond)} at row {self.rows}. Give the loss exactly the rows of this batch."
-                )
-        finally:
-            if isinstance(iterator, Generator):
-                iterator.close()
-
-    def _next(self, iterator: Iterator[Tensor], first: int) -> tuple[int, Tensor]:
-        with _naming_rows(first, self.rows - 1):
-            chunk = next(iterator, None)
-        if chunk is None:
-            raise ValueError(
-                f"LogitStream: source must cover all {self.rows} rows, got {first} and then its end. Yield logits "
-                "for every row of hidden in order, ignored rows included."
-            )
-        self._check(chunk, first, self.rows - 1, None)
-        return first, chunk
-
-    def _check(self, chunk: object, first: int, last: int, index: Tensor | None) -> None:
-        """Refuse a wrong chunk by row number, before it is copied anywhere. index: the rows asked for, if any."""
-        count = None if index is None else index.numel()
-        where = f"LogitStream: the chunk that starts at row {first}"
-        if not isinstance(chunk, Tensor):
-            raise TypeError(f"{where} must be a tensor of logits, got {type(chunk).__name__}. Return torch tensors.")
-        if chunk.ndim != 2 or chunk.shape[1] != self.vocab or (count is not None and chunk.shape[0] != count):
-            want = f"[{'r' if count is None else count}, {self.vocab}]"
-            raise ValueError(
-                f"{where} must have shape {want}, got {_shape(chunk)}. Slice a padded vocabulary explicitly; "
-                "return one row of logits for each row asked for."
-            )
-        if count is None and not 0 < chunk.shape[0] <= last + 1 - first:
-            raise ValueError(
-                f"{where} must hold 1 to {last + 1 - first} rows (up to row {last}), got {chunk.shape[0]}. Give the "
-                "loss exactly the rows of this batch."
-            )
-        if not chunk.is_floating_point():
-            raise TypeError(f"{where} must have a floating dtype, got {chunk.dtype}. Pass logits, not ids.")
-        if chunk.device.type == "cpu":
-            bad = ~torch.isfinite(chunk.amax(dim=-1))  # NaN anywhere, +inf anywhere, or -inf everywhere
-            if bool(bad.any()):
-                row = int(bad.nonzero()[0])
-                raise ValueError(
-                    f"LogitStream: row {int(index[row]) if index is not None else first + row} must have logits "
-                    f"without NaN or +inf and not all -inf, got a maximum of {float(chunk[row].amax())}. Check what "
-                    "wrote this row."
-                )
-        elif chunk.device.type != self.device.type:
-            raise ValueError(
-                f"{where} must be on the CPU or on {self.device}, got {chunk.device}. Move it before it is yielded."
-            )
-
-
-@contextmanager
-def _naming_rows(first: int, last: int) -> Generator[None]:
-    """A source's own exception surfaces as the cause of one that names the rows."""
-    try:
-        yield
-    except Exception as error:
-        raise RuntimeError(
-            f"LogitStream: the source failed for rows {first}..{last}: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _shape(chunk: object) -> str:
-    return str(list(chunk.shape)) if isinstance(chunk, Tensor) else type(chunk).__name__
+def _sparse(top: TopK, rows: Rows, temperature: float, dtype: torch.dtype) -> SparseTarget:
+    index, log_p = rows.take(top.indices), rows.take(top.log_probs).to(dtype)
+    if top.tail == "renormalise":
+        log_p = (log_p * (top.temperature / temperature)).log_softmax(-1)
+        return SparseTarget(index, log_p, log_p.new_full((len(log_p),), -torch.inf))
+    if top.tail == "ignore":
+        return SparseTarget(index, log_p, None)
+    if top.tail_log_prob is None:
+        return SparseTarget(index, log_p, torch.log1p(-log_p.exp().sum(-1).clamp(max=1.0)))
+    tail = rows.take(top.tail_log_prob).to(dtype)
+    total = torch.logaddexp(log_p.logsumexp(-1), tail)  # what rounding, at capture, made of 1
+    return SparseTarget(index, log_p - total[:, None], tail - total)

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from .divergences import TABLE, Divergence
-from .teachers import LogitStream, TeacherHead, TeacherLogits
+from .mixture import Labels, Mixture
+from .streams import LogitStream
+from .teachers import TeacherHead, TeacherLogits, TopK
 
 
 def textbook_divergence(log_p: Tensor, log_q: Tensor, divergence: Any) -> Tensor:
-    """D(p, q) of each row, summed from its definition; 0 log 0 = 0."""
+    """D(p, q) of each row, summed from its definition; 0 log 0 = 0. Of measures that do not sum to 1 too, where each
+    KL(x‖y) is sum x log(x / y) - x + y."""
     if isinstance(divergence, str):
         divergence = Divergence(divergence, TABLE[divergence].default)
     p, q, a = log_p.exp(), log_q.exp(), divergence.parameter
@@ -26,7 +29,7 @@ def textbook_divergence(log_p: Tensor, log_q: Tensor, divergence: Any) -> Tensor
         x = log_x.exp()
         safe_x = torch.where(x > 0, log_x, 0.0)
         safe_y = torch.where(x > 0, log_y, 0.0)
-        return (x * (safe_x - safe_y)).sum(-1)
+        return (x * (safe_x - safe_y)).sum(-1) - x.sum(-1) + log_y.exp().sum(-1)
 
     def log_mix(log_x: Tensor, log_y: Tensor, weight: float) -> Tensor:
         mixed = weight * log_x.exp() + (1 - weight) * log_y.exp()
@@ -45,7 +48,8 @@ def textbook_divergence(log_p: Tensor, log_q: Tensor, divergence: Any) -> Tensor
     if name == "skew_reverse_kl":
         return kl(log_q, log_mix(log_q, log_p, a))
     if name == "alpha_divergence":
-        return ((a * log_p + (1 - a) * log_q).exp().sum(-1) - 1) / (a * (a - 1))
+        mass = a * p.sum(-1) + (1 - a) * q.sum(-1)
+        return ((a * log_p + (1 - a) * log_q).exp().sum(-1) - mass) / (a * (a - 1))
     if name == "total_variation":
         return 0.5 * (p - q).abs().sum(-1)
     if name == "squared_hellinger":
@@ -58,6 +62,52 @@ def _finish(raw: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
+def _outcomes(top: TopK, log_q: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log p and log q over the tokens of a sparse teacher and its bucket, [N, k + 1] or [N, k]."""
+    index, log_p = top.indices.reshape(len(log_q), -1), top.log_probs.reshape(len(log_q), -1).to(log_q.dtype)
+    inside = log_q.gather(1, index)
+    outside = log_q.scatter(1, index, -torch.inf)
+    rest = torch.where(outside.isinf().all(-1), 0.0, outside.exp().sum(-1))
+    tail = torch.where(rest > 0, rest, 1.0).log()[:, None]
+    tail = torch.where(rest[:, None] > 0, tail, -torch.inf)
+    if top.tail == "ignore" or (top.tail == "bucket" and index.shape[1] == log_q.shape[1]):
+        return log_p, inside
+    if top.tail == "renormalise":
+        p = (log_p * (top.temperature / temperature)).softmax(-1)
+        return torch.cat([p, torch.zeros_like(p[:, :1])], 1).log(), torch.cat([inside, tail], 1)
+    p = log_p.exp()
+    if top.tail_log_prob is None:
+        p_tail = 1 - p.sum(-1, keepdim=True)
+    else:
+        p_tail = top.tail_log_prob.reshape(-1, 1).to(p.dtype).exp()
+        whole = p.sum(-1, keepdim=True) + p_tail
+        p, p_tail = p / whole, p_tail / whole
+    return torch.cat([p, p_tail], 1).log(), torch.cat([inside, tail], 1)
+
+
+def _mixed(mixture: Mixture, target: Tensor | None, rows: int, vocab: int, dtype: Any, temperature: float) -> Tensor:
+    """Logits whose softmax at `temperature` is the mixture."""
+    logs = []
+    for teacher in mixture.teachers:
+        if isinstance(teacher, Labels):
+            assert target is not None
+            one_hot = torch.nn.functional.one_hot(target.clamp(0, vocab - 1), vocab)
+            logs.append(one_hot.to(dtype or torch.float32).log())
+        elif isinstance(teacher, TopK):
+            log_p = (teacher.log_probs.to(dtype or torch.float32) * teacher.temperature / temperature).log_softmax(-1)
+            empty = log_p.new_full((rows, vocab), -torch.inf)
+            logs.append(empty.scatter(1, teacher.indices.reshape(rows, -1), log_p.reshape(rows, -1)))
+        else:
+            logs.append((_teacher_logits(teacher, rows, vocab, dtype) / temperature).log_softmax(-1))
+    if mixture.kind == "linear":
+        mixed = sum(w * log_p.exp() for w, log_p in zip(mixture.weights, logs, strict=True))
+        assert isinstance(mixed, Tensor)
+        return mixed.log() * temperature
+    blend = sum(w * log_p for w, log_p in zip(mixture.weights, logs, strict=True))
+    assert isinstance(blend, Tensor)
+    return blend * temperature
+
+
 def _teacher_logits(teacher: Any, rows: int, vocab: int, dtype: torch.dtype | None) -> Tensor:
     def cast(x: Tensor) -> Tensor:
         return x if dtype is None else x.to(dtype)
@@ -68,9 +118,10 @@ def _teacher_logits(teacher: Any, rows: int, vocab: int, dtype: torch.dtype | No
         return cast(teacher.source(torch.arange(rows)))
     if isinstance(teacher, TeacherHead):
         bias = None if teacher.bias is None else cast(teacher.bias)
-        raw = torch.nn.functional.linear(cast(teacher.hidden), cast(teacher.weight), bias).reshape(rows, vocab)
-        return _finish(raw, teacher.logit_scale, teacher.softcap)
-    return cast(teacher.logits if isinstance(teacher, TeacherLogits) else teacher).reshape(rows, vocab)
+        raw = torch.nn.functional.linear(cast(teacher.hidden), cast(teacher.weight), bias)
+        return _finish(raw[..., :vocab].reshape(rows, vocab), teacher.logit_scale, teacher.softcap)
+    logits = teacher.logits if isinstance(teacher, TeacherLogits) else teacher
+    return cast(logits[..., :vocab]).reshape(rows, vocab)
 
 
 def dense_loss(
@@ -129,10 +180,18 @@ def dense_loss(
                 nll = (1 - label_smoothing) * nll - label_smoothing * log_q.mean(-1)
             total = total + hard_weight * nll
     if teacher is not None and soft_weight:
-        log_p = _teacher_logits(teacher, n, vocab, compute_dtype).to(z.dtype)
-        log_p = (log_p / (temperature if teacher_temperature is None else teacher_temperature)).log_softmax(-1)
+        tau = temperature if teacher_temperature is None else teacher_temperature
+        log_q_soft = (z / temperature).log_softmax(-1)
+        if isinstance(teacher, TopK):
+            log_p, log_q_soft = _outcomes(teacher, log_q_soft, tau)
+        else:
+            if isinstance(teacher, Mixture):
+                log_p = _mixed(teacher, target, n, vocab, compute_dtype, tau)
+            else:
+                log_p = _teacher_logits(teacher, n, vocab, compute_dtype)
+            log_p = (log_p.to(z.dtype) / tau).log_softmax(-1)
         scale = temperature**2 if temperature_scaling == "squared" else 1.0
-        soft = textbook_divergence(log_p, (z / temperature).log_softmax(-1), divergence)
+        soft = textbook_divergence(log_p, log_q_soft, divergence)
         total = total + soft_weight * scale * soft
     if z_loss:
         total = total + z_loss * z.logsumexp(-1).square()

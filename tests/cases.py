@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dft_kernels import LogitStream, TeacherHead, TeacherLogits, divergences, linear_distribution_loss
+from dft_kernels import (
+    Labels,
+    LogitStream,
+    Mixture,
+    TeacherHead,
+    TeacherLogits,
+    TopK,
+    divergences,
+    linear_distribution_loss,
+)
 from dft_kernels.backends import BACKENDS
 from dft_kernels.testing import allowance, dense_loss, relative_error
 
@@ -26,7 +35,8 @@ class Case(NamedTuple):
     name: str
     shape: tuple[int, int, int] = (29, 12, 101)  # N, H, V
     options: dict[str, Any] = {}  # noqa: RUF012
-    teacher: str = ""  # "", logits, head, stream, near (a head that nearly agrees with the model's)
+    teacher: str = ""  # "", logits, head, stream, near (a head that nearly agrees with the model's), mixture,
+    # log_mixture, padded; topk, topk_near, topk_sum (its tail from the sum), renormalise, ignore, all (k = V)
     target: str = "some"  # none (no target), some, all_valid, all_ignored
     tensors: tuple[str, ...] = ()  # of bias, row_weight, potential, group
     hard: bool = True
@@ -73,6 +83,36 @@ def table() -> list[Case]:
             },
         ),
     ]
+    everything = cases[-1]
+    cases += [
+        Case("topk", teacher="topk"),
+        Case("topk_alone", teacher="topk", target="none"),
+        Case("topk_sum", teacher="topk_sum", target="none"),
+        Case("topk_temperature", teacher="topk", options={"temperature": 2.0}, target="none"),
+        Case("topk_two_temperatures", teacher="topk", options={"temperature": 2.0, "teacher_temperature": 1.0}),
+        Case(
+            "topk_rows", teacher="topk", options={"reduction": "none", "z_loss": 1e-2}, tensors=("row_weight", "bias")
+        ),
+        Case("topk_no_compact", teacher="topk", options={"compact": False}, tensors=("row_weight",)),
+        Case("topk_scaled", teacher="topk", options={"logit_scale": -0.7}, tensors=("bias",)),
+        Case("topk_capped", teacher="topk", options={"softcap": 3.0, "logit_scale": 0.7, "temperature": 1.3}),
+        Case("topk_everything", teacher="topk", tensors=everything.tensors, options=everything.options),
+        Case("topk_unweighted", teacher="topk", options={"soft_weight": 0.0}),
+        Case("topk_all", teacher="all", target="none"),
+        Case("renormalise", teacher="renormalise", options={"temperature": 2.0}),
+        Case("ignore", teacher="ignore"),
+        Case("ignore_reverse", teacher="ignore", options={"divergence": "reverse_kl"}),
+        Case("topk_wide", shape=(7, 64, 5003), teacher="topk", tensors=("bias",)),
+        Case("topk_one_class", shape=(5, 3, 1), teacher="all"),
+        Case("topk_all_ignored", teacher="topk", target="all_ignored"),
+        Case("mixture", teacher="mixture", options={"temperature": 1.5}, target="all_valid"),
+        Case("log_mixture", teacher="log_mixture", options={"divergence": "reverse_kl"}),
+        Case("padded", teacher="padded"),
+    ]
+    for name in NAMES:
+        cases.append(Case(f"topk_{name}", teacher="topk", options={"divergence": name}, hard=False))
+        if name != "total_variation":
+            cases.append(Case(f"topk_near_{name}", teacher="topk_near", options={"divergence": name}, hard=False))
     for name in (name for name in NAMES if name != "total_variation"):  # whose gradient jumps at p = q
         cases.append(
             Case(f"near_{name}", shape=(23, 12, 997), teacher="near", options={"divergence": name}, hard=False)
@@ -114,8 +154,7 @@ def make(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
     elif case.teacher == "near":  # KL of about 1e-3 for fp32, and what rounding leaves for the narrow dtypes
         out["teacher"] = TeacherHead(out["hidden"] + normal(n, h, scale=0.02), out["weight"].clone())
     elif case.teacher:
-        logits = normal(n, v, scale=2.0)
-        out["teacher"] = TeacherLogits(logits) if case.teacher == "logits" else LogitStream(lambda rows: logits[rows])
+        out["teacher"] = _teacher(case, out, normal)
         if case.hard and case.target != "none" and "hard_weight" not in out:
             out["hard_weight"] = 0.4
     if "bias" in case.tensors:
@@ -134,6 +173,41 @@ def make(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
         if name in out:
             out[name].requires_grad_()
     return out
+
+
+def _teacher(case: Case, out: dict[str, Any], normal: Any) -> Any:
+    n, h, v = case.shape
+    logits = normal(n, v, scale=2.0)
+    if case.teacher == "logits":
+        return TeacherLogits(logits)
+    if case.teacher == "stream":
+        return LogitStream(lambda rows: logits[rows])
+    if case.teacher == "mixture":
+        head = TeacherHead(normal(n, h), normal(v, h, scale=0.5), normal(v), 0.7, 8.0)
+        top = top_k(logits.flip(0), min(5, v), 1.0, tail="renormalise")
+        return Mixture([Labels(), logits, head, LogitStream(lambda rows: logits[rows]), top], [0.1, 0.2, 0.3, 0.2, 0.2])
+    if case.teacher == "log_mixture":
+        return Mixture([logits, normal(n, v)], [1.3, -0.3], kind="log_linear")
+    if case.teacher == "padded":
+        return TeacherHead(normal(n, h), normal(v + 27, h), normal(v + 27), vocab_size=v)
+    if case.teacher == "topk_near":  # the model's own, off by a little
+        model = torch.nn.functional.linear(out["hidden"].double(), out["weight"].double())
+        logits = (model + normal(n, v, scale=0.02).double()).to(logits.dtype)
+    temperature = out.get("teacher_temperature", out.get("temperature", 1.0))
+    if case.teacher == "renormalise":
+        return top_k(logits, min(7, v), 1.0, tail="renormalise")
+    with_tail = case.teacher in ("topk", "topk_near")
+    k = v if case.teacher == "all" else min(7, v)
+    return top_k(logits, k, temperature, with_tail, "ignore" if case.teacher == "ignore" else "bucket")
+
+
+def top_k(logits: torch.Tensor, k: int, temperature: float = 1.0, with_tail: bool = True, tail: str = "bucket") -> TopK:
+    """What a capture keeps of a teacher's logits, in their dtype."""
+    log_p = (logits.double() / temperature).log_softmax(-1)
+    top = log_p.topk(k, dim=-1)
+    rest = log_p.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
+    kept = rest.to(logits.dtype) if with_tail else None
+    return TopK(top.indices, top.values.to(logits.dtype), kept, temperature, tail)
 
 
 def leaves(arguments: dict[str, Any]) -> list[torch.Tensor]:
@@ -170,8 +244,8 @@ def compare(
         gate = allowance(usual, truth, dtype) if dtype != torch.float64 else 1e-12  # the oracle rounds too
         if name == "loss":  # never below what a sum of fp32 addends of this size can hold
             gate = max(gate, 4 * torch.finfo(ours[0].dtype).eps)
-            if case.teacher == "near" and dtype != torch.float64:  # a sum of squares of small differences: 0.001 %
-                gate = max(gate, 1e-5)
+            if case.teacher in ("near", "topk_near"):  # a sum of squares of small differences: 0.001 %
+                gate = max(gate, 1e-11 if dtype == torch.float64 else 1e-5)
         else:
             assert value.dtype == dtype
         error = relative_error(value, truth)

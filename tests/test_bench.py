@@ -494,7 +494,13 @@ def test_stopping_keeps_what_was_finished(
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ctrl_c_leaves_no_process_behind() -> None:
     command_line = [sys.executable, "-m", "dft_kernels.cli", "bench", "--peer", "eager", "--device", "cpu"]
-    process = subprocess.Popen(command_line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        command_line,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests started with & ignore it
+    )
 
     def group() -> int:
         found = 0
@@ -504,19 +510,23 @@ def test_ctrl_c_leaves_no_process_behind() -> None:
                 found += fields[0] != "Z" and int(fields[2]) == process.pid
         return found
 
-    for _ in range(600):
-        if group() > 2:  # the command, multiprocessing's tracker, a worker
-            break
-        time.sleep(0.1)
-    assert group() > 2
-    os.kill(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    for _ in range(100):
-        if group() == 0:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"{group()} processes are left")
+    try:
+        for _ in range(600):
+            if group() > 2:  # the command, multiprocessing's tracker, a worker
+                break
+            time.sleep(0.1)
+        assert group() > 2
+        os.kill(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130, said
+        for _ in range(100):
+            if group() == 0:
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"{group()} processes are left")
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_trace_of_one_step(tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ def test_case(case: str, backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", PRESENT)
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
-@pytest.mark.parametrize("case", ["everything", "none", "no_compact", "stream", "row_weight"])
+@pytest.mark.parametrize(
+    "case", ["everything", "none", "no_compact", "stream", "row_weight", "topk_everything", "mixture"]
+)
 def test_chunk_size_changes_nothing(case: str, chunk_size: int, backend: str) -> None:
     compare(CASES[case], torch.float32, backend, chunk_size=chunk_size)
     compare(CASES[case], torch.bfloat16, backend, chunk_size=chunk_size)

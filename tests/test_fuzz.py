@@ -29,8 +29,9 @@ DIVERGENCES = st.one_of(
 
 @st.composite
 def calls(draw: st.DrawFn) -> Case:
-    teacher = draw(st.sampled_from(["", "logits", "head", "stream"]))
-    target = draw(st.sampled_from(["none", "some", "all_valid"] if teacher else ["some", "all_valid"]))
+    teacher = draw(st.sampled_from(["", "logits", "head", "stream", "topk", "topk_sum", "ignore", "mixture"]))
+    optional = teacher not in ("", "mixture")  # which mixes the label in
+    target = draw(st.sampled_from(["none", "some", "all_valid"] if optional else ["some", "all_valid"]))
     reduction = draw(st.sampled_from(["mean", "sum", "none"]))
     options = {
         "divergence": draw(DIVERGENCES),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import Divergence
-from ..teachers import DenseTarget, Head
+from ..teachers import Head, Target
 
 
 class Row(IntEnum):
@@ -29,13 +29,13 @@ class Row(IntEnum):
     MEAN_LOG_PROB = 1  # sum_v log q_v / V, for label smoothing
     ENTROPY = 2  # -sum q log q
     LSE = 3  # log sum exp z
-    DIVERGENCE = 4  # sum f(log qT, log p)
+    DIVERGENCE = 4  # sum f(log qT, log p), over tokens or over a sparse target's outcomes
     POTENTIAL = 5  # <q, potential[group]>
     CORRECT = 6  # 1.0 where argmax z = y
     AGREEMENT = 7  # 1.0 where argmax z = argmax of the target's logits
     SOFT_LSE = 8  # log sum exp z / T              (for the gradient)
     TARGET_LSE = 9  # log sum exp of the target's logits / its temperature
-    SLOPE = 10  # sum g                            (for the gradient)
+    SLOPE = 10  # sum g, of a sparse target less its bucket's g / q (for the gradient)
     LSE_LOW = 11  # what the rounding of LSE dropped: log q = (z - LSE) - LSE_LOW is good to an ulp of itself,
     SOFT_LSE_LOW = 12  # where z - LSE alone is good to one of LSE, and q - p cancels
     TARGET_LSE_LOW = 13
@@ -55,7 +55,7 @@ class Terms:
     divergence: Divergence
     temperature: float = 1.0
     teacher_temperature: float = 1.0
-    taught: bool = False  # whether chunks come with a target
+    dense: bool = False  # whether chunks come with a dense target
     potential: Tensor | None = None  # [G, V]
     features: Tensor | None = None  # [V, K], dense or sparse COO
 
@@ -68,7 +68,7 @@ class Chunk:
     label: Tensor | None = None  # [R] int64
     group: Tensor | None = None  # [R] int64, None: all rows are of group 0
     weight: Tensor | None = None  # [R] in the accumulation dtype, None: all 1
-    target: DenseTarget | None = None
+    target: Target | None = None
 
 
 @dataclass(frozen=True)

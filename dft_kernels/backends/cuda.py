@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from .. import extension
-from .rows import KernelOperations, RowBackend
+from .kernels import KernelOperations
+from .rows import RowBackend
 
 
 def _kernels() -> Any:

@@ -15,18 +15,21 @@ from torch import Tensor
 from .. import extension
 from ..divergences import TABLE
 from ..gemm import accumulate_dtype
-from ..teachers import Head
+from ..teachers import Head, SparseTarget
+from . import sparse
 from .contract import Chunk, Cotangents, Gradients, Row, Terms
+from .rows import tiles
 
 _LANES = 32  # rows of a chunk are padded to this (csrc/rows_cpu.h)
 
 
-@dataclass(frozen=True)
+@dataclass
 class NativeWorkspace:
-    """The C++ step of one call; its scratch goes back to the pool with it."""
+    """The C++ step of one call; its scratch goes back to the pool with it. outcomes: of the chunk's sparse target."""
 
     rows: int
     step: Any
+    outcomes: sparse.Outcomes | None = None
 
 
 class NativeBackend:
@@ -50,11 +53,10 @@ class NativeBackend:
         """Borrow scratch for `rows` rows and set up the step."""
         native, wide = extension.MODULE, accumulate_dtype(like.dtype)
         numbers = vocab * (-(-rows // _LANES) * _LANES)
-        buffers = [extension.scratch([numbers], wide, like.device) for _ in range(2 if terms.taught else 1)]
+        buffers = [extension.scratch([numbers], wide, like.device) for _ in range(2 if terms.dense else 1)]
         index: tuple[Tensor | None, ...] = (None, None, None)
         if terms.features is not None:
-            sparse = terms.features.to_sparse_csr()
-            index = (sparse.crow_indices().to(torch.int64), sparse.col_indices().to(torch.int64), sparse.values())
+            index = _compressed(terms.features)
         step = native.CpuStep(
             model=_head(terms.head),
             vocab=vocab,
@@ -71,7 +73,7 @@ class NativeBackend:
             feature_entries=index[2],
             features=0 if terms.features is None else terms.features.shape[1],
             logits=buffers[0],
-            target=buffers[1] if terms.taught else None,
+            target=buffers[1] if terms.dense else None,
         )
         return NativeWorkspace(rows, step)
 
@@ -79,7 +81,10 @@ class NativeBackend:
         self, workspace: NativeWorkspace, chunk: Chunk, terms: Terms, columns: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Products and two sweeps; see the contract."""
-        statistics, features = workspace.step.statistics(_chunk(chunk), columns)
+        statistics, features, found, tail = workspace.step.statistics(_chunk(chunk), columns)
+        workspace.outcomes = None
+        if isinstance(chunk.target, SparseTarget) and Row.DIVERGENCE in terms.wanted:
+            workspace.outcomes = sparse.complete_(statistics, chunk.target, found, (tail[0], tail[1]), terms)
         return statistics, None if terms.features is None else features
 
     def chunk_gradient(
@@ -93,12 +98,19 @@ class NativeBackend:
         gradients: Gradients,
     ) -> None:
         """One sweep and products; see the contract."""
+        settled, at = cotangents.settled(statistics), None
+        if isinstance(chunk.target, SparseTarget) and Row.DIVERGENCE in terms.differentiated:
+            assert workspace.outcomes is not None
+            index, pull = chunk.target.index, _pull(chunk.target.index, terms, features, cotangents)
+            vocab = terms.head.weight.shape[0] if terms.head.weight is not None else chunk.hidden.shape[1]
+            at = sparse.gradient_at(workspace.outcomes, index, chunk, terms, statistics, settled, vocab, pull)
         workspace.step.gradient(
             _chunk(chunk),
             statistics,
             statistics if features is None else features,
-            cotangents.settled(statistics),
+            settled,
             cotangents.features,
+            at,
             gradients.dhidden,
             gradients.dweight,
             gradients.dbias,
@@ -129,5 +141,31 @@ def _head(head: Head) -> Any:
 
 
 def _chunk(chunk: Chunk) -> Any:
-    target, head = chunk.target or (None, Head())
-    return extension.MODULE.Chunk(chunk.hidden, chunk.label, chunk.group, chunk.weight, target, _head(head))
+    target, head, index, best = None, Head(), None, None
+    if isinstance(chunk.target, SparseTarget):
+        index = chunk.target.index
+        best = index.gather(1, chunk.target.log_prob.argmax(1, keepdim=True))[:, 0]
+    elif chunk.target is not None:
+        target, head = chunk.target
+    native = extension.MODULE
+    return native.Chunk(chunk.hidden, chunk.label, chunk.group, chunk.weight, target, _head(head), index, best)
+
+
+def _compressed(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the rows of features [V, K] start, their columns, their entries (`to_sparse_csr` warns: beta)."""
+    entries = features.to_sparse_coo().coalesce()
+    row, column = entries.indices()
+    counts = torch.bincount(row, minlength=features.shape[0])
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)), column.contiguous(), entries.values()
+
+
+def _pull(index: Tensor, terms: Terms, features: Tensor | None, cotangents: Cotangents) -> Tensor | None:
+    """What the features multiply q by at `index` [R, k]: sum_j kappa_j (phi_j - <q, phi_j>)."""
+    kappa = cotangents.features
+    if features is None or kappa is None or terms.features is None:
+        return None
+    out = features.new_empty(index.shape)
+    for rows in tiles(kappa, vocab=terms.features.shape[0]):
+        potential = (terms.features @ kappa[rows].t()).t()  # [r, V]
+        out[rows] = potential.gather(1, index[rows]) - (kappa[rows] * features[rows]).sum(-1, keepdim=True)
+    return out

@@ -7,15 +7,16 @@ a potential of each row, so that q @ features and its gradient are products of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .. import gemm
-from ..teachers import DenseTarget, Head
+from ..teachers import DenseTarget, Head, SparseTarget
+from . import formulas, sparse
 from .contract import DIFFERENTIABLE, Chunk, Cotangents, Gradients, Row, Terms
 
 _ALIGN = 32  # logits: a row of a workspace starts on a cache line, so that products and loads are aligned for any V
@@ -47,85 +48,37 @@ class RowOperations(Protocol):
         """q [R, V] of raw logits."""
 
 
-class KernelOperations:
-    """The row operations by compiled kernels. `kernels` returns the room that has them: Rows, row_statistics,
-    row_gradient, row_step, accumulate_columns and probabilities as in `triton_ops`. This is the translation, of a chunk
-    and its terms into one description of rows."""
-
-    def __init__(self, kernels: Callable[[], Any], **more: Any) -> None:
-        self.kernels, self.more = kernels, more  # more: fields of Rows that these kernels have beyond the common ones
-
-    def row_statistics(self, logits: Tensor, chunk: Chunk, terms: Terms) -> Tensor:
-        """One launch."""
-        rows = self._rows(logits, chunk, terms)
-        return self.kernels().row_statistics(rows, _bits(terms.wanted), _bits(terms.differentiated))
-
-    def row_gradient_(
-        self, logits: Tensor, chunk: Chunk, terms: Terms, statistics: Tensor, cotangents: Cotangents, out: Tensor
-    ) -> None:
-        """One launch."""
-        rows, live = self._rows(logits, chunk, terms), _bits(terms.differentiated)
-        self.kernels().row_gradient(rows, statistics, live, cotangents.rows, cotangents.lse_slope, out)
-
-    def row_step_(self, logits: Tensor, chunk: Chunk, terms: Terms, cotangents: Cotangents, out: Tensor) -> Tensor:
-        """One launch."""
-        rows, wanted, live = self._rows(logits, chunk, terms), _bits(terms.wanted), _bits(terms.differentiated)
-        return self.kernels().row_step(rows, wanted, live, cotangents.rows, cotangents.lse_slope, out)
-
-    def accumulate_columns_(
-        self, logits: Tensor, chunk: Chunk, terms: Terms, statistics: Tensor, columns: Tensor
-    ) -> None:
-        """One launch, and the order of the rows by group."""
-        weight = None if chunk.weight is None else chunk.weight.contiguous()
-        self.kernels().accumulate_columns(self._rows(logits, chunk, terms), statistics, weight, columns)
-
-    def row_probabilities(self, logits: Tensor, terms: Terms, statistics: Tensor) -> Tensor:
-        """One launch."""
-        return self.kernels().probabilities(self._rows(logits, Chunk(logits), terms), statistics)
-
-    def _rows(self, logits: Tensor, chunk: Chunk, terms: Terms) -> Any:
-        target, head = chunk.target or (None, Head())
-        potential = terms.potential
-        return self.kernels().Rows(
-            logits=_along_rows(logits),
-            scale=terms.head.logit_scale,
-            cap=terms.head.softcap,
-            label=None if chunk.label is None else chunk.label.contiguous(),
-            group=None if chunk.group is None else chunk.group.contiguous(),
-            potential=None if potential is None else potential.to(gemm.accumulate_dtype(logits.dtype)).contiguous(),
-            target=None if target is None else _along_rows(target),
-            target_scale=head.logit_scale,
-            target_cap=head.softcap,
-            divergence=terms.divergence.name,
-            parameter=terms.divergence.parameter,
-            temperature=terms.temperature,
-            target_temperature=terms.teacher_temperature,
-            **self.more,
-        )
+def _hard(terms: Terms) -> frozenset[Row]:
+    return terms.differentiated - {Row.DIVERGENCE}
 
 
-def _bits(rows: frozenset[Row]) -> int:
-    return sum(1 << row for row in rows)
+def _tempered(terms: Terms) -> Head:
+    """The head whose logits are z / T: cap(x) / T = (softcap / T) tanh((x / T) / (softcap / T))."""
+    head = terms.head
+    cap = None if head.softcap is None else head.softcap / terms.temperature
+    return Head(logit_scale=head.logit_scale / terms.temperature, softcap=cap)
 
 
-def _along_rows(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 else logits.contiguous()
-
-
-def tiles(logits: Tensor) -> Iterator[slice]:
-    """Rows of `logits`, as many at a time as may have temporaries of their size."""
-    step = max(1, _TILE.get(logits.device.type, _TILE_ELSEWHERE) // max(1, logits.shape[1]))
-    return (slice(start, start + step) for start in range(0, logits.shape[0], step))
+def tiles(rows: Tensor, vocab: int | None = None) -> Iterator[slice]:
+    """Rows of logits [R, V], as many at a time as may have temporaries of their size; of other rows, say V."""
+    step = max(1, _TILE.get(rows.device.type, _TILE_ELSEWHERE) // max(1, vocab or rows.shape[1]))
+    return (slice(start, start + step) for start in range(0, rows.shape[0], step))
 
 
 def rows_of(chunk: Chunk, rows: slice) -> Chunk:
-    """Some rows of a chunk whose target is logits."""
+    """Some rows of a chunk whose target is logits or sparse."""
+    target = chunk.target
+    if isinstance(target, SparseTarget):
+        tail = None if target.tail is None else target.tail[rows]
+        target = SparseTarget(target.index[rows], target.log_prob[rows], tail)
+    elif target is not None:
+        target = target._replace(hidden=target.hidden[rows])
     return Chunk(
         hidden=chunk.hidden[rows],
         label=None if chunk.label is None else chunk.label[rows],
         group=None if chunk.group is None else chunk.group[rows],
         weight=None if chunk.weight is None else chunk.weight[rows],
-        target=None if chunk.target is None else chunk.target._replace(hidden=chunk.target.hidden[rows]),
+        target=target,
     )
 
 
@@ -133,16 +86,18 @@ def rows_of(chunk: Chunk, rows: slice) -> Chunk:
 class RowWorkspace:
     """logits [rows, V] in the accumulation dtype and dlogits [rows, V] in the input dtype, of one memory: a narrow row
     of dlogits is the upper half of its row of logits. None for logits that the caller holds (dlogits go where
-    `dhidden` points). target: the logits of a teacher's head, made by the first chunk that needs them."""
+    `dhidden` points). target: the logits of a teacher's head, made by the first chunk that needs them; outcomes: of
+    the chunk's sparse target, from its statistics."""
 
     rows: int
     logits: Tensor | None
     dlogits: Tensor | None
     target: Tensor | None = None
+    outcomes: sparse.Outcomes | None = None
 
     def resolved(self, chunk: Chunk, multiply: bool) -> Chunk:
         """The chunk with its target as logits [R, V]; multiply: compute them, else they are still here."""
-        if chunk.target is None or chunk.target.head.weight is None:
+        if not isinstance(chunk.target, DenseTarget) or chunk.target.head.weight is None:
             return chunk
         hidden, head = chunk.target
         assert head.weight is not None
@@ -182,8 +137,17 @@ class RowBackend:
     def chunk_statistics(
         self, workspace: RowWorkspace, chunk: Chunk, terms: Terms, columns: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """One product and one row operation; see the contract."""
+        """One product (two with a teacher's head) and one row operation, or two; see the contract."""
         logits, chunk = self._multiplied(workspace, chunk, terms)
+        if isinstance(chunk.target, SparseTarget):
+            if Row.DIVERGENCE in terms.wanted:
+                return self._sparse_statistics(workspace, logits, chunk, terms, columns)
+            chunk = replace(chunk, target=None)
+        return self._dense_statistics(logits, chunk, terms, columns)
+
+    def _dense_statistics(
+        self, logits: Tensor, chunk: Chunk, terms: Terms, columns: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         statistics = self.operations.row_statistics(logits, chunk, terms)
         if columns is not None:
             self.operations.accumulate_columns_(logits, chunk, terms, statistics, columns)
@@ -194,6 +158,71 @@ class RowBackend:
             q = self.operations.row_probabilities(logits[rows], terms, statistics[:, rows])
             features[rows] = (terms.features.t() @ q.t()).t()
         return statistics, features
+
+    def _sparse_statistics(
+        self, workspace: RowWorkspace, logits: Tensor, chunk: Chunk, terms: Terms, columns: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The statistics without the target, and the log-sum-exp outside of it by a second sweep over the logits. Where
+        the label's log-probability is all there is beside, that second sweep is the only one."""
+        target, plain = chunk.target, replace(chunk, target=None)
+        assert isinstance(target, SparseTarget)
+        hard = replace(terms, wanted=terms.wanted - {Row.DIVERGENCE, Row.AGREEMENT}, differentiated=_hard(terms))
+        raw = logits.gather(1, target.index)
+        alone = (
+            terms.temperature == 1.0
+            and columns is None
+            and terms.features is None
+            and hard.wanted <= {Row.LSE, Row.LOG_PROB}
+        )
+        features = agreement = None
+        if alone:
+            statistics = raw.new_zeros(len(Row), len(raw), dtype=gemm.accumulate_dtype(raw.dtype))
+            label = None if chunk.label is None or Row.LOG_PROB not in terms.wanted else chunk.label
+            if label is not None:
+                inside = (label >= 0) & (label < logits.shape[1])
+                z_y = formulas.finished(logits.gather(1, torch.where(inside, label, 0)[:, None])[:, 0], terms.head)
+        else:
+            statistics, features = self._dense_statistics(logits, plain, hard, columns)
+            if Row.AGREEMENT in terms.wanted:
+                best = target.index.gather(1, target.log_prob.argmax(1, keepdim=True))[:, 0]
+                asked = replace(hard, wanted=frozenset({Row.CORRECT}), differentiated=frozenset())
+                agreement = self.operations.row_statistics(logits, replace(plain, label=best), asked)[Row.CORRECT]
+        z = formulas.finished(raw, terms.head)
+        tail = self._log_sum_exp_outside(workspace, logits, target.index, terms)
+        z_of_target = z if terms.temperature == 1.0 else z / terms.temperature
+        soft = sparse.log_add(tail, formulas.log_sum_exp(z_of_target))
+        statistics[Row.SOFT_LSE], statistics[Row.SOFT_LSE_LOW] = soft
+        if alone:
+            statistics[Row.LSE], statistics[Row.LSE_LOW] = soft
+            if label is not None:
+                log_prob = (z_y - soft[0]) - soft[1]
+                statistics[Row.LOG_PROB] = torch.where(inside, log_prob, torch.nan)
+        if agreement is not None:
+            statistics[Row.AGREEMENT] = agreement
+        workspace.outcomes = sparse.complete_(statistics, target, z, tail, terms)
+        return statistics, features
+
+    def _log_sum_exp_outside(
+        self, workspace: RowWorkspace, logits: Tensor, index: Tensor, terms: Terms
+    ) -> tuple[Tensor, Tensor]:
+        """Of z / T outside of a row's `index`, and what its rounding dropped. The workspace's own logits are spent
+        there where nobody reads them after, unless a head would finish them into something finite."""
+        asked = replace(terms, wanted=frozenset({Row.LSE}), differentiated=frozenset(), potential=None, features=None)
+        spent = (
+            Row.DIVERGENCE in terms.differentiated or not terms.differentiated
+        )  # then S is written over, or nothing is
+        if spent and workspace.logits is not None and terms.head.softcap is None and terms.head.logit_scale > 0:
+            logits.scatter_(1, index, -torch.inf)
+            asked = replace(asked, head=_tempered(terms))
+            found = self.operations.row_statistics(logits, Chunk(logits), asked)
+        else:
+            parts = []
+            for rows in tiles(logits):
+                z = formulas.finished(logits[rows], terms.head) / terms.temperature
+                z.scatter_(1, index[rows], -torch.inf)
+                parts.append(self.operations.row_statistics(z, Chunk(z), replace(asked, head=Head())))
+            found = torch.cat(parts, dim=1)
+        return found[Row.LSE], found[Row.LSE_LOW]
 
     def chunk_gradient(
         self,
@@ -209,10 +238,59 @@ class RowBackend:
         logits, out = self._rooms(workspace, chunk, gradients)
         chunk = workspace.resolved(chunk, multiply=False)
         if features is None or cotangents.features is None:
-            self.operations.row_gradient_(logits, chunk, terms, statistics, cotangents, out)
+            self._row_gradient_(workspace.outcomes, logits, chunk, terms, statistics, cotangents, out)
         else:
-            self._feature_gradient_(logits, chunk, terms, statistics, features, cotangents, out)
+            self._feature_gradient_(workspace.outcomes, logits, chunk, terms, statistics, features, cotangents, out)
         self._products(out, chunk, terms, gradients)
+
+    def _row_gradient_(
+        self,
+        outcomes: sparse.Outcomes | None,
+        logits: Tensor,
+        chunk: Chunk,
+        terms: Terms,
+        statistics: Tensor,
+        cotangents: Cotangents,
+        out: Tensor,
+    ) -> None:
+        """The row operation, and what a sparse target adds. Outside of its tokens that is a cotangent of SOFT_LSE,
+        which at T = 1 is LSE; else a head divided by T makes it one, and what is hard takes a sweep of its own."""
+        target = chunk.target
+        if not isinstance(target, SparseTarget) or Row.DIVERGENCE not in terms.differentiated:
+            plain = chunk if isinstance(target, DenseTarget) else replace(chunk, target=None)
+            self.operations.row_gradient_(logits, plain, terms, statistics, cotangents, out)
+            return
+        assert outcomes is not None
+        plain, hard = replace(chunk, target=None), replace(terms, differentiated=_hard(terms))
+        settled = cotangents.settled(statistics)
+        at = sparse.gradient_at(outcomes, target.index, plain, terms, statistics, settled, logits.shape[1])
+        outside = sparse.slope_cotangent(statistics, settled)
+        by = cotangents.rows.clone()
+        by[Row.DIVERGENCE] = 0.0
+        if terms.temperature == 1.0:
+            by[Row.LSE] += outside
+            hard = replace(hard, differentiated=hard.differentiated | {Row.LSE})
+            self.operations.row_gradient_(
+                logits, plain, hard, statistics, replace(cotangents, rows=by, features=None), out
+            )
+        else:
+            soft = replace(terms, head=_tempered(terms), differentiated=frozenset({Row.LSE}), potential=None)
+            known = statistics.clone()
+            known[Row.LSE], known[Row.LSE_LOW] = statistics[Row.SOFT_LSE], statistics[Row.SOFT_LSE_LOW]
+            alone = torch.zeros_like(by)
+            alone[Row.LSE] = outside
+            if not hard.differentiated:
+                self.operations.row_gradient_(logits, plain, soft, known, Cotangents(alone), out)
+            else:
+                for rows in tiles(logits):
+                    some, own = logits[rows], rows_of(plain, rows)
+                    more = torch.empty_like(out[rows])
+                    self.operations.row_gradient_(some, own, soft, known[:, rows], Cotangents(alone[:, rows]), more)
+                    slope = None if cotangents.lse_slope is None else cotangents.lse_slope[rows]
+                    part = Cotangents(by[:, rows], lse_slope=slope)
+                    self.operations.row_gradient_(some, own, hard, statistics[:, rows], part, out[rows])
+                    out[rows] += more
+        out.scatter_(1, target.index, at.to(out.dtype))
 
     def chunk_step(
         self,
@@ -224,7 +302,7 @@ class RowBackend:
         gradients: Gradients,
     ) -> tuple[Tensor, Tensor | None]:
         """One row operation for both halves, where nothing else reads the logits between them."""
-        if columns is not None or terms.features is not None:
+        if columns is not None or terms.features is not None or isinstance(chunk.target, SparseTarget):
             statistics, features = self.chunk_statistics(workspace, chunk, terms, columns)
             self.chunk_gradient(workspace, chunk, terms, statistics, features, cotangents, gradients)
             return statistics, features
@@ -260,6 +338,7 @@ class RowBackend:
 
     def _feature_gradient_(
         self,
+        outcomes: sparse.Outcomes | None,
         logits: Tensor,
         chunk: Chunk,
         terms: Terms,
@@ -288,7 +367,8 @@ class RowBackend:
             known[Row.POTENTIAL] = mean
             own = torch.arange(len(potential), device=potential.device)
             slope = None if cotangents.lse_slope is None else cotangents.lse_slope[rows]
-            self.operations.row_gradient_(
+            self._row_gradient_(
+                None if outcomes is None else sparse.Outcomes(*(part[rows] for part in outcomes)),
                 logits[rows],
                 replace(rows_of(chunk, rows), group=own),
                 replace(terms, potential=potential.contiguous(), differentiated=terms.differentiated | {Row.POTENTIAL}),

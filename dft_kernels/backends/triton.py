@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from .rows import KernelOperations, RowBackend
+from .kernels import KernelOperations
+from .rows import RowBackend
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")  # as triton reads it

@@ -13,7 +13,7 @@ STAMP := build/installed-$(subst /,_,$(subst =,_,$(PY)-$(TORCH)))
 .PHONY: test demo install lint sanitize clean
 
 test: $(STAMP) lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal -p no:benchmark
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

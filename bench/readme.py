@@ -1,7 +1,7 @@
 """Writes the README's tables from the CSVs in bench/results: python bench/readme.py [--check]
 
 A table stands between two comments. The first says where it comes from: a file of `dft-kernels bench --csv`, a shape
-and a dtype, or a summary.csv of `dft-kernels demo`.
+and a dtype; a summary.csv of `dft-kernels demo`; or, with "stores" after it, a file of bench/teachers.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from dft_kernels.benchmarks import tables
@@ -35,12 +36,44 @@ def demo_table(path: Path) -> str:
     return f"{table}\n\n{where} {float(first['apart']):.1e} at most."
 
 
+def stores_table(path: Path) -> str:
+    """Of bench/teachers.py: a row a teacher."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = {
+        "bytes a token": lambda r: f"{float(r['bytes_a_token']):.0f}",
+        "captured, tokens/s": lambda r: f"{float(r['capture_tokens_s']):.0f}",
+        "read, MB/s": lambda r: f"{float(r['read_mb_s']):.0f}",
+        "loss, x CE": lambda r: f"{float(r['over_ce']):.2f}",
+        "training step over CE's": lambda r: f"{100 * float(r['step_over_ce']) - 100:+.1f} %",
+        "teacher's mass outside": lambda r: f"{100 * float(r['tail']):.1f} %",
+        "loss seen, of the exact KL": lambda r: f"{100 * float(r['kl_seen']):.2f} %",
+        "error of the gradient": lambda r: f"{100 * float(r['gradient_error']):.2f} %",
+        "curve apart": lambda r: f"{float(r['apart']):.1e}",
+        "held-out KL": lambda r: f"{float(r['held_out_kl']):.4f}",
+    }
+
+    def cell(row: dict[str, str], show: Callable[[dict[str, str]], str]) -> str:
+        try:
+            return show(row)
+        except ValueError:  # an empty cell: it was not measured for this teacher
+            return ""
+
+    lines = [["teacher", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[row["teacher"], *(cell(row, show) for show in columns.values())] for row in rows]
+    first = rows[0]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n\n{first['machine']}; torch {first['torch']}; commit {first['commit']}; {first['steps']} steps."
+
+
 def table(source: str) -> str:
     """What belongs between the comments."""
     name, *rest = source.split()
     path = ROOT / name
     if not rest:
         return demo_table(path)
+    if rest == ["stores"]:
+        return stores_table(path)
     shape, dtype = rest
     return tables.markdown(tables.read(path), Shape.parse(shape), dtype)
 

@@ -37,6 +37,7 @@ PYBIND11_MODULE(_C, m) {
       "An uninitialised CPU tensor whose memory is kept between calls.");
   m.def("release_pool", &release_pool, "Free the pool's memory that no tensor holds; its bytes.");
   m.def("pool_bytes", &pool_bytes, "Bytes of the pool, held by tensors or free.");
+  m.def("repeats", &repeats, "Rows of ids [N, k] in which an id of 0..vocab-1 is found twice.");
   m.def("evaluate", &evaluate, "exp (0), expm1 (1), log1p (2), tanh (3) or exp_any (4) as the CPU kernels compute it.");
 
   py::class_<HeadArguments>(m, "Head").def(py::init([](Optional weight, Optional bias, double scale, double cap) {

@@ -453,6 +453,24 @@ std::unique_ptr<CpuStep> make_step(StepArguments arguments) {
   return std::make_unique<Step<float>>(std::move(arguments));
 }
 
+at::Tensor repeats(const at::Tensor& ids, int64_t vocab) {
+  const at::Tensor in = ids.contiguous();
+  const int64_t rows = in.size(0), k = in.size(1);
+  at::Tensor out = at::zeros({rows}, in.options().dtype(at::kBool));
+  const int64_t* from = in.const_data_ptr<int64_t>();
+  bool* to = out.data_ptr<bool>();
+  at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> last(vocab, -1);  // the row that an id was last seen in
+    for (int64_t r = begin; r < end; r++)
+      for (int64_t j = r * k; j < (r + 1) * k; j++) {
+        if (from[j] < 0 || from[j] >= vocab) continue;
+        to[r] |= last[from[j]] == r;
+        last[from[j]] = int32_t(r);
+      }
+  });
+  return out;
+}
+
 at::Tensor evaluate(int64_t function, const at::Tensor& x) {
   at::Tensor in = x.contiguous(), out = at::empty_like(in);
   TORCH_CHECK(in.numel() % kLanes == 0, "dft_kernels: evaluate needs a multiple of ", kLanes, " numbers");

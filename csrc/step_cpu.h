@@ -59,7 +59,9 @@ class CpuStep {
 };
 
 std::unique_ptr<CpuStep> make_step(StepArguments arguments);
-bool multiplies_bf16();                                      // whether bf16 products go tile by tile
+bool multiplies_bf16();  // whether bf16 products go tile by tile
+at::Tensor repeats(const at::Tensor& ids,
+                   int64_t vocab);  // [N] bool: rows of ids [N, k] with an id of 0..vocab-1 twice
 at::Tensor evaluate(int64_t function, const at::Tensor& x);  // the kernels' exp, expm1, ..., for tests
 
 }  // namespace dft

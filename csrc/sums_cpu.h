@@ -88,7 +88,7 @@ Numbers<int64_t> merge_arg(const std::vector<Online<T>>& parts, const Tensor& id
 class Places {
  public:
   struct Place {
-    int64_t v, row, slot;  // slot: of [R, k], flat
+    int32_t v, row, slot;  // slot: of [R, k], flat
   };
   Places(const Tensor& index, int64_t vocab) : starts_((vocab + kTile - 1) / kTile + 1, 0), places_(index.numel()) {
     const Tensor ids = index.contiguous();
@@ -100,7 +100,8 @@ class Places {
     }
     for (size_t tile = 1; tile < starts_.size(); tile++) starts_[tile] += starts_[tile - 1];
     std::vector<int64_t> next(starts_.begin(), starts_.end() - 1);
-    for (int64_t slot = 0; slot < count; slot++) places_[next[v[slot] / kTile]++] = {v[slot], slot / k, slot};
+    for (int64_t slot = 0; slot < count; slot++)
+      places_[next[v[slot] / kTile]++] = {int32_t(v[slot]), int32_t(slot / k), int32_t(slot)};
   }
   // f(i, row, slot) for every place of the tile that starts at v, i counted from there
   template <class F>

@@ -24,7 +24,8 @@ from .benchmarks.command import positive
 from .benchmarks.runs import about
 from .extension import release_scratch
 from .finetune import materials
-from .finetune.training import Loss, Trainee, every_second_layer, hidden_states, pack
+from .finetune.heads import hidden_states
+from .finetune.training import Loss, Trainee, every_second_layer, pack
 from .functional import linear_distribution_loss, linear_distribution_statistics, shift_labels
 from .teachers import TeacherHead
 from .testing import dense_loss, record_allocations

@@ -101,6 +101,15 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
     return MODULE.pooled(list(shape), dtype)
 
 
+def repeats(ids: Tensor, vocab: int) -> Tensor:
+    """Rows of ids [N, k] in which one of 0..vocab-1 is found twice, [N] bool."""
+    if MODULE is not None and ids.device.type == "cpu":
+        found: Tensor = MODULE.repeats(ids, vocab)
+        return found
+    ordered = ids.sort(-1).values
+    return (ordered[:, 1:] == ordered[:, :-1]).any(-1)
+
+
 def release_scratch() -> int:
     """Give the scratch that the CPU kernels keep between calls back to the system; returns its bytes.
 

@@ -14,7 +14,8 @@ import torch
 
 from dft_kernels import backends, demo
 from dft_kernels.finetune import materials
-from dft_kernels.finetune.training import every_second_layer, hidden_states, pack
+from dft_kernels.finetune.heads import hidden_states
+from dft_kernels.finetune.training import every_second_layer, pack
 
 transformers = pytest.importorskip("transformers")
 NAMES = backends.fitting(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)

@@ -24,9 +24,10 @@ from .formulas import PAIRS, hard_gradient, log_softmax, soft_gradient, unfinish
 
 
 class Outcomes(NamedTuple):
-    """What the gradient needs of a chunk's outcomes after its statistics: z and g at S [R, k], sum of all g [R]."""
+    """What the gradient needs of a chunk's outcomes: z, log qT and g at S [R, k], and the sum of all g [R]."""
 
     z: Tensor
+    log_q: Tensor
     slope: Tensor
     total: Tensor
 
@@ -41,8 +42,8 @@ def complete_(
     """
     pair, parameter = PAIRS[terms.divergence.name], terms.divergence.parameter
     lse, low = statistics[Row.SOFT_LSE, :, None], statistics[Row.SOFT_LSE_LOW, :, None]
-    log_q, log_p = log_softmax(z, terms.temperature, lse, low), target.log_prob
-    bucket = target.tail
+    log_q = log_q_inside = log_softmax(z, terms.temperature, lse, low)
+    log_p, bucket = target.log_prob, target.tail
     if bucket is not None:
         log_q_tail = (tail[0] - lse[:, 0]) + (tail[1] - low[:, 0])
         log_q = torch.cat([log_q, log_q_tail[:, None]], dim=1)
@@ -56,7 +57,7 @@ def complete_(
         q = log_q.exp()
         rho = torch.where(q[:, -1:] > 0, slope[:, -1:] / q[:, -1:], 0.0)
         statistics[Row.SLOPE] = (inside - q[:, :-1] * rho).sum(-1)
-    return Outcomes(z, inside, total)
+    return Outcomes(z, log_q_inside, inside, total)
 
 
 def gradient_at(
@@ -72,7 +73,9 @@ def gradient_at(
     """d / d(raw logits) at `index` [R, k], of everything that is differentiated. cotangents: settled; pull: what else
     q is multiplied by there [R, k], such as features."""
     z, known, cotangent = outcomes.z, statistics[..., None], cotangents[..., None]
-    log_q = log_softmax(z, 1.0, known[Row.LSE], known[Row.LSE_LOW])
+    log_q = outcomes.log_q
+    if terms.temperature != 1.0:
+        log_q = log_softmax(z, 1.0, known[Row.LSE], known[Row.LSE_LOW])
     potential = None
     if terms.potential is not None and Row.POTENTIAL in terms.differentiated:
         table = terms.potential.to(z.dtype)
@@ -84,8 +87,7 @@ def gradient_at(
         dz += torch.where(index == chunk.label[:, None], cotangent[Row.LOG_PROB], 0.0)
     known = known.clone()
     known[Row.SLOPE] = outcomes.total[:, None]
-    log_q = log_softmax(z, terms.temperature, known[Row.SOFT_LSE], known[Row.SOFT_LSE_LOW])
-    dz += soft_gradient(log_q, outcomes.slope, known, cotangent, terms.temperature)
+    dz += soft_gradient(outcomes.log_q, outcomes.slope, known, cotangent, terms.temperature)
     active = (cotangents[:DIFFERENTIABLE] != 0).any(0)
     if pull is not None:
         active |= (pull != 0).any(1)

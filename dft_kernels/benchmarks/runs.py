@@ -113,6 +113,7 @@ def measure_case(
     """What is found of every implementation, and the ceilings of the machine."""
     seen = {name: Seen() for name in names}
     ceilings: dict[str, float] = {}
+    remarks: list[str] = []
 
     def alive() -> tuple[str, ...]:
         return tuple(name for name in names if seen[name].status == OK)
@@ -132,6 +133,8 @@ def measure_case(
                     progress(f"{'memory' if memory and not time else 'time'} of {now or 'the floor'}")
                 elif event.kind == "ceilings":
                     ceilings.update(event.value)
+                elif event.kind == "remark":
+                    remarks.append(event.value)
                 elif event.name in seen:
                     one = seen[event.name]
                     if event.kind == "status":
@@ -151,6 +154,7 @@ def measure_case(
                 return
             if now == EXACT and errors:
                 errors = False
+                remarks.append(f"no errors, float64 does not fit: {death[1]}")
                 continue
             for name in [now] if now else wanted:  # what died takes nobody along
                 seen[name].status, seen[name].reason = death
@@ -162,6 +166,8 @@ def measure_case(
         for name in names:
             attend((name,), memory=True, time=False)
         attend(alive(), memory=False, time=True)
+    for name in alive():
+        seen[name].reason = "; ".join(dict.fromkeys(remarks))
     return seen, ceilings
 
 

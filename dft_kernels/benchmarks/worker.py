@@ -39,7 +39,7 @@ class Job(NamedTuple):
 class Event(NamedTuple):
     """What a worker says: `begin` of anything long, and what was found."""
 
-    kind: str  # begin, status, peak, rounds, time, errors, ceilings
+    kind: str  # begin, status, peak, time, errors, ceilings, remark (what was left out, and why)
     name: str  # of the implementation, "" for the case
     value: Any = None
 
@@ -57,7 +57,7 @@ def run(job: Job, say: Callable[[Event], None]) -> None:
         try:
             return action()
         except Exception as error:  # a peer's own failure on this machine is a result
-            text = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            text = _brief(error)
             status = OUT_OF_MEMORY if measure.is_out_of_memory(error) else FAILED
         for loser in [name] if name else list(calls):
             calls.pop(loser)
@@ -90,18 +90,26 @@ def run(job: Job, say: Callable[[Event], None]) -> None:
         _time(job, calls, attempt, say)
 
 
+def _brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def _time(job: Job, calls: dict[str, Call], attempt: Callable[..., Any], say: Callable[[Event], None]) -> None:
     case = job.case
     sets = attempt("", partial(measure.input_sets, case, job.limit))
     clock, table = measure.Clock(case.device), job.table()
     exact = None
     if calls:
-        with suppress(MemoryError, RuntimeError):  # no room
+        try:
             say(Event("ceilings", "", measure.ceilings(case)))
+        except (MemoryError, RuntimeError) as error:
+            say(Event("remark", "", f"no ceilings: {_brief(error)}"))
     if calls and job.errors and case.part == "both":
         say(Event("begin", EXACT))
-        with suppress(MemoryError, RuntimeError):  # where float64 does not fit, errors stay unmeasured
+        try:
             exact = measure.Exact(case, sets[0])
+        except (MemoryError, RuntimeError) as error:
+            say(Event("remark", "", f"no errors, float64 does not fit: {_brief(error)}"))
     rounds: dict[str, int] = {}
     for name in list(calls):
         started = time.perf_counter()

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# hidden [B, T, H], head weight [V, H], labels [B, T], the teacher's hidden states [B, T, Ht] -> scalar
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+from .heads import hidden_states
+
+# hidden [B, T, H], head weight [V, H], labels [B, T], what the loss makes its teacher of -> scalar
+Loss = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
 
 
 def every_second_layer(model: Any) -> Any:
@@ -42,12 +44,6 @@ def pack(texts: list[str], tokenizer: Any, length: int) -> Tensor:
     return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
 
 
-def hidden_states(model: Any, ids: Tensor) -> Tensor:
-    """The last hidden states [B, T, H] that the model's head multiplies."""
-    states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return states
-
-
 class Trainee:
     """A model, its optimiser and one loss; keeps the loss and the seconds spent in it for every step."""
 
@@ -66,13 +62,13 @@ class Trainee:
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
 
-    def step(self, ids: Tensor, labels: Tensor, teacher_hidden: Tensor) -> None:
+    def step(self, ids: Tensor, labels: Tensor, teacher: Any) -> None:
         """One optimiser step. The graph is cut between backbone and loss, so that the loss is timed alone; the
         gradients are those of the whole."""
         hidden = hidden_states(self.model, ids)
         leaf = hidden.detach().requires_grad_()
         started = _now(leaf)
-        loss = self.loss(leaf, self.head, labels, teacher_hidden)
+        loss = self.loss(leaf, self.head, labels, teacher)
         loss.backward()
         self.seconds.append(_now(leaf) - started)
         hidden.backward(leaf.grad)

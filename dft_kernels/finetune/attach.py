@@ -1,0 +1,212 @@
+"""One model's own forward, with the fused loss inside of it.
+
+`attach` replaces `forward` on the instance, not on the class, and opt-in: where no loss is asked for, or a loss and its
+logits (evaluation), the model's own forward runs, so that generate, evaluate, saving and loading stay as they were.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..functional import Metrics, linear_distribution_loss, shift_labels
+from ..teachers import Head
+from .heads import head_of
+
+_OURS = ("teacher", "shift_labels", "num_items_in_batch", "return_logits")
+_NOT_THE_BACKBONES = ("labels", "logits_to_keep", "return_dict", *_OURS)
+
+
+@dataclass
+class DistributionOutput(CausalLMOutputWithPast):
+    """What an attached model returns with a loss; logits is None unless return_logits."""
+
+    metrics: Metrics | None = None
+
+
+class _Attachment(NamedTuple):
+    original: Any  # the forward that was there: of the instance, or None for its class's
+    signature: inspect.Signature  # of that forward
+    head: Head  # its constants; weight and bias are read from the model at every call
+    terms: dict[str, Any]
+
+
+def attach(model: Any, **terms: Any) -> Any:
+    """Put the fused loss inside `model.forward`; returns the model.
+
+        model(**batch, labels=labels).loss                      the fused cross-entropy, whatever hard_weight is
+        model(**batch, labels=labels, teacher=teacher).loss     soft_weight D(teacher, model) + hard_weight CE
+
+    model: a causal LM of transformers (inside of PEFT, whose adapters on the head are refused). terms: keywords of
+    `linear_distribution_loss` for every call: divergence, hard_weight, soft_weight, temperature, label_smoothing, ...
+
+    In a call: `labels` [B, T] as transformers takes them, `shift_labels` [B, T] those that are shifted already;
+    teacher: any teacher of `linear_distribution_loss`, whose row (b, t) is its distribution over token t + 1, so that
+    rows line up with input_ids; num_items_in_batch: what the sum is divided by (Trainer gives it under gradient
+    accumulation); return_logits=True: the logits too. Without labels a teacher's rows count wherever the attention
+    mask has a next token. The output's `metrics` are the kernel's. In evaluation mode labels alone take the model's
+    own path.
+
+    Raises ValueError where the logits of hidden states and head are not the model's, proven on a few tokens.
+    """
+    causal = _causal(model)
+    if "_dft_kernels" in causal.__dict__:
+        _fail("model", "be without an attachment", "one that has one", "Call detach(model) first")
+    for name in ("bias", "logit_scale", "softcap", "reduction", "num_items", "ignore_index", "return_metrics"):
+        if name in terms:
+            _fail(
+                name, "be left to the model and the call", "one", "The head's own are used; losses are means of tokens"
+            )
+    known = inspect.signature(linear_distribution_loss).parameters
+    for name in terms:
+        if name not in known:
+            _fail(
+                name, "be a keyword of linear_distribution_loss", "another", f"There are {', '.join(list(known)[4:])}"
+            )
+    head = head_of(causal)._replace(weight=None, bias=None)
+    _check_loss(causal)
+    original = causal.__dict__.get("forward")
+    signature = inspect.signature(causal.forward)
+    causal.__dict__["_dft_kernels"] = _Attachment(original, signature, head, terms)
+    causal.forward = types.MethodType(_forward(signature), causal)  # bound, so that a copy of the model binds its own
+    return model
+
+
+def detach(model: Any) -> Any:
+    """Give the model its own forward back; returns the model."""
+    causal = _causal(model)
+    attachment = causal.__dict__.pop("_dft_kernels", None)
+    if attachment is None:
+        _fail("model", "be attached", "one that is not", "Call attach(model) first")
+    del causal.__dict__["forward"]
+    if attachment.original is not None:
+        causal.__dict__["forward"] = attachment.original
+    return model
+
+
+@torch.no_grad()
+def _check_loss(model: Any) -> None:
+    """That the model's own loss is the cross-entropy of the next token."""
+    training = model.training
+    model.eval()
+    try:
+        weight = model.get_output_embeddings().weight
+        ids = torch.arange(1, 6, device=weight.device)[None] % weight.shape[0]
+        out = model(input_ids=ids, labels=ids, use_cache=False)
+    finally:
+        model.train(training)
+    expected = float(torch.nn.functional.cross_entropy(out.logits[0, :-1].float(), ids[0, 1:]))
+    if not abs(float(out.loss) - expected) < 1e-2 * max(1.0, expected):
+        got = f"{float(out.loss):.4f} where that is {expected:.4f}"
+        remedy = "Take its hidden states and call linear_distribution_loss with the labels that it means"
+        _fail(type(model).__name__, "have the next token's cross-entropy as its loss", got, remedy)
+
+
+def _causal(model: Any) -> Any:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "base_model"):
+        _fail("model", "be a causal LM of transformers", type(model).__name__, "Pass what AutoModelForCausalLM loads")
+    return inner
+
+
+def _forward(signature: inspect.Signature) -> Any:
+    """A function of that signature and our own keywords: what inspects a model's forward sees them."""
+
+    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        return _call(self, arguments, named)
+
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False if name == "return_logits" else None)
+        for name in _OURS
+        if name not in signature.parameters
+    ]
+    own = list(signature.parameters.values())
+    rest = [own.pop()] if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = signature.replace(parameters=[this, *own, *more, *rest])  # type: ignore[attr-defined]
+    return forward
+
+
+def _call(model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    attachment: _Attachment = model.__dict__["_dft_kernels"]
+    ours = {name: named.pop(name, None) for name in _OURS}
+    bound = attachment.signature.bind_partial(*arguments, **named).arguments
+    given = {**{n: v for n, v in bound.items() if n != "kwargs"}, **bound.get("kwargs", {})}
+    labels, teacher = given.get("labels"), ours["teacher"]
+    asked = labels is not None or ours["shift_labels"] is not None or teacher is not None
+    if not asked or (teacher is None and not model.training and ours["shift_labels"] is None):
+        items = ours["num_items_in_batch"]
+        named = named if items is None else {**named, "num_items_in_batch": items}
+        if attachment.original is not None:
+            return attachment.original(*arguments, **named)
+        return type(model).forward(model, *arguments, **named)
+    if getattr(model.config, "output_router_logits", False) or given.get("output_router_logits"):
+        remedy = "Set output_router_logits=False, or detach(model) and use the model's own loss"
+        _fail("output_router_logits", "be False", "True, which adds a router's loss", remedy)
+    return _with_loss(model, attachment, given, ours)
+
+
+def _with_loss(model: Any, attachment: _Attachment, given: dict[str, Any], ours: dict[str, Any]) -> DistributionOutput:
+    backbone = {name: value for name, value in given.items() if name not in _NOT_THE_BACKBONES}
+    out = model.base_model(**backbone, return_dict=True)
+    hidden = out.last_hidden_state
+    target = ours["shift_labels"]
+    if target is None:
+        target = shift_labels(given["labels"] if given.get("labels") is not None else _where_there_is_text(given))
+    layer, head, terms = model.get_output_embeddings(), attachment.head, attachment.terms
+    if ours["teacher"] is None:
+        terms = {**terms, "hard_weight": 1.0}
+    elif given.get("labels") is None and ours["shift_labels"] is None and terms.get("hard_weight"):
+        _fail(
+            "labels", f"be given with hard_weight={terms['hard_weight']}", "None", "Pass labels=input_ids, padding -100"
+        )
+    loss, metrics = linear_distribution_loss(
+        hidden,
+        layer.weight,
+        target.to(hidden.device),
+        ours["teacher"],
+        bias=getattr(layer, "bias", None),
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        num_items=ours["num_items_in_batch"],
+        return_metrics=True,
+        **terms,
+    )
+    logits = None
+    if ours["return_logits"]:
+        keep = given.get("logits_to_keep") or 0
+        rows = hidden[:, slice(-keep, None)] if isinstance(keep, int) else hidden[:, keep]
+        logits = layer(rows) * head.logit_scale
+        logits = logits if head.softcap is None else head.softcap * (logits / head.softcap).tanh()
+    return DistributionOutput(
+        loss=loss,
+        logits=logits,
+        past_key_values=out.get("past_key_values"),
+        hidden_states=out.get("hidden_states"),
+        attentions=out.get("attentions"),
+        metrics=metrics,
+    )
+
+
+def _where_there_is_text(given: dict[str, Any]) -> Tensor:
+    """Labels that say no more than which positions have a token: a teacher alone needs no others."""
+    ids = given.get("input_ids")
+    if ids is None:
+        _fail("labels", "be given with inputs_embeds", "None", "Pass labels, -100 where a row is to be left out")
+    mask = given.get("attention_mask")
+    if mask is None:
+        return ids
+    if mask.shape != ids.shape:
+        _fail("labels", "be given with an attention mask that is not [B, T]", list(mask.shape), "Pass labels")
+    found: Tensor = ids.masked_fill(mask == 0, -100)
+    return found
+
+
+def _fail(argument: str, relation: str, got: object, remedy: str) -> NoReturn:
+    raise ValueError(f"attach: {argument} must {relation}, got {got}. {remedy}.")

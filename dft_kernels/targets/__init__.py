@@ -1,0 +1,1 @@
+"""Target distributions that outlive a call: what a teacher said, kept on disk."""

@@ -7,7 +7,7 @@ of every second layer, trained by the running teacher and from each store, the s
     tail                               mean mass that the teacher has outside of the k tokens
     loss_ms, over_ce                   loss forward and backward with 0.1 cross-entropy at N 4096, and over
                                        cross-entropy alone; medians of interleaved rounds
-    step_over_ce                       the same of a training step: backbone, loss, reading the store
+    step_over_ce                       the same of a training step, fp32: backbone, optimiser, loss, reading the store
     kl_seen                            the loss over the exact KL, of the trained student on held-out text
     gradient_error                     of dhidden there, against the running teacher's, in the 2-norm
     apart, held_out_kl                 largest relative distance of the loss curve from the running teacher's exact
@@ -116,15 +116,25 @@ def losses_at(stores: Stores, head: Tensor, rounds: int, rows: int = 4096) -> di
 
 
 def steps_of(stores: Stores, student: Any, rounds: int) -> dict[str, float]:
-    """Seconds of a training step of BATCH sequences, fp32, the store read in it."""
+    """Seconds of a training step of BATCH sequences, fp32: the backbone's and the optimiser's, which are the same for
+    all (and more than the differences), and each teacher's reading and loss, medians of interleaved rounds."""
     trainee = Trainee(copy.deepcopy(student), loss_of, 1e-4, 10)
-    numbers = list(range(BATCH))
-
-    def step(store: Store | None) -> None:
-        batch = (store or next(iter(stores.stores.values()))).batch(numbers)
-        trainee.step(batch["input_ids"], shift_labels(batch["labels"]), None if store is None else store.teacher(batch))
-
-    return timed({CE: lambda: step(None), **{n: (lambda s=s: step(s)) for n, s in stores.stores.items()}}, rounds)
+    ways: dict[str, Store | None] = {CE: None, **stores.stores}
+    first, numbers = next(iter(stores.stores.values())), list(range(BATCH))
+    own: dict[str, list[float]] = {name: [] for name in ways}
+    rest = []
+    for number in range(rounds + 1):
+        for name in list(ways) if number % 2 else list(ways)[::-1]:
+            begun = time.perf_counter()
+            store = ways[name]
+            batch = (store or first).batch(numbers)
+            teacher = None if store is None else store.teacher(batch)
+            read = time.perf_counter() - begun
+            trainee.step(batch["input_ids"], shift_labels(batch["labels"]), teacher)
+            if number:
+                rest.append(time.perf_counter() - begun - read - trainee.seconds[-1])
+                own[name].append(read + trainee.seconds[-1])
+    return {name: statistics.median(rest) + statistics.median(seconds) for name, seconds in own.items()}
 
 
 def train(

@@ -90,6 +90,9 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
                 )
                 if apart is not None and outcome.dhidden is not None and out is not None:
                     rows.put(outcome.dhidden, out)
+            if Row.DIVERGENCE in terms.wanted:  # guards against 0 log 0 are blind to NaN
+                broken = (statistics[Row.SOFT_LSE] + statistics[Row.TARGET_LSE]).isnan()
+                statistics[Row.DIVERGENCE].masked_fill_(broken, torch.nan)
             if outcome.features is not None and features is not None:
                 rows.put(outcome.features, features)
             rows.put(outcome.rows, statistics[:REPORTED], dim=1)

@@ -38,10 +38,10 @@ class Mixture(Source):
     what a token of the bucket weighs is not known. For forward KL the gradient of a e_y + (1 - a) p is that of
     hard_weight=a, soft_weight=1-a, which costs less; for other divergences it is another loss.
 
-    Memory: two chunks of logits in the accumulation dtype. FLOPs: each teacher's own. Outside torch.compile's graph.
+    Memory: three chunks of logits in the accumulation dtype. FLOPs: each teacher's own. Outside torch.compile's graph.
     """
 
-    buffers = 2
+    buffers = 3  # the blend, a part, and what its log-sum-exp takes
 
     def __init__(self, teachers: Sequence[Any], weights: Sequence[float], kind: str = "linear") -> None:
         super().__init__()

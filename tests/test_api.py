@@ -394,3 +394,19 @@ def test_oracle_arguments_are_complete():
     arguments = make(CASES["everything"], torch.float64)
     changed = dense_loss(**{**oracle_arguments(arguments), "z_loss": 1.0})
     assert not torch.equal(changed, dense_loss(**oracle_arguments(arguments)))
+
+
+@pytest.mark.parametrize("backend", PRESENT)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"])
+def test_nan_is_never_silent(divergence: str, backend: str) -> None:
+    """A guard of 0 log 0 takes NaN for 0; a teacher or a model that is broken must not look like a loss."""
+    hidden, weight, logits = torch.randn(6, 5), torch.randn(40, 5), torch.randn(6, 40)
+    logits[2, 7] = torch.nan
+    rows = dk.linear_distribution_loss(
+        hidden, weight, teacher=logits, divergence=divergence, reduction="none", backend=backend
+    )
+    assert rows.isnan().tolist() == [False, False, True, False, False, False]
+    hidden[4, 1] = torch.nan
+    leaf = hidden.requires_grad_()
+    loss = dk.linear_distribution_loss(leaf, weight, teacher=logits, divergence=divergence, backend=backend)
+    assert loss.isnan()

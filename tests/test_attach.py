@@ -225,6 +225,46 @@ def test_trainer_takes_the_same_steps(tmp_path: Any) -> None:
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, by PEFT
+def test_lora_on_the_backbone_leaves_the_head_alone() -> None:
+    peft = pytest.importorskip("peft")
+    losses, found = [], []
+    for fused in (False, True):
+        torch.manual_seed(1)
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        wrapped = peft.get_peft_model(tiny(), lora)
+        if fused:
+            attach(wrapped)
+        out = wrapped(input_ids=IDS, labels=IDS)
+        losses.append(out.loss.detach())
+        found.append(gradients(wrapped, out.loss))
+    torch.testing.assert_close(*losses)
+    assert_same(*found)
+    assert all("lora" in name for name in found[0])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, by PEFT
+def test_a_head_among_modules_to_save_is_trained_and_one_with_an_adapter_refused() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    wrapped = peft.get_peft_model(tiny(tie_word_embeddings=False), config)
+    expected = gradients(wrapped, wrapped(input_ids=IDS, labels=IDS).loss)
+    found = gradients(wrapped, attach(wrapped)(input_ids=IDS, labels=IDS).loss)
+    assert_same(found, expected)
+    assert any("lm_head" in name for name in found)
+    adapted = peft.get_peft_model(tiny(tie_word_embeddings=False), peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="must have a plain lm_head, got one with an adapter"):
+        attach(adapted)
+
+
+def test_a_frozen_backbone() -> None:
+    model = tiny(tie_word_embeddings=False)
+    model.base_model.requires_grad_(False)
+    expected = gradients(model, model(input_ids=IDS, labels=IDS).loss)
+    assert set(expected) == {"lm_head.weight"}
+    assert_same(gradients(model, attach(model)(input_ids=IDS, labels=IDS).loss), expected)
+
+
 def test_mistakes() -> None:
     model = tiny()
     with pytest.raises(ValueError, match=r"attach: divergense must be a keyword of linear_distribution_loss"):

@@ -208,9 +208,8 @@ class RowBackend:
         """Of z / T outside of a row's `index`, and what its rounding dropped. The workspace's own logits are spent
         there where nobody reads them after, unless a head would finish them into something finite."""
         asked = replace(terms, wanted=frozenset({Row.LSE}), differentiated=frozenset(), potential=None, features=None)
-        spent = (
-            Row.DIVERGENCE in terms.differentiated or not terms.differentiated
-        )  # then S is written over, or nothing is
+        # the gradient at S is written over what is there, or there is none
+        spent = Row.DIVERGENCE in terms.differentiated or not terms.differentiated
         if spent and workspace.logits is not None and terms.head.softcap is None and terms.head.logit_scale > 0:
             logits.scatter_(1, index, -torch.inf)
             asked = replace(asked, head=_tempered(terms))

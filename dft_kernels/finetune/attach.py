@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..functional import Metrics, linear_distribution_loss, shift_labels
 from ..teachers import Head
-from .heads import head_of
+from .heads import head_of, output_layer
 
 _OURS = ("teacher", "shift_labels", "num_items_in_batch", "return_logits")
 _NOT_THE_BACKBONES = ("labels", "logits_to_keep", "return_dict", *_OURS)
@@ -32,6 +32,7 @@ class DistributionOutput(CausalLMOutputWithPast):
 
 class _Attachment(NamedTuple):
     original: Any  # the forward that was there: of the instance, or None for its class's
+    accepts: Any  # accepts_loss_kwargs of the instance, None where it had none
     signature: inspect.Signature  # of that forward
     head: Head  # its constants; weight and bias are read from the model at every call
     terms: dict[str, Any]
@@ -73,7 +74,9 @@ def attach(model: Any, **terms: Any) -> Any:
     _check_loss(causal)
     original = causal.__dict__.get("forward")
     signature = inspect.signature(causal.forward)
-    causal.__dict__["_dft_kernels"] = _Attachment(original, signature, head, terms)
+    accepts = causal.__dict__.get("accepts_loss_kwargs")
+    causal.__dict__["_dft_kernels"] = _Attachment(original, accepts, signature, head, terms)
+    causal.accepts_loss_kwargs = True  # Trainer then gives num_items_in_batch, and divides by nothing itself
     causal.forward = types.MethodType(_forward(signature), causal)  # bound, so that a copy of the model binds its own
     return model
 
@@ -85,8 +88,10 @@ def detach(model: Any) -> Any:
     if attachment is None:
         _fail("model", "be attached", "one that is not", "Call attach(model) first")
     del causal.__dict__["forward"]
-    if attachment.original is not None:
-        causal.__dict__["forward"] = attachment.original
+    del causal.__dict__["accepts_loss_kwargs"]
+    for name, value in (("forward", attachment.original), ("accepts_loss_kwargs", attachment.accepts)):
+        if value is not None:
+            causal.__dict__[name] = value
     return model
 
 
@@ -96,7 +101,7 @@ def _check_loss(model: Any) -> None:
     training = model.training
     model.eval()
     try:
-        weight = model.get_output_embeddings().weight
+        weight = output_layer(model).weight
         ids = torch.arange(1, 6, device=weight.device)[None] % weight.shape[0]
         out = model(input_ids=ids, labels=ids, use_cache=False)
     finally:
@@ -141,8 +146,9 @@ def _call(model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
     labels, teacher = given.get("labels"), ours["teacher"]
     asked = labels is not None or ours["shift_labels"] is not None or teacher is not None
     if not asked or (teacher is None and not model.training and ours["shift_labels"] is None):
-        items = ours["num_items_in_batch"]
-        named = named if items is None else {**named, "num_items_in_batch": items}
+        items, known = ours["num_items_in_batch"], attachment.signature.parameters
+        takes = any(p.kind is p.VAR_KEYWORD for p in known.values()) or "num_items_in_batch" in known
+        named = {**named, "num_items_in_batch": items} if takes and items is not None else named
         if attachment.original is not None:
             return attachment.original(*arguments, **named)
         return type(model).forward(model, *arguments, **named)
@@ -159,7 +165,7 @@ def _with_loss(model: Any, attachment: _Attachment, given: dict[str, Any], ours:
     target = ours["shift_labels"]
     if target is None:
         target = shift_labels(given["labels"] if given.get("labels") is not None else _where_there_is_text(given))
-    layer, head, terms = model.get_output_embeddings(), attachment.head, attachment.terms
+    layer, head, terms = output_layer(model), attachment.head, attachment.terms
     if ours["teacher"] is None:
         terms = {**terms, "hard_weight": 1.0}
     elif given.get("labels") is None and ours["shift_labels"] is None and terms.get("hard_weight"):

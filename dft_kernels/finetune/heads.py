@@ -19,12 +19,19 @@ def hidden_states(model: Any, ids: Tensor, attention_mask: Tensor | None = None)
     return states
 
 
+def output_layer(model: Any) -> Any:
+    """The layer whose weight [V, H] and bias make the logits; of PEFT's modules_to_save the copy that is trained."""
+    layer = model.get_output_embeddings()
+    trained = getattr(layer, "modules_to_save", None)
+    return layer if trained is None else trained[layer.active_adapter]
+
+
 @torch.no_grad()
 def head_of(model: Any) -> Head:
     """weight [V, H], bias, logit_scale and softcap such that cap(logit_scale * (hidden @ weight.T + bias)) are the
     logits of `model`, proven on a few tokens. ValueError where they are not: what the model does to its logits beyond
     a scale and a softcap is not served."""
-    layer = model.get_output_embeddings()
+    layer = output_layer(model)
     weight = getattr(layer, "weight", None)
     if weight is None or weight.ndim != 2:
         _fail(

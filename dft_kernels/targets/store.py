@@ -47,7 +47,7 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
         for part in self.parts:
             self.first.append(self.first[-1] + part.sequences)
         self._open: dict[int, Any] = {}
-        self._head: tuple[Tensor, Tensor | None] | None = None
+        self._head: tuple[tuple[str, torch.dtype], Any, Tensor | None] | None = None  # the last that was asked for
 
     # ---- what it holds
 
@@ -124,14 +124,15 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
         """The teacher's head of kind "hidden": weight [V, H] and bias [V] or None."""
         if self.contents.kind != "hidden":
             fail(self.folder / MANIFEST, "kind", "be 'hidden' to have a head", "'topk'", "Its rows are whole already")
-        dtype = dtype or torch.bfloat16
-        if self._head is None or self._head[0].device != torch.device(device) or self._head[0].dtype != dtype:
+        wanted = (str(device), dtype or torch.bfloat16)
+        if self._head is None or self._head[0] != wanted:
             with safetensors.safe_open(self.folder / HEAD, framework="pt") as file:
-                names = set(file.keys())
-                weight = file.get_tensor("weight").to(device, dtype)
-                bias = file.get_tensor("bias").to(device, dtype) if "bias" in names else None
-            self._head = (weight, bias)
-        return self._head
+                weight, bias = (
+                    file.get_tensor(name).to(*wanted) if name in file.keys() else None  # noqa: SIM118 - no mapping
+                    for name in ("weight", "bias")
+                )
+            self._head = (wanted, weight, bias)
+        return self._head[1], self._head[2]
 
     # ---- checking
 

@@ -3,6 +3,7 @@ CUDA's threads (cuda_on_host.h), as the backend "cuda" of this test run."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import subprocess
@@ -25,9 +26,15 @@ def build() -> Path:
     digest = hashlib.sha256(torch.__version__.encode() + b"".join(path.read_bytes() for path in inputs)).hexdigest()
     folder = ROOT / "build" / "cuda_on_host"
     module = folder / f"{digest[:16]}.so"
-    if module.exists():
-        return module
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # of the processes of one test run the first compiles
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not module.exists():
+            _compile(folder, module, digest)
+    return module
+
+
+def _compile(folder: Path, module: Path, digest: str) -> None:
     paths = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
     # longjmp from fibre to fibre is what fortified libraries refuse
     flags = ["-std=c++20", "-O2", "-fPIC", "-U_FORTIFY_SOURCE", f"-DTORCH_EXTENSION_NAME={NAME}", "-DDFT_CUDA_ON_HOST"]
@@ -46,7 +53,6 @@ def build() -> Path:
     ]
     subprocess.run(["g++", "-shared", "-o", f"{module}.part", *objects, *libraries], check=True)
     Path(f"{module}.part").rename(module)
-    return module
 
 
 def load() -> Any:

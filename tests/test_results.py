@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*command_line: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
     return subprocess.run(
         command_line, cwd=ROOT, capture_output=True, text=True, env={**clean, **environment}, timeout=500
     )

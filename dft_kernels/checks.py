@@ -273,10 +273,7 @@ class Checks:
                 temperature,
                 f'Pass teacher_temperature={captured}, capture at {temperature}, or use tail="renormalise"',
             )
-        without_zeros = divergence.name == "reverse_kl" or (
-            divergence.name == "alpha_divergence" and divergence.parameter < 0
-        )
-        if top.tail == "renormalise" and without_zeros:
+        if top.tail == "renormalise" and not TABLE[divergence.name].finite_at_zero(divergence.parameter):
             self.fail(
                 "divergence",
                 'be finite where the target is 0 with tail="renormalise"',

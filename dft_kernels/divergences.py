@@ -48,6 +48,10 @@ class Entry:
             return value not in (0.0, 1.0) and abs(value) < float("inf")
         return value == 0.0
 
+    def finite_at_zero(self, value: float) -> bool:
+        """Whether D with this parameter is finite where p = 0 < q."""
+        return not (self.name == "reverse_kl" or (self.name == "alpha_divergence" and value < 0))
+
 
 TABLE: dict[str, Entry] = {
     entry.name: entry

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ class Request:
     target: Tensor | None  # [rows] labels
 
 
-class Source:
+class Source(ABC):
     """A teacher that answers in Python: an operator's schema, which has no room for it, holds its handle."""
 
     buffers = 1  # logits [chunk, V] that it holds at a time
@@ -157,13 +158,13 @@ class Source:
         _living[self.handle] = self
 
     @property
+    @abstractmethod
     def replayable(self) -> bool:
         """Whether the same rows can be asked for twice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open(self, request: Request) -> AbstractContextManager[Iterator[DenseTarget]]:
         """The targets of the request's blocks, in order."""
-        raise NotImplementedError
 
 
 _handles = itertools.count(1)

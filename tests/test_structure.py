@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import dft_kernels
 from dft_kernels import divergences
@@ -113,6 +114,10 @@ def test_table_is_complete() -> None:
         assert (made.name, made.parameter) == (name, entry.default)
         assert entry.admits(entry.default)
         assert entry.source
+        log_p, log_q = torch.tensor([0.0, -torch.inf]), torch.tensor([0.5, 0.5]).log()
+        for parameter in (entry.default, *((-0.5, 2.0) if name == "alpha_divergence" else ())):
+            finite = bool(PAIRS[name].value(log_p, log_q, parameter).sum().isfinite())
+            assert entry.finite_at_zero(parameter) == finite, (name, parameter)
 
 
 def test_every_public_name_is_documented() -> None:

@@ -140,50 +140,137 @@ Numbers<T> padded(const Tensor& row, int64_t c) {
   return out;
 }
 
+// One product of a chunk's logits, left [R, K] (hidden states) times the transpose of right [V, K] (a head), and the
+// two products that lead back from dlogits.
+template <class T>
+struct Factor {
+  Tensor left, right, wide;  // wide: left in T, where ATen multiplies
+  bool tiles;                // multiplied tile by tile
+  Numbers<uint32_t> packed;
+
+  Factor(Tensor x, const Tensor& w, int64_t c, bool tiles) : left(std::move(x)), right(w), tiles(tiles) {
+    if (left.stride(1) != 1) left = left.contiguous();
+    if (!tiles) {
+      wide = left.to(c10::CppTypeToScalarType<T>::value);
+      return;
+    }
+    const bool odd = left.size(1) % 2;  // operands are packed in pairs
+    if (odd) right = at::constant_pad_nd(right, {0, 1});
+    if (right.stride(1) != 1) right = right.contiguous();
+    packed = pack_hidden(odd ? at::constant_pad_nd(left, {0, 1}) : left, c);
+  }
+
+  Tensor block(int64_t v, int64_t n) const { return right.narrow(0, v, n).to(wide.scalar_type()); }
+  // out [n, R] (+)= the logits of vocabulary rows [v, v + n)
+  void multiply_block(Tensor out, int64_t v, int64_t n, bool add) const {
+    if (add)
+      at::addmm_out(out, out, block(v, n), wide.t());
+    else
+      at::mm_out(out, block(v, n), wide.t());
+  }
+  void multiply_tile(float* out, int64_t v, int64_t m, int64_t c, bool add) const {
+    tile_product(m, c, right.size(1), right.const_data_ptr<at::BFloat16>() + v * right.stride(0), right.stride(0),
+                 packed.data(), out, add, kTokens);
+  }
+};
+
+// Where the gradients of a factor go, and what they pass through on the way: dleft [R, K], dright [V, K]
+template <class T>
+class FactorGradient {
+ public:
+  FactorGradient(const Factor<T>& factor, const optional<Tensor>& dleft, const optional<Tensor>& dright, int64_t c,
+                 bool first)
+      : factor_(factor), dleft_(dleft), dright_(dright), c_(c), k_(factor.left.size(1)), first_(first) {
+    rounds_ = dright && dright->scalar_type() != c10::CppTypeToScalarType<T>::value;
+    if (factor.tiles) {
+      if (dright) packed_ = pack_tokens(factor.left, c);
+      if (rounds_) rounding_.assign(at::get_num_threads(), Numbers<float>(kTile * k_));
+    } else if (dleft) {
+      wide_ =
+          dleft->scalar_type() == factor.wide.scalar_type() ? *dleft : at::empty(dleft->sizes(), factor.wide.options());
+    }
+  }
+
+  // dright of vocabulary rows [v, v + m), from dlogits as the sweep left them: rounded, over half of their logits
+  void tile(int64_t thread, int64_t v, int64_t m, const T* logits) {
+    if constexpr (sizeof(T) == 4) {
+      if (!factor_.tiles || !dright_) return;
+      float* to = rounds_ ? rounding_[thread].data() : dright_->template data_ptr<float>() + v * k_;
+      tile_product(m, k_, c_, reinterpret_cast<const at::BFloat16*>(logits), 2 * c_, packed_.data(), to,
+                   !rounds_ && !first_, kHidden);
+      if (rounds_) kernels<T>().round(to, dright_->template data_ptr<at::BFloat16>() + v * k_, Element::bf16, m * k_);
+    }
+  }
+  // both, of dlogits [n, R] of vocabulary rows [v, v + n), where ATen multiplies
+  void block(int64_t v, int64_t n, const Tensor& dlogits) {
+    if (dright_) {
+      Tensor out = dright_->narrow(0, v, n);
+      if (rounds_)
+        out.copy_(at::mm(dlogits, factor_.wide));
+      else
+        at::addmm_out(out, out, dlogits, factor_.wide, first_ ? 0.0 : 1.0);
+    }
+    if (dleft_) at::addmm_out(wide_, wide_, dlogits.t(), factor_.block(v, n), v == 0 ? 0.0 : 1.0);
+  }
+  // dleft, of all of the tiles' dlogits [R, V]
+  void finish(T* logits, int64_t vocab) {
+    if (!dleft_) return;
+    Tensor out = *dleft_;
+    if (!factor_.tiles) {
+      if (!wide_.is_same(out)) out.copy_(wide_);
+      return;
+    }
+    Tensor dlogits = at::from_blob(logits, {out.size(0), vocab}, {1, 2 * c_}, out.options());
+    at::mm_out(out, dlogits, factor_.right.narrow(1, 0, k_));
+  }
+
+ private:
+  const Factor<T>& factor_;
+  optional<Tensor> dleft_, dright_;
+  int64_t c_, k_;
+  bool first_, rounds_;
+  Numbers<uint32_t> packed_;
+  std::vector<Numbers<float>> rounding_;  // of each thread
+  Tensor wide_;
+};
+
 // One matrix of logits of the chunk: where they come from, and where they are kept, [V, c]
 template <class T>
 struct Source {
   const HeadArguments& head;
   Tensor hidden;  // [R, H], or [R, V] where the head has no weight
-  Tensor wide;    // hidden in T, where ATen multiplies
   T* logits;
   int64_t vocab, c;
-  bool tiles = false;  // multiplied tile by tile
-  Numbers<uint32_t> packed;
+  std::vector<Factor<T>> factors;  // of a head: hidden and weight, and a low-rank pair
   Numbers<T> bias;
 
-  Source(const HeadArguments& head, Tensor x, T* logits, int64_t vocab, int64_t c)
+  Source(const HeadArguments& head, Tensor x, T* logits, int64_t vocab, int64_t c, const optional<Tensor>& down = {},
+         const optional<Tensor>& up = {})
       : head(head), hidden(std::move(x)), logits(logits), vocab(vocab), c(c) {
     if (hidden.stride(1) != 1) hidden = hidden.contiguous();
     if (head.weight) {
-      tiles = hidden.scalar_type() == at::kBFloat16 && hidden.size(1) % 2 == 0 && hidden.size(1) > 0 &&
-              head.weight->stride(1) == 1 && has_tile_product();
-      if (tiles)
-        packed = pack_hidden(hidden, c);
-      else
-        wide = hidden.to(c10::CppTypeToScalarType<T>::value);
+      const bool tiles = hidden.scalar_type() == at::kBFloat16 && hidden.size(1) % 2 == 0 && hidden.size(1) > 0 &&
+                         head.weight->stride(1) == 1 && has_tile_product();
+      factors.emplace_back(hidden, *head.weight, c, tiles);
+      if (down) factors.emplace_back(*down, *up, c, tiles);
     }
     if (head.bias) bias = padded<T>(*head.bias, vocab);
   }
 
-  bool blocks() const { return head.weight && !tiles; }
+  bool tiles() const { return !factors.empty() && factors[0].tiles; }
+  bool blocks() const { return !factors.empty() && !factors[0].tiles; }
   Finish<T> finish(int64_t v) const { return {bias.empty() ? nullptr : bias.data() + v, T(head.scale), T(head.cap)}; }
-  Tensor weight_block(int64_t v, int64_t n) const { return head.weight->narrow(0, v, n).to(wide.scalar_type()); }
   // the logits of vocabulary rows [v, v + n) as a tensor [n, R]
   Tensor view(int64_t v, int64_t n) const {
-    return at::from_blob(logits + v * c, {n, hidden.size(0)}, {c, 1}, wide.options());
+    return at::from_blob(logits + v * c, {n, hidden.size(0)}, {c, 1}, factors[0].wide.options());
   }
   void multiply_block(int64_t v, int64_t n) const {
-    Tensor out = view(v, n);
-    at::mm_out(out, weight_block(v, n), wide.t());
+    for (size_t i = 0; i < factors.size(); i++) factors[i].multiply_block(view(v, n), v, n, i > 0);
   }
   void fill_tile(int64_t v, int64_t m) const {
-    if constexpr (sizeof(T) == 4) {
-      if (tiles)
-        return tile_product(m, c, hidden.size(1),
-                            head.weight->const_data_ptr<at::BFloat16>() + v * head.weight->stride(0),
-                            head.weight->stride(0), packed.data(), logits + v * c, false, kTokens);
-    }
+    if constexpr (sizeof(T) == 4)
+      if (tiles())
+        for (size_t i = 0; i < factors.size(); i++) factors[i].multiply_tile(logits + v * c, v, m, c, i > 0);
     if (!head.weight)
       kernels<T>().load(logits + v * c, m, c, hidden.const_data_ptr(), element_of(hidden.scalar_type()), hidden.size(0),
                         hidden.stride(0), v);

@@ -32,7 +32,8 @@ class Step final : public CpuStep {
 
   std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const ChunkArguments& chunk,
                                                         const optional<Tensor>& columns) override {
-    const Source<T> model = source(a_.model, chunk.hidden, a_.logits), teacher = teacher_source(chunk);
+    const Source<T> model = source(a_.model, chunk.hidden, a_.logits, chunk.down, a_.up),
+                    teacher = teacher_source(chunk);
     const int64_t c = model.c, threads = at::get_num_threads();
     const bool taught = chunk.target.has_value();
     const bool hard = wants(kLogProb) || wants(kMeanLogProb) || wants(kEntropy) || wants(kLse) || wants(kPotential) ||
@@ -92,25 +93,21 @@ class Step final : public CpuStep {
   void gradient(const ChunkArguments& chunk, const Tensor& statistics, const Tensor& features, const Tensor& cotangents,
                 const optional<Tensor>& feature_cotangents, const optional<Tensor>& sparse,
                 const optional<Tensor>& dhidden, const optional<Tensor>& dweight, const optional<Tensor>& dbias,
-                bool first) override {
-    const Source<T> model(a_.model, chunk.hidden, a_.logits.data_ptr<T>(), a_.vocab, padded_rows(chunk.hidden));
+                const optional<Tensor>& ddown, const optional<Tensor>& dup, bool first) override {
+    const Source<T> model = source(a_.model, chunk.hidden, a_.logits, chunk.down, a_.up);
     const int64_t c = model.c, rows = chunk.hidden.size(0), threads = at::get_num_threads();
     const auto constants = fold(chunk, statistics, features, cotangents, feature_cotangents, c);
     Gradient<T> shared = constants.kernel(a_);
-    shared.narrow = model.tiles;
+    shared.narrow = model.tiles();
     const int which = !shared.soft_lse.lse ? int(kDivergences) : sparse ? int(kDivergences) + 1 : int(a_.divergence);
     const Tensor given = sparse ? sparse->to(options().dtype()).contiguous() : Tensor();
     const T* teacher = a_.target ? a_.target->template const_data_ptr<T>() : nullptr;
-    Numbers<uint32_t> packed;
-    if (model.tiles && dweight) packed = pack_tokens(model.hidden, c);
-    const bool rounds = dweight && dweight->scalar_type() != c10::CppTypeToScalarType<T>::value;
-    const int64_t h = model.hidden.size(1);
-    std::vector<Numbers<float>> rounding(threads, Numbers<float>(rounds && model.tiles ? kTile * h : 0));
+    std::vector<FactorGradient<T>> products;
+    products.reserve(2);
+    if (!model.factors.empty()) products.emplace_back(model.factors[0], dhidden, dweight, c, first);
+    if (model.factors.size() > 1) products.emplace_back(model.factors[1], ddown, dup, c, first);
     std::vector<Numbers<double>> sums(threads, Numbers<double>(dbias ? kTile : 0));
     std::vector<Numbers<double>> value(threads, Numbers<double>(c));
-    Tensor wide_dhidden;
-    if (dhidden && model.blocks())
-      wide_dhidden = dhidden->scalar_type() == options().dtype() ? *dhidden : at::empty_like(*dhidden, options());
 
     for (int64_t v0 = 0, step = model.blocks() ? kBlock : a_.vocab; v0 < a_.vocab; v0 += step) {
       const int64_t end = std::min(a_.vocab, v0 + step);
@@ -127,7 +124,7 @@ class Step final : public CpuStep {
           const Tile<T> tile{model.logits + v * c, m, c, v};
           if (sparse) take(tile, nullptr);
           kernels<T>().gradient[which](tile, at);
-          if (sparse) give(tile, given.const_data_ptr<T>(), model.tiles, at.bias);
+          if (sparse) give(tile, given.const_data_ptr<T>(), model.tiles(), at.bias);
           if (dbias) {
             T* out = dbias->template data_ptr<T>() + v;
             for (int64_t i = 0; i < m; i++) out[i] = T(first ? sums[t][i] : out[i] + sums[t][i]);
@@ -135,38 +132,16 @@ class Step final : public CpuStep {
           if (!a_.model.weight && dhidden)
             kernels<T>().save(model.logits + v * c, m, c, dhidden->data_ptr(), element_of(dhidden->scalar_type()), rows,
                               dhidden->stride(0), v);
-          if constexpr (sizeof(T) == 4) {
-            if (model.tiles && dweight) {
-              const auto* dlogits = reinterpret_cast<const at::BFloat16*>(model.logits + v * c);
-              float* to = rounds ? rounding[t].data() : dweight->template data_ptr<float>() + v * h;
-              tile_product(m, h, c, dlogits, 2 * c, packed.data(), to, !rounds && !first, kHidden);
-              if (rounds)
-                kernels<T>().round(to, dweight->template data_ptr<at::BFloat16>() + v * h, Element::bf16, m * h);
-            }
-          }
+          for (auto& product : products) product.tile(t, v, m, model.logits + v * c);
         }
-        if (model.tiles) at::native::cpublas::brgemm_release(true);
+        if (model.tiles()) at::native::cpublas::brgemm_release(true);
       });
       if (!model.blocks()) continue;
       Tensor dlogits = model.view(v0, end - v0);  // [n, R]
-      if (dweight) {
-        Tensor block = dweight->narrow(0, v0, end - v0);
-        if (rounds)
-          block.copy_(at::mm(dlogits, model.wide));
-        else
-          at::addmm_out(block, block, dlogits, model.wide, first ? 0.0 : 1.0);
-      }
-      if (dhidden)
-        at::addmm_out(wide_dhidden, wide_dhidden, dlogits.t(), model.weight_block(v0, end - v0), v0 == 0 ? 0.0 : 1.0);
+      for (auto& product : products) product.block(v0, end - v0, dlogits);
     }
     if (waits()) put(statistics, kDivergence, total(value));
-    if (dhidden && model.tiles) {  // rounded dlogits [R, V] as the sweep left them, each row over half of its logits
-      Tensor dlogits = at::from_blob(model.logits, {rows, a_.vocab}, {1, 2 * c}, dhidden->options());
-      Tensor out = *dhidden;
-      at::mm_out(out, dlogits, *a_.model.weight);
-    } else if (dhidden && model.blocks() && !wide_dhidden.is_same(*dhidden)) {
-      dhidden->copy_(wide_dhidden);
-    }
+    for (auto& product : products) product.finish(model.logits, a_.vocab);
   }
 
  private:
@@ -202,10 +177,11 @@ class Step final : public CpuStep {
   at::TensorOptions options() const { return a_.logits.options(); }
   static int64_t padded_rows(const Tensor& hidden) { return (hidden.size(0) + kLanes - 1) / kLanes * kLanes; }
 
-  Source<T> source(const HeadArguments& head, const Tensor& hidden, const Tensor& room) const {
+  Source<T> source(const HeadArguments& head, const Tensor& hidden, const Tensor& room,
+                   const optional<Tensor>& down = {}, const optional<Tensor>& up = {}) const {
     const int64_t c = padded_rows(hidden);
     TORCH_CHECK(room.numel() >= a_.vocab * c, "dft_kernels: workspace too small");
-    return Source<T>(head, hidden, room.data_ptr<T>(), a_.vocab, c);
+    return Source<T>(head, hidden, room.data_ptr<T>(), a_.vocab, c, down, up);
   }
   Source<T> teacher_source(const ChunkArguments& chunk) const {
     if (!chunk.target) return Source<T>(chunk.teacher, chunk.hidden.narrow(0, 0, 0), nullptr, 0, 0);
@@ -223,7 +199,7 @@ class Step final : public CpuStep {
       if (taught && teacher.blocks()) teacher.multiply_block(v0, end - v0);
       share(v0, end, [&](int64_t t, int64_t from, int64_t to) {
         for (int64_t v = from; v < to; v += kTile) f(t, v, std::min(kTile, to - v));
-        if (model.tiles || teacher.tiles) at::native::cpublas::brgemm_release(true);
+        if (model.tiles() || teacher.tiles()) at::native::cpublas::brgemm_release(true);
       });
     }
   }

@@ -19,6 +19,7 @@ struct HeadArguments {
 // The constants of a call; wanted and differentiated are sets of bits 1 << Row (backends/contract.py).
 struct StepArguments {
   HeadArguments model;
+  std::optional<at::Tensor> up;  // [V, r]: hidden weight.T + down up.T
   int64_t vocab = 0;
   int64_t wanted = 0, differentiated = 0;
   bool differentiates = false;  // whether gradient() follows every statistics()
@@ -38,6 +39,7 @@ struct ChunkArguments {
   HeadArguments teacher;
   std::optional<at::Tensor> index;      // [R, k]: the tokens of a sparse target, which stands in for `target`
   std::optional<at::Tensor> favourite;  // [R]: the likeliest of them
+  std::optional<at::Tensor> down;       // [R, r], where the step has `up`
 };
 
 class CpuStep {
@@ -49,13 +51,14 @@ class CpuStep {
   // dropped [2, R]; DIVERGENCE and SLOPE are then the caller's to write.
   virtual std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> statistics(
       const ChunkArguments& chunk, const std::optional<at::Tensor>& columns) = 0;
-  // dhidden [R, H] written; dweight [V, H] and dbias [V] written by the first chunk, added to by the others. sparse
+  // dhidden [R, H] and ddown [R, r] written; dweight [V, H], dbias [V] and dup [V, r] written by the first chunk, added
+  // to by the others. sparse
   // [R, k]: the whole gradient with respect to the raw logits at a sparse target's tokens.
   virtual void gradient(const ChunkArguments& chunk, const at::Tensor& statistics, const at::Tensor& features,
                         const at::Tensor& cotangents, const std::optional<at::Tensor>& feature_cotangents,
                         const std::optional<at::Tensor>& sparse, const std::optional<at::Tensor>& dhidden,
                         const std::optional<at::Tensor>& dweight, const std::optional<at::Tensor>& dbias,
-                        bool first) = 0;
+                        const std::optional<at::Tensor>& ddown, const std::optional<at::Tensor>& dup, bool first) = 0;
 };
 
 std::unique_ptr<CpuStep> make_step(StepArguments arguments);

@@ -13,7 +13,7 @@ it was. None of them can be differentiated twice; `scale` and `statistics_gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 from . import backends
 from .backends.contract import DIFFERENTIABLE, Chunk, Cotangents, Gradients, Row
 from .extension import scratch
+from .gradients import GRADIENTS, RowGradient, allocate, shapes
 from .problem import SCHEMA, TENSORS, Problem, loss_terms
 from .row_loss import loss_cotangents, loss_rows
 from .selection import Selection, dweight_dtype, plan_rows, select_rows
@@ -37,15 +38,13 @@ Seed = Callable[[Chunk, Rows], Cotangents]  # a chunk and its rows -> its cotang
 @dataclass
 class Outcome:
     """What the loop leaves: row quantities [REPORTED, N] (0 for ignored rows), q @ features [N, K], column sums
-    [G, V], and unscaled gradients; None where not asked for."""
+    [G, V], and unscaled gradients of hidden, weight, bias, down, up; None where not asked for."""
 
     selection: Selection
     rows: Tensor
     features: Tensor | None
     columns: Tensor | None
-    dhidden: Tensor | None = None
-    dweight: Tensor | None = None
-    dbias: Tensor | None = None
+    gradients: Sequence[Tensor | None] = (None,) * GRADIENTS
 
 
 def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhidden: Tensor | None = None) -> Outcome:
@@ -64,9 +63,10 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
         columns=hidden.new_zeros(problem.num_groups, vocab, dtype=wide) if problem.columns else None,
     )
     if seed is not None:
-        outcome.dhidden, outcome.dweight, outcome.dbias = _gradients(problem, selection, len(blocks), dhidden)
+        outcome.gradients = allocate(problem, selection, len(blocks), dhidden)
+    dhidden, dweight, dbias, ddown, dup = outcome.gradients
     workspace = backend.workspace(size, vocab, hidden, terms, gradient=seed is not None)
-    apart = None if selection.index is None or outcome.dhidden is None else hidden.new_empty(size, hidden.shape[1])
+    to_hidden, to_down = RowGradient(dhidden, selection, size), RowGradient(ddown, selection, size)
     with torch.autocast(hidden.device.type, enabled=False), _open_teacher(problem, blocks) as targets:
         for number, rows in enumerate(blocks):
             chunk = Chunk(
@@ -75,21 +75,18 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
                 group=None if selection.group is None else rows.take(selection.group),
                 weight=None if selection.weight is None else rows.take(selection.weight),
                 target=next(targets) if targets is not None else None,
+                down=None if problem.down is None else rows.take(problem.down),
             )
             if seed is None:
                 statistics, features = backend.chunk_statistics(workspace, chunk, terms, outcome.columns)
             else:
-                out = None
-                if outcome.dhidden is not None:
-                    count = rows.stop - rows.start
-                    out = outcome.dhidden[rows.start : rows.stop] if apart is None else apart[:count]
-                gradients = Gradients(out, outcome.dweight, outcome.dbias, first=number == 0)
+                gradients = Gradients(to_hidden.of(rows), dweight, dbias, number == 0, to_down.of(rows), dup)
                 cotangents = seed(chunk, rows)
                 statistics, features = backend.chunk_step(
                     workspace, chunk, terms, outcome.columns, cotangents, gradients
                 )
-                if apart is not None and outcome.dhidden is not None and out is not None:
-                    rows.put(outcome.dhidden, out)
+                to_hidden.settle(rows)
+                to_down.settle(rows)
             if Row.DIVERGENCE in terms.wanted:  # guards against 0 log 0 are blind to NaN
                 broken = (statistics[Row.SOFT_LSE] + statistics[Row.TARGET_LSE]).isnan()
                 statistics[Row.DIVERGENCE].masked_fill_(broken, torch.nan)
@@ -103,32 +100,6 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
         if outcome.features is not None:
             outcome.features.masked_fill_(selection.ignored[:, None], 0.0)
     return outcome
-
-
-def _gradients(
-    problem: Problem, selection: Selection, chunks: int, dhidden: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Room for the gradients of the sum; rows that no chunk visits are zero."""
-    dweight = dbias = None
-    if problem.need_hidden and dhidden is None:
-        dhidden = torch.empty_like(problem.hidden, memory_format=torch.contiguous_format)
-    if dhidden is not None and selection.index is not None:
-        assert problem.target is not None
-        if dhidden is problem.hidden:
-            dhidden.masked_fill_((problem.target == problem.ignore_index)[:, None], 0.0)
-        else:
-            dhidden.zero_()
-    if problem.need_weight:
-        assert problem.weight is not None
-        dweight = scratch(problem.weight.shape, dweight_dtype(problem), problem.weight.device)
-    if problem.need_bias:
-        assert problem.bias is not None
-        dbias = problem.bias.new_empty(problem.bias.shape, dtype=problem.dtype)
-    if chunks == 0:
-        for gradient in (dweight, dbias):
-            if gradient is not None:
-                gradient.zero_()
-    return dhidden, dweight, dbias
 
 
 def _open_teacher(problem: Problem, blocks: list[Rows]) -> AbstractContextManager[Any]:
@@ -162,7 +133,7 @@ def _loss(*arguments: Any) -> tuple[Tensor, ...]:
 
 def compute_loss(problem: Problem, dhidden: Tensor | None = None) -> tuple[Tensor, ...]:
     """Loss, denominator, row quantities (where metrics are wanted), mean probability and group weights (where a
-    group is), and the unscaled dhidden, dweight, dbias; what is not there is an empty tensor. `dhidden`: see `run`."""
+    group is), and the unscaled gradients; what is not there is an empty tensor. `dhidden`: see `run`."""
 
     def seed(chunk: Chunk, rows: Rows) -> Cotangents:
         return loss_cotangents(problem, chunk.hidden, chunk.weight)
@@ -177,7 +148,7 @@ def compute_loss(problem: Problem, dhidden: Tensor | None = None) -> tuple[Tenso
         selection.denominator,
         outcome.rows if problem.reports else none(0, dtype=problem.dtype),
         *mean_probability(problem, outcome),
-        *(none(0) if g is None or g is dhidden else g for g in (outcome.dhidden, outcome.dweight, outcome.dbias)),
+        *(none(0) if g is None or g is dhidden else g for g in outcome.gradients),
     )
 
 
@@ -192,16 +163,7 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
         new((REPORTED, n), dtype=wide) if problem.reports else new(0, dtype=wide),
         new(0, dtype=wide) if groups is None else new((groups, problem.vocab), dtype=wide),
         new(0, dtype=wide) if groups is None else new((groups,), dtype=wide),
-        *_gradients_fake(problem, dweight_dtype(problem)),
-    )
-
-
-def _gradients_fake(problem: Problem, weight_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    new = problem.hidden.new_empty
-    return (
-        new(problem.hidden.shape) if problem.need_hidden else new(0),
-        new(problem.weight.shape, dtype=weight_dtype) if problem.weight is not None and problem.need_weight else new(0),
-        new(problem.bias.shape, dtype=problem.dtype) if problem.bias is not None and problem.need_bias else new(0),
+        *shapes(problem, dweight_dtype(problem)),
     )
 
 
@@ -210,7 +172,7 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*inputs[:2], output[1], *output[5:])
     problem = Problem(*inputs)
-    ctx.needs = (problem.need_hidden, problem.need_weight, problem.need_bias)
+    ctx.needs = problem.needs
     ctx.dtype = problem.hidden.dtype
 
 
@@ -227,8 +189,8 @@ def _loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
 
 
 def _gradients_of(*gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, weight and bias, the first fields of a Problem; None for all the others."""
-    return (*gradients, *(None,) * (len(Problem._fields) - 3))
+    """Those of the first fields of a Problem; None for all the others."""
+    return (*gradients, *(None,) * (len(Problem._fields) - GRADIENTS))
 
 
 @torch.library.custom_op("dft_kernels::scale", mutates_args=())
@@ -259,7 +221,10 @@ def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
 scale.register_autograd(_refuse_second_derivative)
 
 loss = torch.library.custom_op(
-    "dft_kernels::loss", _loss, mutates_args=(), schema=f"({SCHEMA}) -> (" + ", ".join(["Tensor"] * 8) + ")"
+    "dft_kernels::loss",
+    _loss,
+    mutates_args=(),
+    schema=f"({SCHEMA}) -> (" + ", ".join(["Tensor"] * (5 + GRADIENTS)) + ")",
 )
 loss.register_fake(_loss_fake)
 loss.register_autograd(_loss_backward, setup_context=_loss_setup)
@@ -298,11 +263,10 @@ def _statistics_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None
     problem, rows = Problem(*tensors, *ctx.rest), grads[:DIFFERENTIABLE]
     features = None if problem.features is None else grads[REPORTED]  # else an empty output, whatever its gradient
     columns = grads[REPORTED + 1] if problem.columns else None
-    needs = (problem.need_hidden, problem.need_weight, problem.need_bias)
     if all(grad is None for grad in (*rows, features, columns)):
         return (None,) * len(Problem._fields)
     gradients = statistics_gradient(*problem, *rows, features, columns, group_weight)
-    return _gradients_of(*(g if need else None for g, need in zip(gradients, needs, strict=True)))
+    return _gradients_of(*(g if need else None for g, need in zip(gradients, problem.needs, strict=True)))
 
 
 def _statistics_gradient(*arguments: Any) -> tuple[Tensor, ...]:
@@ -334,13 +298,13 @@ def _statistics_gradient(*arguments: Any) -> tuple[Tensor, ...]:
     one = torch.ones((), dtype=problem.dtype, device=problem.hidden.device)
     return tuple(
         problem.hidden.new_empty(0) if g is None else scale(g, one, problem.hidden.dtype, None, None)
-        for g in (outcome.dhidden, outcome.dweight, outcome.dbias)
+        for g in outcome.gradients
     )
 
 
 def _statistics_gradient_fake(*arguments: Any) -> tuple[Tensor, ...]:
     problem = Problem(*arguments[: len(Problem._fields)])
-    return _gradients_fake(problem, problem.hidden.dtype)
+    return shapes(problem, problem.hidden.dtype)
 
 
 statistics = torch.library.custom_op(
@@ -358,7 +322,7 @@ statistics_gradient = torch.library.custom_op(
     _statistics_gradient,
     mutates_args=(),
     schema=f"({SCHEMA}, {_cotangents}, Tensor? features_cotangent, Tensor? columns_cotangent, Tensor group_weight)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (" + ", ".join(["Tensor"] * GRADIENTS) + ")",
 )
 statistics_gradient.register_fake(_statistics_gradient_fake)
 statistics_gradient.register_autograd(_refuse_second_derivative)

@@ -40,6 +40,16 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
     )
 
 
+def pair(function: str, value: Any) -> tuple[Any, Any]:
+    """What low_rank holds: two tensors, or nothing."""
+    if value is None:
+        return None, None
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(part, Tensor) for part in value):
+        remedy = "Pass (down, up), with down = hidden @ A.T"
+        fail(function, "low_rank", "be two tensors (down [..., r], up [V, r])", type(value).__name__, remedy, TypeError)
+    return value[0], value[1]
+
+
 class Taught(NamedTuple):
     """A teacher, flattened: tensors and their head, a sparse one, or a source's handle."""
 
@@ -144,19 +154,28 @@ class Checks:
         for name, value in ((names[1], weight), (names[2], bias)):
             if value is None:
                 continue
-            self.tensor(name, value)
-            if value.dtype != hidden.dtype:
-                self.fail(
-                    name,
-                    f"have {names[0]}'s dtype {hidden.dtype}",
-                    value.dtype,
-                    "Cast one of them, or run under torch.autocast",
-                    TypeError,
-                )
-            if value.device != hidden.device:
-                self.fail(name, f"be on {names[0]}'s device {hidden.device}", value.device, "Move it there")
+            self.like(names[0], hidden, name, self.tensor(name, value))
         if bias is not None:
             self.shape(names[2], bias, (weight.shape[0],), f"V of {names[1]}")
+
+    def low_rank(self, down: Any, up: Any, weight: Tensor) -> None:
+        """[..., r] and [V, r] that fit hidden [..., H] and weight [V, H]."""
+        if down is None:
+            return
+        if down.ndim == 0 or down.shape[-1] == 0:
+            self.fail("low_rank's down", "have shape [..., r], r >= 1", list(down.shape), "Pass hidden @ A.T")
+        self.shape("low_rank's down", down, (*self.lead, down.shape[-1]), f"{self.names[0]}'s leading shape, then r")
+        self.shape("low_rank's up", up, (weight.shape[0], down.shape[-1]), f"V of {self.names[1]}, and down's r")
+        self.like(self.names[0], self.hidden, "low_rank's down", down)
+        self.like(self.names[0], self.hidden, "low_rank's up", up)
+
+    def like(self, other: str, hidden: Tensor, name: str, value: Tensor) -> None:
+        """In dtype and device."""
+        if value.dtype != hidden.dtype:
+            remedy = "Cast one of them, or run under torch.autocast"
+            self.fail(name, f"have {other}'s dtype {hidden.dtype}", value.dtype, remedy, TypeError)
+        if value.device != hidden.device:
+            self.fail(name, f"be on {other}'s device {hidden.device}", value.device, "Move it there")
 
     def divergence(self, value: Any) -> Divergence:
         if isinstance(value, str):

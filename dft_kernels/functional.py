@@ -61,6 +61,7 @@ def linear_distribution_loss(
     teacher: Any = None,
     *,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     divergence: Any = "forward_kl",
     soft_weight: float = 1.0,
     hard_weight: float | None = None,
@@ -86,7 +87,7 @@ def linear_distribution_loss(
 ) -> Any:
     """The loss of distribution fine-tuning, from hidden states, never holding the [N, V] logits.
 
-        z = cap(logit_scale * (hidden @ weight.T + bias)),  cap(x) = softcap * tanh(x / softcap)
+        z = cap(logit_scale * (hidden @ weight.T + down @ up.T + bias)),  cap(x) = softcap * tanh(x / softcap)
         loss_n = hard_weight * CE_n + soft_weight * D_n + z_loss * lse_n^2 + <q_n, potential[group_n]>
 
     q = softmax(z) and lse = logsumexp(z) at T = 1; CE_n = -log q_n[target_n], smoothed towards uniform by
@@ -95,7 +96,9 @@ def linear_distribution_loss(
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64. N is the product of the leading dimensions.
-        weight: [V, H], hidden's dtype; bias: [V]. Under autocast both are cast as `F.linear` would.
+        weight: [V, H], hidden's dtype; bias: [V]. Under autocast they are cast as `F.linear` would.
+        low_rank: (down [..., r], up [V, r]), an adapter of the head, of the same dtype. For the A, B of LoRA
+            (arXiv:2106.09685) down = scale * F.linear(hidden, A), which autograd differentiates, and up = B.
         target: [...] int64 labels; a row whose label is ignore_index is out of every term.
         teacher: a tensor of logits [..., V], `TeacherLogits`, `TeacherHead`, `TopK`, `LogitStream` or `Mixture`;
             any floating dtype. No gradient flows to it, and one that requires grad is refused.
@@ -134,6 +137,7 @@ def linear_distribution_loss(
         target,
         teacher,
         bias=bias,
+        low_rank=low_rank,
         divergence=divergence,
         soft_weight=soft_weight,
         hard_weight=hard_weight,
@@ -163,8 +167,9 @@ def linear_distribution_loss(
 def distribution_loss(logits: Tensor, target: Tensor | None = None, teacher: Any = None, **terms: Any) -> Any:
     """`linear_distribution_loss` for a caller who already holds logits [..., V]: the same terms, no log-softmax copies.
 
-    Takes every keyword of `linear_distribution_loss` but `bias`; logit_scale and softcap act on `logits`. Beyond
-    the returned gradient [..., V] in the logits' dtype, the extra memory is O(chunk x V). Errors are the same.
+    Takes every keyword of `linear_distribution_loss` but `bias` and `low_rank`; logit_scale and softcap act on
+    `logits`. Beyond the returned gradient [..., V] in the logits' dtype, the extra memory is O(chunk x V). Errors are
+    the same.
     """
     return _finish(_of_logits("distribution_loss", logits, target, teacher, terms), logits, teacher, terms)
 
@@ -247,6 +252,7 @@ def linear_distribution_statistics(
     num_groups: int = 1,
     features: Tensor | None = None,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     divergence: Any = "forward_kl",
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
@@ -282,6 +288,7 @@ def linear_distribution_statistics(
         num_groups=num_groups,
         features=features,
         bias=bias,
+        low_rank=low_rank,
         divergence=divergence,
         temperature=temperature,
         teacher_temperature=teacher_temperature,
@@ -314,8 +321,9 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
 
 
 def _of_logits(function: str, logits: Tensor, target: Any, teacher: Any, terms: dict[str, Any]) -> Problem:
-    if "bias" in terms:
-        fail(function, "bias", "be left out", "one", "Add it to the logits, or call the linear_ function", TypeError)
+    for name in ("bias", "low_rank"):
+        if name in terms:
+            fail(function, name, "be left out", "one", "Add it to the logits, or call the linear_ function", TypeError)
     return build(function, logits, None, target, teacher, names=("logits", "", ""), projected=False, **terms)
 
 

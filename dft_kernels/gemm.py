@@ -4,8 +4,9 @@
     dhidden [R, H] = dlogits [R, V] @ weight [V, H]             rounded once, to the input dtype
     dweight [V, H] += dlogits.T [V, R] @ hidden [R, H]          kept in the accumulation dtype
 
-2 R H V FLOP each. On CUDA a 16-bit product is asked for its fp32 accumulator. Elsewhere the operands are
-upcast one block of the vocabulary at a time, so the extra memory is a block and never a second weight.
+2 R H V FLOP each. A low-rank pair, down [R, r] and up [V, r], is a second hidden and weight of width r. On CUDA a
+16-bit product is asked for its fp32 accumulator. Elsewhere the operands are upcast one block of the vocabulary at a
+time, so the extra memory is a block and never a second weight.
 """
 
 from __future__ import annotations
@@ -45,6 +46,18 @@ def logits_(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
         for block in _blocks(weight):
             torch.mm(wide, weight[block].to(out.dtype).t(), out=out[:, block])
     return out if bias is None else out.add_(bias)
+
+
+def add_product_(down: Tensor, up: Tensor, out: Tensor) -> Tensor:
+    """out [R, V] += down [R, r] @ up.T, `out` in the accumulation dtype."""
+    if not _narrow(down):
+        return out.addmm_(down, up.t())
+    if down.is_cuda:
+        return torch.addmm(out, down, up.t(), out_dtype=out.dtype, out=out)
+    wide = down.to(out.dtype)
+    for block in _blocks(up):
+        out[:, block].addmm_(wide, up[block].to(out.dtype).t())
+    return out
 
 
 def dhidden_(dlogits: Tensor, weight: Tensor, out: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from . import backends
 from .backends.contract import Row, Terms
-from .checks import Checks, autocast
+from .checks import Checks, autocast, pair
 from .divergences import Divergence
 from .gemm import accumulate_dtype
 from .streams import LogitStream
 from .teachers import Head, Source, TopK, source_of
 
-TENSORS = 16  # the leading fields of a Problem that are tensors
+TENSORS = 18  # the leading fields of a Problem that are tensors
 
 
 class Problem(NamedTuple):
@@ -30,6 +30,8 @@ class Problem(NamedTuple):
     hidden: Tensor  # [N, H], or logits [N, V] where there is no weight
     weight: Tensor | None  # [V, H]
     bias: Tensor | None  # [V]
+    down: Tensor | None  # [N, r]
+    up: Tensor | None  # [V, r]
     target: Tensor | None  # [N] int64
     row_weight: Tensor | None  # [N]
     num_items: Tensor | None  # 0-d
@@ -72,6 +74,8 @@ class Problem(NamedTuple):
     need_hidden: bool
     need_weight: bool
     need_bias: bool
+    need_down: bool
+    need_up: bool
 
     @property
     def vocab(self) -> int:
@@ -101,9 +105,14 @@ class Problem(NamedTuple):
         return (self.teacher_hidden.dtype if self.teacher_weight is None else self.dtype).itemsize
 
     @property
+    def needs(self) -> tuple[bool, bool, bool, bool, bool]:
+        """Which of the first fields take a gradient: hidden, weight, bias, down, up."""
+        return self.need_hidden, self.need_weight, self.need_bias, self.need_down, self.need_up
+
+    @property
     def needs_gradient(self) -> bool:
         """Whether any gradient product is needed."""
-        return self.need_hidden or self.need_weight or self.need_bias
+        return any(self.needs)
 
     @property
     def reports(self) -> bool:
@@ -135,6 +144,7 @@ class Problem(NamedTuple):
             )
         return Terms(
             head=Head(self.weight, self.bias, self.logit_scale, self.softcap),
+            up=self.up,
             wanted=frozenset(row for row in Row if self.wanted >> row & 1) | differentiated,
             differentiated=differentiated,
             divergence=Divergence(self.divergence, self.parameter),
@@ -171,6 +181,7 @@ def build(
     labelled: bool = False,
     class_weight: Any = None,
     bias: Any = None,
+    low_rank: Any = None,
     divergence: Any = "forward_kl",
     soft_weight: Any = 1.0,
     hard_weight: Any = None,
@@ -200,11 +211,13 @@ def build(
     projected: there is a weight (else hidden holds logits); statistics: the row quantities themselves are the
     result; labelled: target is not optional. The other meanings are those of `linear_distribution_loss`.
     """
+    down, up = pair(function, low_rank)
     if projected:
-        hidden, weight, bias = autocast(hidden, weight, bias)
+        hidden, weight, bias, down, up = autocast(hidden, weight, bias, down, up)
     check = Checks(function, names, hidden)
     if projected:
         check.head(weight, bias, hidden, names)
+        check.low_rank(down, up, weight)
     vocab = weight.shape[0] if projected else hidden.shape[-1]
     if vocab == 0:
         check.fail(names[0], "have at least one class (V >= 1)", list(hidden.shape), "Pass logits [..., V]")
@@ -260,6 +273,8 @@ def build(
         hidden=hidden.reshape(-1, hidden.shape[-1]),
         weight=weight,
         bias=bias,
+        down=None if down is None else down.reshape(-1, down.shape[-1]),
+        up=up,
         target=target,
         row_weight=row_weight,
         num_items=num_items,
@@ -302,6 +317,8 @@ def build(
         need_hidden=grad and hidden.requires_grad,
         need_weight=grad and weight is not None and weight.requires_grad,
         need_bias=grad and bias is not None and bias.requires_grad,
+        need_down=grad and down is not None and down.requires_grad,
+        need_up=grad and up is not None and up.requires_grad,
     )
     if memory_budget is not None:
         chosen_backend = backends.choose(backend, hidden.device, hidden.dtype)

@@ -132,6 +132,7 @@ def dense_loss(
     *,
     compute_dtype: torch.dtype | None = torch.float64,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     divergence: Any = "forward_kl",
     soft_weight: float = 1.0,
     hard_weight: float | None = None,
@@ -162,6 +163,8 @@ def dense_loss(
     raw = cast(hidden).reshape(-1, hidden.shape[-1])
     if weight is not None:
         raw = torch.nn.functional.linear(raw, cast(weight), None if bias is None else cast(bias))
+    if low_rank is not None:
+        raw = raw + torch.nn.functional.linear(*map(cast, low_rank)).reshape(raw.shape)
     if raw.dtype in (torch.bfloat16, torch.float16):
         raw = raw.float()
     z = _finish(raw, logit_scale, softcap)  # [N, V]

@@ -38,7 +38,8 @@ class Case(NamedTuple):
     teacher: str = ""  # "", logits, head, stream, near (a head that nearly agrees with the model's), mixture,
     # log_mixture, padded; topk, topk_near, topk_sum (its tail from the sum), renormalise, ignore, all (k = V)
     target: str = "some"  # none (no target), some, all_valid, all_ignored
-    tensors: tuple[str, ...] = ()  # of bias, row_weight, potential, group
+    tensors: tuple[str, ...] = ()  # of bias, row_weight, potential, group, low_rank
+    rank: int = 4
     hard: bool = True
 
 
@@ -58,6 +59,15 @@ def table() -> list[Case]:
         Case("no_compact", options={"compact": False}, teacher="head", tensors=("row_weight", "group", "potential")),
         Case("no_compact_none", options={"compact": False, "reduction": "none"}, teacher="head"),
         Case("stream", teacher="stream", options={"temperature": 2.0}),
+        Case("low_rank", tensors=("low_rank",)),
+        Case("low_rank_odd", tensors=("low_rank", "bias"), teacher="head", rank=3),
+        Case("low_rank_rows", tensors=("low_rank",), teacher="head", rank=1, options={"reduction": "none"}),
+        Case("low_rank_all_valid", tensors=("low_rank",), teacher="logits", target="all_valid"),
+        Case("low_rank_none_left", tensors=("low_rank",), target="all_ignored"),
+        Case("low_rank_topk", tensors=("low_rank",), teacher="topk", options={"temperature": 1.3}),
+        Case(
+            "low_rank_wide", shape=(70, 64, 5003), tensors=("low_rank", "potential", "group"), teacher="head", rank=16
+        ),
         Case("no_target", teacher="logits", target="none"),
         Case("all_ignored", teacher="logits", target="all_ignored"),
         Case("all_valid", teacher="head", target="all_valid"),
@@ -159,6 +169,8 @@ def make(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
             out["hard_weight"] = 0.4
     if "bias" in case.tensors:
         out["bias"] = normal(v)
+    if "low_rank" in case.tensors:
+        out["low_rank"] = (normal(n, case.rank), normal(v, case.rank, scale=0.5))
     if "row_weight" in case.tensors:
         weights = torch.rand(n, generator=generator)
         weights[:2] = 0.0
@@ -169,9 +181,8 @@ def make(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
     if "group" in case.tensors:
         out["group"] = torch.randint(0, groups, (n,), generator=generator).to(device)
         out["num_groups"] = groups
-    for name in ("hidden", "weight", "bias"):
-        if name in out:
-            out[name].requires_grad_()
+    for leaf in leaves(out):
+        leaf.requires_grad_()
     return out
 
 
@@ -211,7 +222,8 @@ def top_k(logits: torch.Tensor, k: int, temperature: float = 1.0, with_tail: boo
 
 
 def leaves(arguments: dict[str, Any]) -> list[torch.Tensor]:
-    return [arguments[name] for name in ("hidden", "weight", "bias") if name in arguments]
+    names = [name for name in ("hidden", "weight", "bias") if name in arguments]
+    return [*(arguments[name] for name in names), *arguments.get("low_rank", ())]
 
 
 def oracle_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -237,10 +249,14 @@ def compare(
         for name, value in plain.items()
         if name in ("hidden", "weight", "bias")
     }
-    exact = differentiate(dense_loss(**{**plain, **wide}), list(wide.values()))
+    if "low_rank" in plain:
+        wide["low_rank"] = tuple(part.detach().double().requires_grad_() for part in plain["low_rank"])
+    exact = differentiate(dense_loss(**{**plain, **wide}), leaves(wide))
     eager = differentiate(dense_loss(**plain, compute_dtype=None if dtype != torch.float64 else dtype), inputs)
     assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    for name, value, truth, usual in zip(("loss", "dhidden", "dweight", "dbias"), ours, exact, eager, strict=False):
+    bias = ["dbias"] if "bias" in arguments else []
+    names = ["loss", "dhidden", "dweight", *bias, *(["ddown", "dup"] if "low_rank" in arguments else [])]
+    for name, value, truth, usual in zip(names, ours, exact, eager, strict=True):
         gate = allowance(usual, truth, dtype) if dtype != torch.float64 else 1e-12  # the oracle rounds too
         if name == "loss":  # never below what a sum of fp32 addends of this size can hold
             gate = max(gate, 4 * torch.finfo(ours[0].dtype).eps)

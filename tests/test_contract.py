@@ -28,7 +28,8 @@ def test_case(case: str, backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", PRESENT)
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
 @pytest.mark.parametrize(
-    "case", ["everything", "none", "no_compact", "stream", "row_weight", "topk_everything", "mixture"]
+    "case",
+    ["everything", "none", "no_compact", "stream", "row_weight", "topk_everything", "mixture", "low_rank_odd"],
 )
 def test_chunk_size_changes_nothing(case: str, chunk_size: int, backend: str) -> None:
     compare(CASES[case], torch.float32, backend, chunk_size=chunk_size)

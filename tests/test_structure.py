@@ -24,6 +24,7 @@ FLOORS = [
     {"modules"},
     {"functional"},
     {"autograd"},
+    {"gradients"},
     {"selection", "row_loss", "distributed"},
     {"problem"},
     {"checks"},

@@ -1,7 +1,7 @@
 """What a backend is: the chunk step in two halves.
 
 `chunk_statistics` turns a chunk of hidden states into row quantities (and leaves the chunk's logits in its
-workspace); `chunk_gradient` turns cotangents of those quantities into dhidden, dweight and dbias. Between the
+workspace); `chunk_gradient` turns cotangents of those quantities into gradients. Between the
 two halves nothing of size [R, V] leaves the backend. All row quantities are fp32 (fp64 for fp64 inputs).
 """
 
@@ -55,6 +55,7 @@ class Terms:
     divergence: Divergence
     temperature: float = 1.0
     teacher_temperature: float = 1.0
+    up: Tensor | None = None  # [V, r]: raw logits are hidden weight.T + down up.T + bias
     dense: bool = False  # whether chunks come with a dense target
     potential: Tensor | None = None  # [G, V]
     features: Tensor | None = None  # [V, K], dense or sparse COO
@@ -69,6 +70,7 @@ class Chunk:
     group: Tensor | None = None  # [R] int64, None: all rows are of group 0
     weight: Tensor | None = None  # [R] in the accumulation dtype, None: all 1
     target: Target | None = None
+    down: Tensor | None = None  # [R, r], where the terms have `up`
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,15 @@ class Cotangents:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Where a chunk's gradient goes. dhidden is written; dweight and dbias are written by the first chunk and
-    added to by the others. None: not needed, and no product is spent on it."""
+    """Where a chunk's gradient goes. dhidden and ddown are written; dweight, dbias and dup are written by the first
+    chunk and added to by the others. None: not needed, and no product is spent on it."""
 
     dhidden: Tensor | None  # [R, H] in the input dtype
     dweight: Tensor | None  # [V, H] in the accumulation dtype, or in the input dtype if the chunk is the only one
     dbias: Tensor | None  # [V] in the accumulation dtype
     first: bool
+    ddown: Tensor | None = None  # [R, r] in the input dtype
+    dup: Tensor | None = None  # [V, r] as dweight
 
 
 class Workspace(Protocol):

@@ -59,6 +59,7 @@ class NativeBackend:
             index = _compressed(terms.features)
         step = native.CpuStep(
             model=_head(terms.head),
+            up=terms.up,
             vocab=vocab,
             wanted=_bits(terms.wanted),
             differentiated=_bits(terms.differentiated),
@@ -114,6 +115,8 @@ class NativeBackend:
             gradients.dhidden,
             gradients.dweight,
             gradients.dbias,
+            gradients.ddown,
+            gradients.dup,
             gradients.first,
         )
 
@@ -148,7 +151,9 @@ def _chunk(chunk: Chunk) -> Any:
     elif chunk.target is not None:
         target, head = chunk.target
     native = extension.MODULE
-    return native.Chunk(chunk.hidden, chunk.label, chunk.group, chunk.weight, target, _head(head), index, best)
+    return native.Chunk(
+        chunk.hidden, chunk.label, chunk.group, chunk.weight, target, _head(head), index, best, chunk.down
+    )
 
 
 def _compressed(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -79,6 +79,7 @@ def rows_of(chunk: Chunk, rows: slice) -> Chunk:
         group=None if chunk.group is None else chunk.group[rows],
         weight=None if chunk.weight is None else chunk.weight[rows],
         target=target,
+        down=None if chunk.down is None else chunk.down[rows],
     )
 
 
@@ -317,6 +318,8 @@ class RowBackend:
             return chunk.hidden, workspace.resolved(chunk, multiply=True)
         logits = workspace.logits[: chunk.hidden.shape[0]]
         gemm.logits_(chunk.hidden, terms.head.weight, terms.head.bias, logits)
+        if terms.up is not None and chunk.down is not None:
+            gemm.add_product_(chunk.down, terms.up, logits)
         return logits, workspace.resolved(chunk, multiply=True)
 
     def _rooms(self, workspace: RowWorkspace, chunk: Chunk, gradients: Gradients) -> tuple[Tensor, Tensor]:
@@ -329,8 +332,11 @@ class RowBackend:
     def _products(self, out: Tensor, chunk: Chunk, terms: Terms, gradients: Gradients) -> None:
         if terms.head.weight is not None and gradients.dhidden is not None:
             gemm.dhidden_(out, terms.head.weight, gradients.dhidden)
-        if gradients.dweight is not None:
-            gemm.dweight_(out, chunk.hidden, gradients.dweight, accumulate=not gradients.first)
+        if terms.up is not None and gradients.ddown is not None:
+            gemm.dhidden_(out, terms.up, gradients.ddown)
+        for right, left in ((gradients.dweight, chunk.hidden), (gradients.dup, chunk.down)):
+            if right is not None and left is not None:
+                gemm.dweight_(out, left, right, accumulate=not gradients.first)
         if gradients.dbias is not None:
             total = out.sum(0, dtype=gradients.dbias.dtype)
             gradients.dbias.copy_(total) if gradients.first else gradients.dbias.add_(total)

@@ -244,7 +244,7 @@ def test_lora_on_the_backbone_leaves_the_head_alone() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, by PEFT
-def test_a_head_among_modules_to_save_is_trained_and_one_with_an_adapter_refused() -> None:
+def test_a_head_among_modules_to_save_is_trained() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     wrapped = peft.get_peft_model(tiny(tie_word_embeddings=False), config)
@@ -252,9 +252,69 @@ def test_a_head_among_modules_to_save_is_trained_and_one_with_an_adapter_refused
     found = gradients(wrapped, attach(wrapped)(input_ids=IDS, labels=IDS).loss)
     assert_same(found, expected)
     assert any("lm_head" in name for name in found)
-    adapted = peft.get_peft_model(tiny(tie_word_embeddings=False), peft.LoraConfig(r=2, target_modules=["lm_head"]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.filterwarnings("ignore")  # PEFT's, of tied heads
+def test_lora_on_the_head_is_trained(kind: str, tied: bool) -> None:
+    """Two adapters on the head and one on the backbone; disabled and merged they are what PEFT makes of them."""
+    peft = pytest.importorskip("peft")
+    lora = {"target_modules": ["lm_head", "q_proj"], "init_lora_weights": False}
+    wrapped = peft.get_peft_model(tiny(kind, tie_word_embeddings=tied), peft.LoraConfig(r=3, lora_alpha=5, **lora))
+    wrapped.add_adapter("second", peft.LoraConfig(r=2, use_rslora=True, **lora))
+    wrapped.base_model.set_adapter(["default", "second"])
+    teacher = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(1))
+    plain = wrapped(input_ids=IDS, labels=IDS)
+    expected = gradients(wrapped, plain.loss)
+    assert sum("lm_head" in name for name in expected) == 4
+    attach(wrapped, hard_weight=0.0)
+    fused = wrapped(input_ids=IDS, labels=IDS, return_logits=True)
+    torch.testing.assert_close(fused.loss, plain.loss)
+    torch.testing.assert_close(fused.logits, plain.logits)
+    assert_same(gradients(wrapped, fused.loss), expected)
+    soft = wrapped(input_ids=IDS, labels=IDS, teacher=teacher).loss
+    log_q, log_p = plain.logits[:, :-1].log_softmax(-1), teacher[:, :-1].log_softmax(-1)
+    kl = wrapped.get_base_model().train()(input_ids=IDS, labels=IDS, teacher=teacher).loss
+    assert torch.equal(kl, soft)
+    torch.testing.assert_close(soft, (log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    for state in ("disabled", "merged"):
+        if state == "merged":
+            wrapped.merge_adapter()
+        with wrapped.disable_adapter() if state == "disabled" else torch.no_grad():
+            logits = wrapped(input_ids=IDS).logits
+            loss = wrapped(input_ids=IDS, labels=IDS).loss
+        torch.testing.assert_close(
+            loss, torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 64), IDS[:, 1:].reshape(-1))
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lora_dropout_is_that_of_the_forward() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], lora_dropout=0.5, init_lora_weights=False)
+    wrapped = peft.get_peft_model(tiny(), config)
+    losses = []
+    for fused in (False, True):
+        if fused:
+            attach(wrapped)
+        torch.manual_seed(5)
+        losses.append(wrapped(input_ids=IDS, labels=IDS).loss.detach())
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_adapters_on_the_head_are_refused() -> None:
+    peft = pytest.importorskip("peft")
+    for config, said in (
+        (peft.LoraConfig(r=2, target_modules=["lm_head"], use_dora=True), "got DoraLinearVariant"),
+        (peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]), "got Linear"),
+    ):
+        with pytest.raises(ValueError, match=f"must have a plain lm_head, or one adapted by LoRA, {said}"):
+            attach(peft.get_peft_model(tiny(tie_word_embeddings=False), config))
+    lora = peft.get_peft_model(tiny(), peft.LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="must have a plain lm_head, got one with an adapter"):
-        attach(adapted)
+        head_of(lora)  # a teacher's
 
 
 def test_a_frozen_backbone() -> None:

@@ -17,9 +17,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..functional import Metrics, linear_distribution_loss, shift_labels
 from ..teachers import Head
-from .heads import head_of, output_layer
+from .heads import head_of, output_layer, projection
 
 _OURS = ("teacher", "shift_labels", "num_items_in_batch", "return_logits")
+_THE_CALLS = ("bias", "low_rank", "logit_scale", "softcap", "reduction", "num_items", "ignore_index", "return_metrics")
 _NOT_THE_BACKBONES = ("labels", "logits_to_keep", "return_dict", *_OURS)
 
 
@@ -44,8 +45,9 @@ def attach(model: Any, **terms: Any) -> Any:
         model(**batch, labels=labels).loss                      the fused cross-entropy, whatever hard_weight is
         model(**batch, labels=labels, teacher=teacher).loss     soft_weight D(teacher, model) + hard_weight CE
 
-    model: a causal LM of transformers (inside of PEFT, whose adapters on the head are refused). terms: keywords of
-    `linear_distribution_loss` for every call: divergence, hard_weight, soft_weight, temperature, label_smoothing, ...
+    model: a causal LM of transformers, inside of PEFT or not; LoRA on its head and a `CorrectionHead` are trained,
+    other adapters there are refused. terms: keywords of `linear_distribution_loss` for every call: divergence,
+    hard_weight, soft_weight, temperature, label_smoothing, ...
 
     In a call: `labels` [B, T] as transformers takes them, `shift_labels` [B, T] those that are shifted already;
     teacher: any teacher of `linear_distribution_loss`, whose row (b, t) is its distribution over token t + 1, so that
@@ -59,7 +61,7 @@ def attach(model: Any, **terms: Any) -> Any:
     causal = _causal(model)
     if "_dft_kernels" in causal.__dict__:
         _fail("model", "be without an attachment", "one that has one", "Call detach(model) first")
-    for name in ("bias", "logit_scale", "softcap", "reduction", "num_items", "ignore_index", "return_metrics"):
+    for name in _THE_CALLS:
         if name in terms:
             _fail(
                 name, "be left to the model and the call", "one", "The head's own are used; losses are means of tokens"
@@ -70,7 +72,7 @@ def attach(model: Any, **terms: Any) -> Any:
             _fail(
                 name, "be a keyword of linear_distribution_loss", "another", f"There are {', '.join(list(known)[4:])}"
             )
-    head = head_of(causal)._replace(weight=None, bias=None)
+    head = head_of(causal, adapted=True)._replace(weight=None, bias=None)
     _check_loss(causal)
     original = causal.__dict__.get("forward")
     signature = inspect.signature(causal.forward)
@@ -174,10 +176,9 @@ def _with_loss(model: Any, attachment: _Attachment, given: dict[str, Any], ours:
         )
     loss, metrics = linear_distribution_loss(
         hidden,
-        layer.weight,
-        target.to(hidden.device),
-        ours["teacher"],
-        bias=getattr(layer, "bias", None),
+        target=target.to(hidden.device),
+        teacher=ours["teacher"],
+        **projection(layer, hidden),
         logit_scale=head.logit_scale,
         softcap=head.softcap,
         num_items=ours["num_items_in_batch"],

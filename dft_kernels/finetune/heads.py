@@ -11,6 +11,7 @@ from ..teachers import Head
 
 _MULTIPLIES = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # names that configurations give the scale
 _DIVIDES = ("logits_scaling",)
+CORRECTION = "correction"  # the name of a `CorrectionHead` in the head's layer
 
 
 def hidden_states(model: Any, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -26,19 +27,53 @@ def output_layer(model: Any) -> Any:
     return layer if trained is None else trained[layer.active_adapter]
 
 
+def projection(layer: Any, hidden: Tensor) -> dict[str, Any]:
+    """weight, bias and low_rank of `linear_distribution_loss` that give this layer's output of `hidden` [..., H], with
+    the gradients of all that it trains: its adapters are LoRA's, as PEFT would run them now, and a `CorrectionHead`.
+    They are multiplied in hidden's dtype, whatever theirs is."""
+    parts: list[tuple[Any, Any, float, Any]] = []  # A, B, scale, dropout
+    if hasattr(layer, "lora_A") and not (layer.disable_adapters or layer.merged):
+        for name in (name for name in layer.active_adapters if name in layer.lora_A):
+            parts.append((layer.lora_A[name], layer.lora_B[name], layer.scaling[name], layer.lora_dropout[name]))
+    if hasattr(layer, CORRECTION):
+        correction = getattr(layer, CORRECTION)
+        parts.append((correction.down, correction.up, 1.0, torch.nn.Identity()))
+    bias = getattr(layer, "bias", None)
+    if not parts:
+        return {"weight": layer.weight, "bias": bias}
+    down = torch.cat([a(dropout(hidden.to(a.weight.dtype))).to(hidden.dtype) * s for a, _, s, dropout in parts], dim=-1)
+    up = torch.cat([b.weight.to(hidden.dtype) for _, b, _, _ in parts], dim=-1)
+    for _, b, scale, _ in parts:
+        if b.bias is not None:
+            more = b.bias.to(hidden.dtype) * scale
+            bias = more if bias is None else bias + more
+    return {"weight": layer.weight, "bias": bias, "low_rank": (down, up)}
+
+
+def _check_adapters(model: Any, layer: Any, adapted: bool) -> None:
+    foreign = type(layer).__module__.startswith("peft.")
+    if not adapted and (foreign or hasattr(layer, CORRECTION)):
+        _fail(
+            model, "a plain lm_head", "one with an adapter", "Merge it first (model.merge_and_unload()) or take it away"
+        )
+    variants = sorted({type(v).__name__ for v in getattr(layer, "lora_variant", {}).values()})
+    if variants or (foreign and not (hasattr(layer, "lora_A") and hasattr(layer, "lora_B"))):
+        got = ", ".join(variants) or type(layer).__qualname__
+        _fail(model, "a plain lm_head, or one adapted by LoRA", got, "Use LoRA without variants there, or merge it")
+
+
 @torch.no_grad()
-def head_of(model: Any) -> Head:
+def head_of(model: Any, adapted: bool = False) -> Head:
     """weight [V, H], bias, logit_scale and softcap such that cap(logit_scale * (hidden @ weight.T + bias)) are the
     logits of `model`, proven on a few tokens. ValueError where they are not: what the model does to its logits beyond
-    a scale and a softcap is not served."""
+    a scale and a softcap is not served. adapted: `projection` of its layer is used, so that adapters are admitted."""
     layer = output_layer(model)
     weight = getattr(layer, "weight", None)
     if weight is None or weight.ndim != 2:
         _fail(
             model, "a linear output embedding", type(layer).__name__, "Models without an lm_head [V, H] are not served"
         )
-    if type(layer).__module__.startswith("peft."):
-        _fail(model, "a plain lm_head", "one with an adapter", "Merge it first: model.merge_and_unload()")
+    _check_adapters(model, layer, adapted)
     config = model.config.get_text_config()
     scale = 1.0
     for name in _MULTIPLIES:
@@ -52,7 +87,7 @@ def head_of(model: Any) -> Head:
     try:
         ids = torch.arange(1, 6, device=weight.device)[None] % weight.shape[0]
         theirs = model(input_ids=ids, use_cache=False).logits.double()
-        ours = _logits(hidden_states(model, ids), head)
+        ours = _logits(layer, hidden_states(model, ids), head)
     finally:
         model.train(training)
     if theirs.shape != ours.shape:
@@ -66,10 +101,15 @@ def head_of(model: Any) -> Head:
     return head
 
 
-def _logits(hidden: Tensor, head: Head) -> Tensor:
-    assert head.weight is not None
-    bias = None if head.bias is None else head.bias.double()
-    z = torch.nn.functional.linear(hidden.double(), head.weight.double(), bias) * head.logit_scale
+def _logits(layer: Any, hidden: Tensor, head: Head) -> Tensor:
+    given = projection(layer, hidden)
+    z = hidden.double() @ given["weight"].double().t()
+    if given["bias"] is not None:
+        z += given["bias"].double()
+    if "low_rank" in given:
+        down, up = given["low_rank"]
+        z += down.double() @ up.double().t()
+    z *= head.logit_scale
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 

@@ -13,9 +13,10 @@ _MULTIPLIES = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # name
 _DIVIDES = ("logits_scaling",)
 
 
-def hidden_states(model: Any, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """The last hidden states [B, T, H] that the model's head multiplies."""
-    states: Tensor = model.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+def hidden_states(model: Any, ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Tensor:
+    """The last hidden states [B, T, H] that the model's head multiplies. more: of its forward, as position_ids."""
+    out = model.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False, **more)
+    states: Tensor = out.last_hidden_state
     return states
 
 

@@ -163,6 +163,8 @@ def _denominator(problem: Problem, count: int, weight: Tensor | None) -> Tensor:
     """What the sum of row losses is divided by: 1 where that would be 0."""
     device = problem.hidden.device
     if problem.num_items is not None:
+        if count == 0:  # 0, whatever it is divided by: where no batch of a step has labels, num_items is 0
+            return torch.ones((), dtype=problem.dtype, device=device)
         if problem.num_items.device.type == "cpu":
             return torch.full((), float(problem.num_items), dtype=problem.dtype, device=device)
         return problem.num_items.to(problem.dtype, copy=True)  # an operator may not return its argument

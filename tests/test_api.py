@@ -282,6 +282,16 @@ def test_autocast(tensors):
     assert weight.grad.dtype == torch.float32
 
 
+def test_no_rows_over_no_items_is_zero() -> None:
+    """As when no batch of an accumulated step has a label."""
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
+    loss = dk.linear_cross_entropy(hidden, weight, torch.full((4,), -100), num_items=torch.tensor(0))
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
 def test_fp16_gradients_do_not_flush():
     hidden = torch.randn(40, 4).half().requires_grad_()
     weight = torch.randn(9, 4).half().requires_grad_()

@@ -138,6 +138,17 @@ def test_a_teacher(labelled: bool) -> None:
     torch.testing.assert_close(plain, torch.nn.functional.cross_entropy(log_q[counts], batch["labels"][:, 1:][counts]))
 
 
+def test_weights_of_one_call() -> None:
+    model, teacher = attach(tiny(), hard_weight=0.3), torch.randn(2, 12, 64)
+    out = model(**masked(), teacher=teacher, soft_weight=0.2, hard_weight=0.9)
+    count = (masked()["labels"][:, 1:] != -100).sum()
+    soft, hard = out.metrics.soft_loss.sum() / count, out.metrics.hard_loss.sum() / count
+    torch.testing.assert_close(out.loss.detach(), 0.2 * soft + 0.9 * hard)
+    torch.testing.assert_close(model(**masked(), teacher=teacher).loss.detach(), soft + 0.3 * hard)  # attach's again
+    with pytest.raises(ValueError, match=r"teacher must be given with hard_weight=0.5 in a call, got None"):
+        model(**masked(), hard_weight=0.5)
+
+
 def test_accumulation_is_the_batch() -> None:
     """Gradients of one step of 4 sequences, and of 4 of one, divided by the tokens of all."""
     model = attach(tiny())

@@ -19,8 +19,9 @@ from ..functional import Metrics, linear_distribution_loss, shift_labels
 from ..teachers import Head
 from .heads import head_of, output_layer, projection
 
-_OURS = ("teacher", "shift_labels", "num_items_in_batch", "return_logits")
 _THE_CALLS = ("bias", "low_rank", "logit_scale", "softcap", "reduction", "num_items", "ignore_index", "return_metrics")
+_WEIGHTS = ("soft_weight", "hard_weight")  # that a call may give for itself
+_OURS = ("teacher", "shift_labels", "num_items_in_batch", "return_logits", *_WEIGHTS)
 _NOT_THE_BACKBONES = ("labels", "logits_to_keep", "return_dict", *_OURS)
 
 
@@ -52,9 +53,9 @@ def attach(model: Any, **terms: Any) -> Any:
     In a call: `labels` [B, T] as transformers takes them, `shift_labels` [B, T] those that are shifted already;
     teacher: any teacher of `linear_distribution_loss`, whose row (b, t) is its distribution over token t + 1, so that
     rows line up with input_ids; num_items_in_batch: what the sum is divided by (Trainer gives it under gradient
-    accumulation); return_logits=True: the logits too. Without labels a teacher's rows count wherever the attention
-    mask has a next token. The output's `metrics` are the kernel's. In evaluation mode labels alone take the model's
-    own path.
+    accumulation); return_logits=True: the logits too; soft_weight, hard_weight: of this call, with a teacher, None:
+    those of `terms`. Without labels a teacher's rows count wherever the attention mask has a next token. The output's
+    `metrics` are the kernel's. In evaluation mode labels alone take the model's own path.
 
     Raises ValueError where the logits of hidden states and head are not the model's, proven on a few tokens.
     """
@@ -146,6 +147,9 @@ def _call(model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
     bound = attachment.signature.bind_partial(*arguments, **named).arguments
     given = {**{n: v for n, v in bound.items() if n != "kwargs"}, **bound.get("kwargs", {})}
     labels, teacher = given.get("labels"), ours["teacher"]
+    for name in _WEIGHTS:
+        if teacher is None and ours[name] is not None:
+            _fail("teacher", f"be given with {name}={ours[name]} in a call", "None", "Without one it is cross-entropy")
     asked = labels is not None or ours["shift_labels"] is not None or teacher is not None
     if not asked or (teacher is None and not model.training and ours["shift_labels"] is None):
         items, known = ours["num_items_in_batch"], attachment.signature.parameters
@@ -164,10 +168,9 @@ def _with_loss(model: Any, attachment: _Attachment, given: dict[str, Any], ours:
     backbone = {name: value for name, value in given.items() if name not in _NOT_THE_BACKBONES}
     out = model.base_model(**backbone, return_dict=True)
     hidden = out.last_hidden_state
-    target = ours["shift_labels"]
-    if target is None:
-        target = shift_labels(given["labels"] if given.get("labels") is not None else _where_there_is_text(given))
+    target = targets_of({**given, "shift_labels": ours["shift_labels"]})
     layer, head, terms = output_layer(model), attachment.head, attachment.terms
+    terms = {**terms, **{name: ours[name] for name in _WEIGHTS if ours[name] is not None}}
     if ours["teacher"] is None:
         terms = {**terms, "hard_weight": 1.0}
     elif given.get("labels") is None and ours["shift_labels"] is None and terms.get("hard_weight"):
@@ -199,6 +202,15 @@ def _with_loss(model: Any, attachment: _Attachment, given: dict[str, Any], ours:
         attentions=out.get("attentions"),
         metrics=metrics,
     )
+
+
+def targets_of(inputs: Any) -> Tensor:
+    """The label of every row [B, T], -100 where it is in no term: of a model's inputs, as an attached forward reads
+    them."""
+    shifted, labels = inputs.get("shift_labels"), inputs.get("labels")
+    if shifted is not None:
+        return shifted  # type: ignore[no-any-return]
+    return shift_labels(labels if labels is not None else _where_there_is_text(inputs))
 
 
 def _where_there_is_text(given: dict[str, Any]) -> Tensor:

@@ -14,9 +14,10 @@ _DIVIDES = ("logits_scaling",)
 CORRECTION = "correction"  # the name of a `CorrectionHead` in the head's layer
 
 
-def hidden_states(model: Any, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """The last hidden states [B, T, H] that the model's head multiplies."""
-    states: Tensor = model.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+def hidden_states(model: Any, ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Tensor:
+    """The last hidden states [B, T, H] that the model's head multiplies. more: of its forward, as position_ids."""
+    out = model.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False, **more)
+    states: Tensor = out.last_hidden_state
     return states
 
 

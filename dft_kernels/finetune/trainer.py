@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with a teacher: a store, a running model, or anything that makes one of a batch."""
+"""`transformers.Trainer` with a teacher: a store, a running model, anything that makes one of a batch, or a mixture."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import transformers
 from torch import Tensor
 
 from ..functional import Metrics
+from ..mixture import Mixture
+from ..problem import build
 from ..targets.store import Store
-from ..teachers import TeacherHead
-from .attach import attach
-from .heads import head_of, hidden_states
+from .attach import attach, targets_of
+from .collators import PROMPTED, PrinciplesCollator
+from .progress import show_metrics
+from .teaching import asked, check_prompted, parts_of, stand_in
 
 _STORED = ("sequence", "hidden", "indices", "log_probs", "tail")  # of a store's batch, and no model's
 METRICS = ("hard_loss", "soft_loss", "entropy", "accuracy", "teacher_agreement")
@@ -25,7 +28,10 @@ class DFTConfig(transformers.TrainingArguments):
     """`TrainingArguments` and what the loss is: soft_weight D(teacher, model) + hard_weight CE.
 
     The keywords are those of `linear_distribution_loss`. matching_every: of so many optimiser steps the last is one of
-    matching, the others are cross-entropy alone (1: every step matches); matching_from: steps before which none does.
+    matching, the others are cross-entropy alone (1: every step matches); matching_from: steps before which none does;
+    matching_ramp: steps from there on over which matching comes in. A step of matching has weights
+
+        soft_weight r  and  hard_weight r + (1 - r),  r = min(1, (step - matching_from + 1) / matching_ramp)
     """
 
     divergence: str = field(default="forward_kl", metadata={"help": "a name of dft_kernels.divergences.TABLE"})
@@ -38,13 +44,20 @@ class DFTConfig(transformers.TrainingArguments):
     loss_backend: str = field(default="auto", metadata={"help": "auto, or the name of one that is available"})
     matching_every: int = field(default=1, metadata={"help": "one of so many steps matches the teacher"})
     matching_from: int = field(default=0, metadata={"help": "optimiser steps of cross-entropy before the first match"})
+    matching_ramp: int = field(default=0, metadata={"help": "optimiser steps from cross-entropy to these weights"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "a store's rows are no model's columns"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("matching_every", 1), ("matching_from", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"DFTConfig: {name} must be at least {least}, got {getattr(self, name)}. Raise it.")
+        for name, least in (("matching_every", 1), ("matching_from", 0), ("matching_ramp", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"DFTConfig: {name} must be an int of at least {least}, got {value!r}. Change it.")
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                f"DFTConfig: label_smoothing_factor must be 0, got {self.label_smoothing_factor}, for which Trainer "
+                "takes the labels from the model. Leave it, or give attach label_smoothing in a loop of your own."
+            )
 
 
 class DFTTrainer(transformers.Trainer):
@@ -52,7 +65,9 @@ class DFTTrainer(transformers.Trainer):
 
     teacher: a `Store` (its sequences are the training set unless one is given, its collate the collator), a causal LM
     of the model's vocabulary (run without gradient on every batch), a callable `inputs -> teacher` of
-    `linear_distribution_loss`, or None: cross-entropy alone. Everything else is Trainer's: accumulation, checkpoints,
+    `linear_distribution_loss`, a `Mixture` of these and of `Labels()`, each asked for every batch, or None:
+    cross-entropy alone. With `PrinciplesCollator` as data_collator a model sees its principles before each sequence.
+    Everything else is Trainer's: accumulation (a step is divided by the tokens of all of its batches), checkpoints,
     `report_to`. Metrics of the loss's own pass (METRICS, means over tokens since the last log) join its logs.
 
     Raises ValueError for a loss that is not finite, before the step is taken, naming step and sequences.
@@ -62,19 +77,25 @@ class DFTTrainer(transformers.Trainer):
         self,
         model: Any,
         args: DFTConfig,
-        teacher: Store | torch.nn.Module | Callable[[dict[str, Any]], Any] | None = None,
+        teacher: Store | torch.nn.Module | Callable[[dict[str, Any]], Any] | Mixture | None = None,
         **more: Any,
     ) -> None:
         if not isinstance(args, DFTConfig):
             raise TypeError(
                 f"DFTTrainer: args must be a DFTConfig, got {type(args).__name__}. Its fields are Trainer's."
             )
-        if isinstance(teacher, Store):
+        if more.get("compute_loss_func") is not None:
+            raise ValueError(
+                "DFTTrainer: compute_loss_func must be None, got one, which would replace the loss. Use Trainer for it."
+            )
+        for store in (part for part in parts_of(teacher) if isinstance(part, Store)):
             if more.get("processing_class") is not None:
-                teacher.check_tokenizer(more["processing_class"])
-            more.setdefault("train_dataset", teacher)
-            if more["train_dataset"] is teacher:
-                more.setdefault("data_collator", teacher.collate)
+                store.check_tokenizer(more["processing_class"])
+            more.setdefault("train_dataset", store)
+            if more["train_dataset"] is store:
+                more.setdefault("data_collator", store.collate)
+        if isinstance(more.get("data_collator"), PrinciplesCollator):
+            check_prompted(teacher)
         self.teacher = teacher
         self.sums: dict[str, Tensor] = {}
         terms = {
@@ -83,10 +104,10 @@ class DFTTrainer(transformers.Trainer):
             "temperature_scaling": args.temperature_scaling, "memory_budget": args.loss_memory_budget,
             "backend": args.loss_backend,
         }  # fmt: skip
+        _check(args, terms, teacher)
         super().__init__(attach(model, **terms), args, **more)
-        if isinstance(teacher, torch.nn.Module):
-            self.teacher = teacher.to(args.device).eval().requires_grad_(False)
-            self.teacher_head = head_of(teacher)
+        self.asked = asked(teacher, args.device)
+        show_metrics(self)
 
     def compute_loss(
         self,
@@ -97,10 +118,17 @@ class DFTTrainer(transformers.Trainer):
     ) -> Any:
         """The loss of a batch; its teacher's rows are taken out of `inputs`, or made of them."""
         sequences = inputs.get("sequence")
-        teacher = self._teacher(inputs) if model.training and self._matches() else None
-        inputs = {name: value for name, value in inputs.items() if name not in _STORED}
+        if PROMPTED[0] in inputs:
+            check_prompted(self.teacher)
+        teacher = self.asked(inputs) if self.asked is not None and model.training and self._matches() else None
+        inputs = {name: value for name, value in inputs.items() if name not in (*_STORED, *PROMPTED)}
         if teacher is not None:
-            inputs["teacher"] = teacher
+            inputs.update(teacher=teacher, **self._weights())
+        elif model.training and inputs.get("labels") is None and inputs.get("shift_labels") is None:
+            raise ValueError(
+                f"DFTTrainer: labels must be given in a step of cross-entropy, got None in step "
+                f"{self.state.global_step + 1}. Let the collator make them, or match a teacher in every step."
+            )
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             if not bool(torch.isfinite(loss)):
@@ -125,26 +153,31 @@ class DFTTrainer(transformers.Trainer):
         args = self.args
         return step >= args.matching_from and (step - args.matching_from + 1) % args.matching_every == 0
 
-    def _teacher(self, inputs: dict[str, Any]) -> Any:
-        if self.teacher is None:
-            return None
-        if isinstance(self.teacher, Store):
-            return self.teacher.teacher(inputs)
-        if not isinstance(self.teacher, torch.nn.Module):
-            return self.teacher(inputs)
-        head = self.teacher_head
-        assert head.weight is not None
-        with torch.no_grad():
-            hidden = hidden_states(self.teacher, inputs["input_ids"], inputs.get("attention_mask"))
-        return TeacherHead(hidden, head.weight, head.bias, head.logit_scale, head.softcap)
+    def _weights(self) -> dict[str, float]:
+        """Of a step of matching, where they are not those of every call."""
+        args = self.args
+        if self.state.global_step - args.matching_from + 1 >= args.matching_ramp:
+            return {}
+        ramp = (self.state.global_step - args.matching_from + 1) / args.matching_ramp
+        return {"soft_weight": args.soft_weight * ramp, "hard_weight": args.hard_weight * ramp + (1 - ramp)}
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Trainer's, which knows labels alone, of the rows that the loss takes."""
+        rows = [torch.nn.functional.pad(targets_of(inputs), (1, 0), value=-100) for inputs in batch_samples]
+        return super()._get_num_items_in_batch([{"labels": labels} for labels in rows], device)
 
     def _count(self, metrics: Metrics, inputs: dict[str, Any]) -> None:
-        shifted = inputs.get("shift_labels")
-        valid = shifted != -100 if shifted is not None else inputs["labels"][..., 1:] != -100
-        count = valid.sum().float()
+        count = (targets_of(inputs) != -100).sum().float()
         found = {**vars(metrics), "accuracy": metrics.correct}
         for name in METRICS:
             if found[name] is not None:
                 total = found[name].sum().float()  # 0 for ignored rows
                 old = self.sums.get(name, torch.zeros(2, device=total.device))
                 self.sums[name] = old + torch.stack([total, count])
+
+
+def _check(args: DFTConfig, terms: dict[str, Any], teacher: Any) -> None:
+    """What a loss's own checks can tell before there is a batch: on one row, two tokens, nothing computed."""
+    hidden = torch.zeros(1, 1, device=args.device)
+    label = torch.zeros(1, dtype=torch.int64, device=args.device)
+    build("DFTTrainer", hidden, hidden.new_zeros(2, 1), label, stand_in(teacher, args.device), **terms)

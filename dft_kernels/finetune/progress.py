@@ -1,0 +1,28 @@
+"""The progress bar of a training, with the loss's metrics in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+SHOWN = ("loss", "soft_loss", "hard_loss", "teacher_agreement")
+
+
+class ProgressCallback(transformers.ProgressCallback):  # type: ignore[misc]
+    """Trainer's, and behind its bar the last SHOWN that were logged."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        """Trainer's line, and the bar's end."""
+        super().on_log(args, state, control, logs=logs, **more)
+        shown = {name: f"{logs[name]:.4g}" for name in SHOWN if name in (logs or {})}
+        if shown and self.training_bar is not None:  # which the first process alone has
+            self.training_bar.set_postfix(shown)
+
+
+def show_metrics(trainer: Any) -> None:
+    """Put it in the place of Trainer's, where that is the one: not in notebooks, nor without a bar."""
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback) is transformers.ProgressCallback:
+            trainer.remove_callback(callback)
+            trainer.add_callback(ProgressCallback(callback.max_str_len))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..functional import Metrics
 from ..targets.store import Store
 from ..teachers import TeacherHead
-from .attach import attach
+from .attach import Held, attach
 from .heads import head_of, hidden_states
 
 _STORED = ("sequence", "hidden", "indices", "log_probs", "tail")  # of a store's batch, and no model's
@@ -53,7 +53,8 @@ class DFTTrainer(transformers.Trainer):
     teacher: a `Store` (its sequences are the training set unless one is given, its collate the collator), a causal LM
     of the model's vocabulary (run without gradient on every batch), a callable `inputs -> teacher` of
     `linear_distribution_loss`, or None: cross-entropy alone. Everything else is Trainer's: accumulation, checkpoints,
-    `report_to`. Metrics of the loss's own pass (METRICS, means over tokens since the last log) join its logs.
+    `report_to`. Metrics of the loss's own pass (METRICS, means over all processes' tokens since the last log) join
+    its logs.
 
     Raises ValueError for a loss that is not finite, before the step is taken, naming step and sequences.
     """
@@ -68,6 +69,11 @@ class DFTTrainer(transformers.Trainer):
         if not isinstance(args, DFTConfig):
             raise TypeError(
                 f"DFTTrainer: args must be a DFTConfig, got {type(args).__name__}. Its fields are Trainer's."
+            )
+        if args.n_gpu > 1 and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
+            raise ValueError(
+                f"DFTTrainer: args must give each process one device (not nn.DataParallel's), got {args.n_gpu}. Start "
+                f"torchrun --nproc_per_node={args.n_gpu}, or show one device: CUDA_VISIBLE_DEVICES=0."
             )
         if isinstance(teacher, Store):
             if more.get("processing_class") is not None:
@@ -100,8 +106,11 @@ class DFTTrainer(transformers.Trainer):
         teacher = self._teacher(inputs) if model.training and self._matches() else None
         inputs = {name: value for name, value in inputs.items() if name not in _STORED}
         if teacher is not None:
-            inputs["teacher"] = teacher
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            inputs["teacher"] = Held(teacher)
+        items: Any = num_items_in_batch
+        if isinstance(items, Tensor) and self.is_fsdp_enabled:
+            items = float(items)  # Trainer's is a tensor in float32, which mixed precision of FSDP2 rounds to bf16
+        loss, outputs = super().compute_loss(model, inputs, True, items)
         if model.training:
             if not bool(torch.isfinite(loss)):
                 of = "" if sequences is None else f", sequences {sequences.tolist()}"
@@ -114,9 +123,13 @@ class DFTTrainer(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with the means of METRICS since the last log of the training loss."""
-        if "loss" in logs and self.sums:
-            logs = {**logs, **{name: float(total / count) for name, (total, count) in self.sums.items() if count > 0}}
+        """Trainer's, with the means of METRICS since the last log of the training loss, over all processes' tokens."""
+        if "loss" in logs:
+            none = torch.zeros(2, device=self.args.device)
+            sums = torch.stack([self.sums.get(name, none).to(none.device) for name in METRICS])
+            sums = self.accelerator.reduce(sums, "sum")  # of every process, whichever of METRICS it has seen
+            found = zip(METRICS, sums.tolist(), strict=True)
+            logs = {**logs, **{name: total / count for name, (total, count) in found if count > 0}}
             self.sums = {}
         super().log(logs, start_time)
 
@@ -145,6 +158,6 @@ class DFTTrainer(transformers.Trainer):
         found = {**vars(metrics), "accuracy": metrics.correct}
         for name in METRICS:
             if found[name] is not None:
-                total = found[name].sum().float()  # 0 for ignored rows
+                total = found[name].sum(dtype=torch.float32)  # 0 for ignored rows
                 old = self.sums.get(name, torch.zeros(2, device=total.device))
                 self.sums[name] = old + torch.stack([total, count])

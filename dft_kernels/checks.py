@@ -80,6 +80,13 @@ class Checks:
     def tensor(self, argument: str, value: Any) -> Tensor:
         if not isinstance(value, Tensor):
             self.fail(argument, "be a tensor", type(value).__name__, "Pass a torch.Tensor", TypeError)
+        if hasattr(value, "full_tensor"):  # a DTensor, told without importing torch.distributed
+            remedy = f"Pass {argument}.to_local() where its rows are split as the model's are, else .full_tensor()"
+            if argument in self.names[1:]:
+                remedy = f'Pass {argument}.full_tensor(grad_placements=[Partial("avg")]) under data parallelism, whose '
+                remedy += "gradients are means over processes, or use attach, which reads the head inside of forward"
+            got = f"a {type(value).__name__} {list(getattr(value, 'placements', ()))}"
+            self.fail(argument, "be a tensor of this process", got, remedy, TypeError)
         return value
 
     def constant(self, argument: str, value: Any, *, floating: bool = True) -> Tensor:

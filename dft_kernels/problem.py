@@ -386,6 +386,7 @@ def _num_items(check: Checks, value: Any, reduction: str) -> Tensor | None:
         remedy = "Divide the result yourself, or use reduction='mean'"
         check.fail("num_items", "come with reduction='mean'", f"reduction={reduction!r}", remedy)
     if isinstance(value, Tensor):
+        check.tensor("num_items", value)
         if value.ndim != 0 or value.requires_grad:
             check.fail("num_items", "be a number or a 0-d tensor without grad", list(value.shape), "Pass its sum")
         return value

@@ -38,17 +38,21 @@ def teacher() -> Any:
     return model.to(torch.bfloat16).float()  # weights that bf16 holds
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
+def written(folder: Path) -> Store:
     """A store of hidden states, written by hand in bf16."""
     model, head = teacher(), head_of(teacher())
     assert head.weight is not None
     contents = Contents("hidden", 64, 24, "tiny", "a", "b")
-    with StoreWriter(tmp_path / "store", contents, (head.weight, None)) as writer:
+    with StoreWriter(folder / "store", contents, (head.weight, None)) as writer:
         ids = [torch.randint(3, 64, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
         with torch.no_grad():
             writer.append(ids, hidden=[hidden_states(model, one[None])[0] for one in ids])
-    return Store(tmp_path / "store")
+    return Store(folder / "store")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return written(tmp_path)
 
 
 def top_k_store(folder: Path) -> Store:

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..functional import Metrics, linear_distribution_loss, shift_labels
 from ..teachers import Head
-from .heads import head_of, output_layer, projection
+from .heads import head_of, output_layer, parted, projection
 
 _THE_CALLS = ("bias", "low_rank", "logit_scale", "softcap", "reduction", "num_items", "ignore_index", "return_metrics")
 _WEIGHTS = ("soft_weight", "hard_weight")  # that a call may give for itself
@@ -30,6 +30,14 @@ class DistributionOutput(CausalLMOutputWithPast):
     """What an attached model returns with a loss; logits is None unless return_logits."""
 
     metrics: Metrics | None = None
+
+
+class Held:
+    """A teacher as it is: mixed precision of FSDP2 casts the tensors in every container of inputs that it knows, down
+    to a store's log-probabilities, and this is none of them."""
+
+    def __init__(self, teacher: Any) -> None:
+        self.teacher = teacher
 
 
 class _Attachment(NamedTuple):
@@ -56,6 +64,10 @@ def attach(model: Any, **terms: Any) -> Any:
     accumulation); return_logits=True: the logits too; soft_weight, hard_weight: of this call, with a teacher, None:
     those of `terms`. Without labels a teacher's rows count wherever the attention mask has a next token. The output's
     `metrics` are the kernel's. In evaluation mode labels alone take the model's own path.
+
+    Under data parallelism attach first and wrap then (DDP, FSDP2, accelerate's prepare), and call the wrapper: around
+    it, as `ddp.module(**batch)`, gradients stay this process's, and no one says so. The loss reads the head after the
+    backbone ran: FSDP2 has to keep it in the root's unit or group it with the final norm, as accelerate does.
 
     Raises ValueError where the logits of hidden states and head are not the model's, proven on a few tokens.
     """
@@ -117,6 +129,9 @@ def _check_loss(model: Any) -> None:
 
 
 def _causal(model: Any) -> Any:
+    if isinstance(getattr(model, "module", None), torch.nn.Module):  # some of them pass on what they are asked for
+        remedy = "Call attach(model) before it is wrapped, or on the wrapper's .module"
+        _fail("model", "be what is inside of a wrapper", type(model).__name__, remedy)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "base_model"):
         _fail("model", "be a causal LM of transformers", type(model).__name__, "Pass what AutoModelForCausalLM loads")
@@ -144,6 +159,8 @@ def _forward(signature: inspect.Signature) -> Any:
 def _call(model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
     attachment: _Attachment = model.__dict__["_dft_kernels"]
     ours = {name: named.pop(name, None) for name in _OURS}
+    if isinstance(ours["teacher"], Held):
+        ours["teacher"] = ours["teacher"].teacher
     bound = attachment.signature.bind_partial(*arguments, **named).arguments
     given = {**{n: v for n, v in bound.items() if n != "kwargs"}, **bound.get("kwargs", {})}
     labels, teacher = given.get("labels"), ours["teacher"]
@@ -170,6 +187,12 @@ def _with_loss(model: Any, attachment: _Attachment, given: dict[str, Any], ours:
     hidden = out.last_hidden_state
     target = targets_of({**given, "shift_labels": ours["shift_labels"]})
     layer, head, terms = output_layer(model), attachment.head, attachment.terms
+    if (found := parted(layer)) is not None:
+        remedy = (
+            "Under FSDP2 leave it in the root's unit, or group it with the final norm: fully_shard([norm, lm_head])"
+        )
+        remedy += "; in place of ZeRO-3 use ZeRO-2 or FSDP2"
+        _fail("the head", "be whole once the backbone ran", found, remedy)
     terms = {**terms, **{name: ours[name] for name in _WEIGHTS if ours[name] is not None}}
     if ours["teacher"] is None:
         terms = {**terms, "hard_weight": 1.0}

@@ -28,6 +28,18 @@ def output_layer(model: Any) -> Any:
     return layer if trained is None else trained[layer.active_adapter]
 
 
+def parted(layer: Any) -> str | None:
+    """How the layer's weight is split over processes, None where this one has all of it."""
+    weight = layer.weight
+    if hasattr(weight, "full_tensor"):  # a DTensor, told without importing torch.distributed
+        return f"a {type(weight).__name__} {list(weight.placements)}"
+    if hasattr(weight, "ds_id") and weight.numel() == 0:
+        return "a parameter that ZeRO-3 has partitioned"
+    if isinstance(layer, torch.nn.Linear) and weight.ndim == 1:
+        return "a flat part of it, as FSDP1 keeps it"
+    return None
+
+
 def projection(layer: Any, hidden: Tensor) -> dict[str, Any]:
     """weight, bias and low_rank of `linear_distribution_loss` that give this layer's output of `hidden` [..., H], with
     the gradients of all that it trains: its adapters are LoRA's, as PEFT would run them now, and a `CorrectionHead`.
@@ -70,6 +82,9 @@ def head_of(model: Any, adapted: bool = False) -> Head:
     a scale and a softcap is not served. adapted: `projection` of its layer is used, so that adapters are admitted."""
     layer = output_layer(model)
     weight = getattr(layer, "weight", None)
+    if weight is not None and (found := parted(layer)) is not None:
+        remedy = "Call attach before the model is sharded; a head split by ZeRO-3 or tensor parallelism is not served"
+        _fail(model, "all of its head in this process", found, remedy)
     if weight is None or weight.ndim != 2:
         _fail(
             model, "a linear output embedding", type(layer).__name__, "Models without an lm_head [V, H] are not served"

@@ -14,7 +14,7 @@ from ..functional import Metrics
 from ..mixture import Mixture
 from ..problem import build
 from ..targets.store import Store
-from .attach import attach, targets_of
+from .attach import Held, attach, targets_of
 from .collators import PROMPTED, PrinciplesCollator
 from .progress import show_metrics
 from .teaching import asked, check_prompted, parts_of, stand_in
@@ -68,7 +68,8 @@ class DFTTrainer(transformers.Trainer):
     `linear_distribution_loss`, a `Mixture` of these and of `Labels()`, each asked for every batch, or None:
     cross-entropy alone. With `PrinciplesCollator` as data_collator a model sees its principles before each sequence.
     Everything else is Trainer's: accumulation (a step is divided by the tokens of all of its batches), checkpoints,
-    `report_to`. Metrics of the loss's own pass (METRICS, means over tokens since the last log) join its logs.
+    `report_to`. Metrics of the loss's own pass (METRICS, means over all processes' tokens since the last log)
+    join its logs.
 
     Raises ValueError for a loss that is not finite, before the step is taken, naming step and sequences.
     """
@@ -87,6 +88,11 @@ class DFTTrainer(transformers.Trainer):
         if more.get("compute_loss_func") is not None:
             raise ValueError(
                 "DFTTrainer: compute_loss_func must be None, got one, which would replace the loss. Use Trainer for it."
+            )
+        if args.n_gpu > 1 and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
+            raise ValueError(
+                f"DFTTrainer: args must give each process one device (not nn.DataParallel's), got {args.n_gpu}. Start "
+                f"torchrun --nproc_per_node={args.n_gpu}, or show one device: CUDA_VISIBLE_DEVICES=0."
             )
         for store in (part for part in parts_of(teacher) if isinstance(part, Store)):
             if more.get("processing_class") is not None:
@@ -123,13 +129,16 @@ class DFTTrainer(transformers.Trainer):
         teacher = self.asked(inputs) if self.asked is not None and model.training and self._matches() else None
         inputs = {name: value for name, value in inputs.items() if name not in (*_STORED, *PROMPTED)}
         if teacher is not None:
-            inputs.update(teacher=teacher, **self._weights())
+            inputs.update(teacher=Held(teacher), **self._weights())
         elif model.training and inputs.get("labels") is None and inputs.get("shift_labels") is None:
             raise ValueError(
                 f"DFTTrainer: labels must be given in a step of cross-entropy, got None in step "
                 f"{self.state.global_step + 1}. Let the collator make them, or match a teacher in every step."
             )
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        items: Any = num_items_in_batch
+        if isinstance(items, Tensor) and self.is_fsdp_enabled:
+            items = float(items) or items  # Trainer's is a tensor in float32, which mixed precision of FSDP2 rounds to bf16
+        loss, outputs = super().compute_loss(model, inputs, True, items)
         if model.training:
             if not bool(torch.isfinite(loss)):
                 of = "" if sequences is None else f", sequences {sequences.tolist()}"
@@ -142,9 +151,13 @@ class DFTTrainer(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with the means of METRICS since the last log of the training loss."""
-        if "loss" in logs and self.sums:
-            logs = {**logs, **{name: float(total / count) for name, (total, count) in self.sums.items() if count > 0}}
+        """Trainer's, with the means of METRICS since the last log of the training loss, over all processes' tokens."""
+        if "loss" in logs:
+            none = torch.zeros(2, device=self.args.device)
+            sums = torch.stack([self.sums.get(name, none).to(none.device) for name in METRICS])
+            sums = self.accelerator.reduce(sums, "sum")  # of every process, whichever of METRICS it has seen
+            found = zip(METRICS, sums.tolist(), strict=True)
+            logs = {**logs, **{name: total / count for name, (total, count) in found if count > 0}}
             self.sums = {}
         super().log(logs, start_time)
 
@@ -171,7 +184,7 @@ class DFTTrainer(transformers.Trainer):
         found = {**vars(metrics), "accuracy": metrics.correct}
         for name in METRICS:
             if found[name] is not None:
-                total = found[name].sum().float()  # 0 for ignored rows
+                total = found[name].sum(dtype=torch.float32)  # 0 for ignored rows
                 old = self.sums.get(name, torch.zeros(2, device=total.device))
                 self.sums[name] = old + torch.stack([total, count])
 

@@ -1,0 +1,63 @@
+"""Two processes for a test, over gloo on the CPU: `on_two(__file__, folder, *names)` runs the file's functions
+`name(folder)` in both, one after the other: to import transformers takes longer than any of them."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+SECONDS = 240  # a hang is a failure
+
+
+def on_two(file: str, folder: Path, *names: str) -> None:
+    """Run them to both ends. What the processes have said is the message of a failure."""
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith(("PYTEST_", "ACCELER"))}
+    said = [folder / f"said-{rank}.txt" for rank in range(2)]
+    processes = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        environment = {**kept, **place, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, __file__, file, str(folder), *names]
+        with said[rank].open("w") as output:
+            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    end = time.monotonic() + SECONDS
+    codes = [None, None]
+    try:
+        while None in codes and not any(codes) and time.monotonic() < end:
+            time.sleep(0.05)
+            codes = [process.poll() for process in processes]
+    finally:
+        for process in processes:  # one waits for the other where that has failed
+            process.kill()
+            process.wait()
+    assert codes == [0, 0], f"they ended with {codes}\n" + "\n".join(one.read_text()[-8000:] for one in said)
+
+
+def main(file: str, folder: str, *names: str) -> None:
+    """One of the two."""
+    import torch
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",  # no port to be taken
+        rank=int(os.environ["RANK"]),
+        world_size=2,
+        timeout=timedelta(seconds=SECONDS / 2),
+    )
+    functions = runpy.run_path(file)
+    for name in names:
+        functions[name](Path(folder))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 import sys
-
-from . import demo, info
-from .benchmarks import command as bench
-from .finetune import command as capture
-from .targets import command as store
+from importlib import import_module
 
 _USAGE = """usage: dft-kernels COMMAND [options]
 
-  demo            a real model trained with the chunked and with the eager loss, side by side
+  demo            a real model trained by cross-entropy and towards a teacher's distributions, side by side
+  train           a model towards a teacher, from a configuration file or flags
+  sample          what a trained model writes, beside its base
   capture         run a teacher over texts and store its distributions
   store           what such a store holds (info), and whether it is whole (verify)
   bench           this loss against the bare matrix products, PyTorch's and other libraries' losses
   info [--json]   versions, backends available and why not, instruction sets, build stamp, defaults
 """
 
+_ROOMS = {
+    "bench": "benchmarks.command",
+    "capture": "finetune.command",
+    "demo": "demo",
+    "info": "info",
+    "sample": "finetune.sample",
+    "store": "targets.command",
+    "train": "finetune.train",
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; its own --help explains its options."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    commands = {
-        "bench": bench.main,
-        "capture": capture.main,
-        "demo": demo.main,
-        "info": info.main,
-        "store": store.main,
-    }
-    if command in commands:
+    if command in _ROOMS:
         try:
-            return commands[command](rest)
+            return int(import_module(f".{_ROOMS[command]}", __package__).main(rest))
         except ModuleNotFoundError as error:
             print(
                 f"dft-kernels {command}: {error.name} must be installed, got none. "
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     if command in ("-h", "--help"):
         return 0
     print(
-        f"dft-kernels: COMMAND must be one of {', '.join(commands)}, got {command!r}. See the list above.",
+        f"dft-kernels: COMMAND must be one of {', '.join(_ROOMS)}, got {command!r}. See the list above.",
         file=sys.stderr,
     )
     return 2

@@ -12,7 +12,8 @@ import torch
 
 from ..targets.command import describe
 from ..targets.manifest import KINDS, SHARD_ROWS
-from .materials import cache_folder, lambada, read_texts, smollm2
+from .materials import cache_folder
+from .sources import MODEL_HELP, TEXT_HELP, model_of, texts_of
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -25,13 +26,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = made.add_argument
-    add("--model", required=True, help="a folder or name for transformers, or smollm2, which pip brings")
-    add(
-        "--text",
-        required=True,
-        nargs="+",
-        help="UTF-8 files; lambada, which pip brings; or hf:NAME[:SPLIT[:COLUMN]], a dataset",
-    )
+    add("--model", required=True, help=MODEL_HELP)
+    add("--text", required=True, nargs="+", help=TEXT_HELP)
     add("--out", required=True, type=Path, metavar="DIR", help="the store: new, or one to go on with")
     add("--kind", choices=KINDS, default="hidden", help="last hidden states and the head, or the likeliest tokens")
     add("--k", type=int, default=128, help="tokens a row of topk")
@@ -58,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.temperature > 0:
             raise ValueError(f"capture: --temperature must be above 0, got {options.temperature}. Raise it.")
         texts = texts_of(options.text, options.cache)
-        model, tokenizer = teacher_of(options.model, options.cache)
+        model, tokenizer = model_of(options.model, options.cache)
         return _run(options, texts, model, tokenizer)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"dft-kernels {error}", file=sys.stderr)
@@ -115,43 +111,3 @@ def _run(options: argparse.Namespace, texts: list[str], model: Any, tokenizer: A
     if total > first[0]:
         print(f"{'speed':10} {(total - first[0]) / seconds:,.0f} tokens/s")
     return 0
-
-
-def teacher_of(name: str, cache: Path) -> tuple[Any, Any]:
-    """A model and its tokenizer, by folder, transformers' name, or as a material of pip's."""
-    if name == "smollm2":
-        return smollm2(cache)
-    import transformers
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        return transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto"), tokenizer
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"capture: --model must be a folder or name that transformers loads, or smollm2, got {name!r}: "
-            f"{str(error).splitlines()[0]}. Check the folder, or that its hub is reachable."
-        ) from error
-
-
-def texts_of(names: list[str], cache: Path) -> list[str]:
-    """The texts that `--text` names, in order."""
-    texts: list[str] = []
-    for name in names:
-        if name == "lambada":
-            texts += lambada(cache)
-        elif name.startswith("hf:"):
-            texts += _dataset(*name.split(":")[1:])
-        else:
-            texts += read_texts([Path(name)])
-    return texts
-
-
-def _dataset(name: str, split: str = "train", column: str = "text") -> list[str]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(f"capture: --text hf:{name} needs datasets, got none. pip install datasets.") from error
-    found = datasets.load_dataset(name, split=split)
-    if column not in found.column_names:
-        raise ValueError(f"capture: --text hf:{name} must have a column {column!r}, got {found.column_names}. Name it.")
-    return list(found[column])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from typing import Any
 
+import torch
 import transformers
 
 SHOWN = ("loss", "soft_loss", "hard_loss", "teacher_agreement")
@@ -18,6 +21,14 @@ class ProgressCallback(transformers.ProgressCallback):  # type: ignore[misc]
         shown = {name: f"{logs[name]:.4g}" for name in SHOWN if name in (logs or {})}
         if shown and self.training_bar is not None:  # which the first process alone has
             self.training_bar.set_postfix(shown)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most this process has held of the device's memory, of the machine's where that is the CPU, in 10^9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def show_metrics(trainer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from ..problem import build
 from ..targets.store import Store
 from .attach import Held, attach, targets_of
 from .collators import PROMPTED, PrinciplesCollator
-from .progress import show_metrics
+from .progress import peak_memory_gb, show_metrics
 from .teaching import asked, check_prompted, parts_of, stand_in
 
 _STORED = ("sequence", "hidden", "indices", "log_probs", "tail")  # of a store's batch, and no model's
@@ -104,6 +105,7 @@ class DFTTrainer(transformers.Trainer):
             check_prompted(teacher)
         self.teacher = teacher
         self.sums: dict[str, Tensor] = {}
+        self.since: float | None = None
         terms = {
             "divergence": args.divergence, "soft_weight": args.soft_weight, "hard_weight": args.hard_weight,
             "temperature": args.temperature, "teacher_temperature": args.teacher_temperature,
@@ -124,6 +126,7 @@ class DFTTrainer(transformers.Trainer):
     ) -> Any:
         """The loss of a batch; its teacher's rows are taken out of `inputs`, or made of them."""
         sequences = inputs.get("sequence")
+        self.since = time.perf_counter() if self.since is None else self.since
         if PROMPTED[0] in inputs:
             check_prompted(self.teacher)
         teacher = self.asked(inputs) if self.asked is not None and model.training and self._matches() else None
@@ -137,7 +140,9 @@ class DFTTrainer(transformers.Trainer):
             )
         items: Any = num_items_in_batch
         if isinstance(items, Tensor) and self.is_fsdp_enabled:
-            items = float(items) or items  # Trainer's is a tensor in float32, which mixed precision of FSDP2 rounds to bf16
+            items = (
+                float(items) or items
+            )  # Trainer's is a tensor in float32, which mixed precision of FSDP2 rounds to bf16
         loss, outputs = super().compute_loss(model, inputs, True, items)
         if model.training:
             if not bool(torch.isfinite(loss)):
@@ -151,14 +156,18 @@ class DFTTrainer(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with the means of METRICS since the last log of the training loss, over all processes' tokens."""
+        """Trainer's, with the means of METRICS since the last log of the training loss, over all processes' tokens, the
+        speed of these, and the most memory that this process has held."""
         if "loss" in logs:
             none = torch.zeros(2, device=self.args.device)
-            sums = torch.stack([self.sums.get(name, none).to(none.device) for name in METRICS])
-            sums = self.accelerator.reduce(sums, "sum")  # of every process, whichever of METRICS it has seen
-            found = zip(METRICS, sums.tolist(), strict=True)
+            sums = torch.stack([self.sums.get(name, none).to(none.device) for name in (*METRICS, "tokens")])
+            # of every process, whichever of METRICS it has seen
+            *means, (tokens, _) = self.accelerator.reduce(sums, "sum").tolist()
+            found = zip(METRICS, means, strict=True)
             logs = {**logs, **{name: total / count for name, (total, count) in found if count > 0}}
-            self.sums = {}
+            logs["tokens_per_second"] = tokens / (time.perf_counter() - (self.since or 0.0))
+            logs["peak_memory_gb"] = peak_memory_gb(self.args.device)
+            self.sums, self.since = {}, time.perf_counter()
         super().log(logs, start_time)
 
     def _matches(self) -> bool:
@@ -185,8 +194,13 @@ class DFTTrainer(transformers.Trainer):
         for name in METRICS:
             if found[name] is not None:
                 total = found[name].sum(dtype=torch.float32)  # 0 for ignored rows
-                old = self.sums.get(name, torch.zeros(2, device=total.device))
-                self.sums[name] = old + torch.stack([total, count])
+                self._add(name, torch.stack([total, count]))
+        seen = inputs.get("attention_mask")
+        seen = targets_of(inputs).numel() if seen is None or seen.ndim != 2 else (seen != 0).sum()
+        self._add("tokens", torch.stack([count.new_zeros(()) + seen, count]))
+
+    def _add(self, name: str, pair: Tensor) -> None:
+        self.sums[name] = pair + self.sums.get(name, torch.zeros_like(pair))
 
 
 def _check(args: DFTConfig, terms: dict[str, Any], teacher: Any) -> None:

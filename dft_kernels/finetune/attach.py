@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..functional import Metrics, linear_distribution_loss, shift_labels
 from ..teachers import Head
-from .heads import head_of, output_layer, parted, projection
+from .heads import head_of, output_layer, parted, projection, unwrapped
 
 _THE_CALLS = ("bias", "low_rank", "logit_scale", "softcap", "reduction", "num_items", "ignore_index", "return_metrics")
 _WEIGHTS = ("soft_weight", "hard_weight")  # that a call may give for itself
@@ -132,7 +132,7 @@ def _causal(model: Any) -> Any:
     if isinstance(getattr(model, "module", None), torch.nn.Module):  # some of them pass on what they are asked for
         remedy = "Call attach(model) before it is wrapped, or on the wrapper's .module"
         _fail("model", "be what is inside of a wrapper", type(model).__name__, remedy)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrapped(model)
     if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "base_model"):
         _fail("model", "be a causal LM of transformers", type(model).__name__, "Pass what AutoModelForCausalLM loads")
     return inner

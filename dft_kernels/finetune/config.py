@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from .materials import cache_folder
@@ -21,6 +22,7 @@ _OTHER_DEFAULTS = {  # than Trainer's, for a command that a person watches
     "num_train_epochs": 1.0,
     "logging_steps": 10,
     "save_total_limit": 2,
+    "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
 

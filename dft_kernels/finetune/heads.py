@@ -14,9 +14,14 @@ _DIVIDES = ("logits_scaling",)
 CORRECTION = "correction"  # the name of a `CorrectionHead` in the head's layer
 
 
+def unwrapped(model: Any) -> Any:
+    """The causal LM inside of PEFT, whose own `base_model` is no backbone; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def hidden_states(model: Any, ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Tensor:
     """The last hidden states [B, T, H] that the model's head multiplies. more: of its forward, as position_ids."""
-    out = model.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False, **more)
+    out = unwrapped(model).base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False, **more)
     states: Tensor = out.last_hidden_state
     return states
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from .correction import load_correction
 from .held_out import continuations, distinct
 from .materials import cache_folder
@@ -81,6 +83,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.temperature < 0 or not 0 < options.top_p <= 1:
         got = f"{options.temperature}, {options.top_p}"
         raise ValueError(f"sample: --temperature must be at least 0 and --top-p in (0, 1], got {got}. Change them.")
+    transformers.utils.logging.disable_progress_bar()
     console = Console()
     with console.status("models"):
         model, tokenizer, base = load(options.model, options.base, options.cache)

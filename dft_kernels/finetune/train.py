@@ -28,7 +28,7 @@ CORRECTION_FILE = "correction.safetensors"
 ABOUT = "dft_kernels.json"  # beside the result: what it was made of
 
 
-class Sequences(Dataset[dict[str, Tensor]]):
+class Sequences(Dataset[dict[str, list[int]]]):
     """Token sequences [L] as items of a Trainer."""
 
     def __init__(self, sequences: list[Tensor]) -> None:
@@ -37,9 +37,9 @@ class Sequences(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        ids = self.sequences[number]
-        return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    def __getitem__(self, number: int) -> dict[str, list[int]]:
+        ids = self.sequences[number].tolist()
+        return {"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)}
 
 
 class StopOnInterrupt(transformers.TrainerCallback):
@@ -89,6 +89,7 @@ def run(job: Job, options: DFTConfig) -> int:
     """Train, measure, save; print what came out."""
     from rich.console import Console
 
+    transformers.utils.logging.disable_progress_bar()  # of loading; Trainer's own stays
     console = Console()
     if options.world_size > 1:
         console.quiet = not options.should_log
@@ -113,15 +114,16 @@ def run(job: Job, options: DFTConfig) -> int:
     batches = [collate([kept[number]]) for number in range(len(kept))]
     before = _measure(trainer, teacher, batches)
     if resume is not None:
-        console.print(f"going on from {resume}")
+        console.print(f"going on from {resume}", soft_wrap=True)
     found = trainer.train(resume_from_checkpoint=resume)
     if stop.stopped:
-        console.print(f"stopped at step {trainer.state.global_step}; the same command goes on from its checkpoint")
+        where = f"stopped at step {trainer.state.global_step}; the same command goes on from its checkpoint"
+        console.print(where, soft_wrap=True)
         return 130
     after = _measure(trainer, teacher, batches)
     _save(trainer, job, out, {"base": job.model, "held_out": {"before": before, "after": after}})
     console.print(report(before, after, found.metrics, trainer.state.log_history))
-    console.print(f"saved in {out}; dft-kernels sample {out} --prompt '...' puts it beside {job.model}")
+    console.print(f"saved in {out}; dft-kernels sample {out} --prompt '...' puts it beside {job.model}", soft_wrap=True)
     return 0
 
 

@@ -54,11 +54,25 @@ class DFTConfig(transformers.TrainingArguments):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"DFTConfig: {name} must be an int of at least {least}, got {value!r}. Change it.")
+        _check("DFTConfig", self, torch.zeros(1, 2))
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 f"DFTConfig: label_smoothing_factor must be 0, got {self.label_smoothing_factor}, for which Trainer "
                 "takes the labels from the model. Leave it, or give attach label_smoothing in a loop of your own."
             )
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """Keywords of `linear_distribution_loss`."""
+        names = (
+            "divergence",
+            "soft_weight",
+            "hard_weight",
+            "temperature",
+            "teacher_temperature",
+            "temperature_scaling",
+        )
+        return {name: getattr(self, name) for name in names}
 
 
 class DFTTrainer(transformers.Trainer):
@@ -106,14 +120,9 @@ class DFTTrainer(transformers.Trainer):
         self.teacher = teacher
         self.sums: dict[str, Tensor] = {}
         self.since: float | None = None
-        terms = {
-            "divergence": args.divergence, "soft_weight": args.soft_weight, "hard_weight": args.hard_weight,
-            "temperature": args.temperature, "teacher_temperature": args.teacher_temperature,
-            "temperature_scaling": args.temperature_scaling, "memory_budget": args.loss_memory_budget,
-            "backend": args.loss_backend,
-        }  # fmt: skip
-        _check(args, terms, teacher)
-        super().__init__(attach(model, **terms), args, **more)
+        how = {"memory_budget": args.loss_memory_budget, "backend": args.loss_backend}
+        _check("DFTTrainer", args, stand_in(teacher, args.device), args.device, **how)
+        super().__init__(attach(model, **args.terms, **how), args, **more)
         self.asked = asked(teacher, args.device)
         show_metrics(self)
 
@@ -203,8 +212,7 @@ class DFTTrainer(transformers.Trainer):
         self.sums[name] = pair + self.sums.get(name, torch.zeros_like(pair))
 
 
-def _check(args: DFTConfig, terms: dict[str, Any], teacher: Any) -> None:
+def _check(function: str, args: DFTConfig, teacher: Any, device: Any = "cpu", **more: Any) -> None:
     """What a loss's own checks can tell before there is a batch: on one row, two tokens, nothing computed."""
-    hidden = torch.zeros(1, 1, device=args.device)
-    label = torch.zeros(1, dtype=torch.int64, device=args.device)
-    build("DFTTrainer", hidden, hidden.new_zeros(2, 1), label, stand_in(teacher, args.device), **terms)
+    hidden, label = torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    build(function, hidden, hidden.new_zeros(2, 1), label, teacher, **args.terms, **more)

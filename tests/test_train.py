@@ -17,6 +17,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file  # noqa: E402 - comes with transformers
 from test_capture import WORDS, tiny, tokenizer  # noqa: E402, F401 - imports transformers; a fixture
+from two_processes import on_two  # noqa: E402
 
 from dft_kernels.finetune import command, sample, train  # noqa: E402 - the same
 from dft_kernels.finetune.config import parse, parser  # noqa: E402 - the same
@@ -200,3 +201,20 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     }.items():
         assert sample.main(list(arguments)) == 1
         assert said in capsys.readouterr().err
+
+
+def on_both(folder: Path) -> None:
+    """What each of two processes runs."""
+    arguments = ["--model", str(folder / "student"), "--text", *texts(folder), "--length", "16", *FAST]
+    assert train.main([*arguments, "--output_dir", str(folder / "two"), "--per_device_train_batch_size", "4"]) == 0
+
+
+def test_two_processes_are_one(folder: Path) -> None:
+    """DDP's: the same sequences a step, the same result; one of them writes and speaks."""
+    code, alone = run(folder, "--text", *texts(folder), "--per_device_train_batch_size", "8")
+    assert code == 0
+    on_two(__file__, folder, "on_both")
+    both = json.loads((folder / "two" / train.ABOUT).read_text())["held_out"]
+    for when in ("before", "after"):
+        assert both[when]["cross_entropy"] == pytest.approx(alone["held_out"][when]["cross_entropy"], rel=1e-4)
+    assert ["saved in" in (folder / f"said-{rank}.txt").read_text() for rank in range(2)] == [True, False]

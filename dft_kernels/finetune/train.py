@@ -63,6 +63,10 @@ class StopOnInterrupt(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop, and save where the step was taken."""
+        if args.world_size > 1:  # all of them at one step, whoever was told first
+            told = torch.tensor(float(self.stopped), device=args.device)
+            torch.distributed.all_reduce(told)
+            self.stopped = bool(told)
         if self.stopped:
             control.should_save = control.should_training_stop = True
 
@@ -120,8 +124,12 @@ def run(job: Job, options: DFTConfig) -> int:
         where = f"stopped at step {trainer.state.global_step}; the same command goes on from its checkpoint"
         console.print(where, soft_wrap=True)
         return 130
-    after = _measure(trainer, teacher, batches)
-    _save(trainer, job, out, {"base": job.model, "held_out": {"before": before, "after": after}})
+    _save(trainer, job, out)
+    after = None if trainer.is_fsdp_enabled else _measure(trainer, teacher, batches)  # its parts are not here
+    if options.should_save:
+        measured = {when: one and vars(one) for when, one in (("before", before), ("after", after))}
+        text = json.dumps({"base": job.model, "held_out": measured, "job": vars(job)}, indent=1)
+        (out / ABOUT).write_text(text + "\n", encoding="utf-8")
     console.print(report(before, after, found.metrics, trainer.state.log_history))
     console.print(f"saved in {out}; dft-kernels sample {out} --prompt '...' puts it beside {job.model}", soft_wrap=True)
     return 0
@@ -171,8 +179,8 @@ def _measure(trainer: DFTTrainer, teacher: Any, batches: list[dict[str, Tensor]]
     return held_out(model, batches, asked(teacher, trainer.args.device))
 
 
-def _save(trainer: DFTTrainer, job: Job, out: Path, about: dict[str, Any]) -> None:
-    """The result, in whole or what was trained of it, the tokenizer, and what they were made of."""
+def _save(trainer: DFTTrainer, job: Job, out: Path) -> None:
+    """The result, in whole or what was trained of it, and the tokenizer."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if job.correction_rank:
         if trainer.args.should_save:
@@ -180,10 +188,6 @@ def _save(trainer: DFTTrainer, job: Job, out: Path, about: dict[str, Any]) -> No
             trainer.processing_class.save_pretrained(out)
     else:
         trainer.save_model(str(out))
-    if trainer.args.should_save:
-        measured = {name: vars(one) if one is not None else None for name, one in about["held_out"].items()}
-        text = json.dumps({**about, "held_out": measured, "job": vars(job)}, indent=1)
-        (out / ABOUT).write_text(text + "\n", encoding="utf-8")
 
 
 def report(before: HeldOut | None, after: HeldOut | None, metrics: dict[str, float], history: list[Any]) -> Any:

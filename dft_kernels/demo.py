@@ -264,7 +264,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     console.print(render(result, options.out))
     for number in range(2):
-        console.print(f"\n[bold]{result['prompts'][number]}[/bold]", highlight=False)
+        console.print()
+        console.print(result["prompts"][number], style="bold", markup=False, highlight=False)
         for name, rows in result["written"].items():
-            console.print(f"[cyan]{name}:[/cyan] ", rows[number].replace("\n", " "), markup=name == "", highlight=False)
+            console.print(f"{name}: {rows[number]}".replace("\n", " "), markup=False, highlight=False)
     return 0

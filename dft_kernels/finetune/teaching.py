@@ -13,7 +13,7 @@ from ..mixture import Labels, Mixture
 from ..targets.store import Store
 from ..teachers import TeacherHead, TopK
 from .collators import PROMPTED
-from .heads import head_of, hidden_states
+from .heads import head_of, hidden_states, unwrapped
 
 # how a packed batch says where its sequences begin; a teacher that is not told would look across
 _PACKED = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -26,7 +26,7 @@ class Running:
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
         self.head = head_of(model)
-        self.positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+        self.positions = "position_ids" in inspect.signature(unwrapped(model).base_model.forward).parameters
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Any]) -> TeacherHead:

@@ -132,21 +132,22 @@ def _loss(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def compute_loss(problem: Problem, dhidden: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Loss, denominator, row quantities (where metrics are wanted), mean probability and group weights (where a
-    group is), and the unscaled gradients; what is not there is an empty tensor. `dhidden`: see `run`."""
+    """Loss, denominator, row quantities (where metrics are wanted), features (where given), mean probability and group
+    weights (where a group is), and the unscaled gradients; what is not there is empty. `dhidden`: see `run`."""
 
     def seed(chunk: Chunk, rows: Rows) -> Cotangents:
-        return loss_cotangents(problem, chunk.hidden, chunk.weight)
+        return loss_cotangents(problem, chunk.hidden, chunk.weight, rows)
 
     wanted = problem.needs_gradient or dhidden is not None
     outcome = run(problem, loss_terms(problem), seed if wanted else None, dhidden)
     selection = outcome.selection
-    total = loss_rows(problem, outcome.rows, selection.weight).sum() / selection.denominator
+    total = loss_rows(problem, outcome.rows, outcome.features, selection.weight).sum() / selection.denominator
     none = problem.hidden.new_empty
     return (
         total,
         selection.denominator,
         outcome.rows if problem.reports else none(0, dtype=problem.dtype),
+        none(0, dtype=problem.dtype) if outcome.features is None else outcome.features,
         *mean_probability(problem, outcome),
         *(none(0) if g is None or g is dhidden else g for g in outcome.gradients),
     )
@@ -161,6 +162,7 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
         new((), dtype=wide),
         new((), dtype=wide),
         new((REPORTED, n), dtype=wide) if problem.reports else new(0, dtype=wide),
+        new(0, dtype=wide) if problem.features is None else new((n, problem.num_features), dtype=wide),
         new(0, dtype=wide) if groups is None else new((groups, problem.vocab), dtype=wide),
         new(0, dtype=wide) if groups is None else new((groups,), dtype=wide),
         *shapes(problem, dweight_dtype(problem)),
@@ -170,7 +172,7 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:2], output[1], *output[5:])
+    ctx.save_for_backward(*inputs[:2], output[1], *output[6:])
     problem = Problem(*inputs)
     ctx.needs = problem.needs
     ctx.dtype = problem.hidden.dtype
@@ -224,7 +226,7 @@ loss = torch.library.custom_op(
     "dft_kernels::loss",
     _loss,
     mutates_args=(),
-    schema=f"({SCHEMA}) -> (" + ", ".join(["Tensor"] * (5 + GRADIENTS)) + ")",
+    schema=f"({SCHEMA}) -> (" + ", ".join(["Tensor"] * (6 + GRADIENTS)) + ")",
 )
 loss.register_fake(_loss_fake)
 loss.register_autograd(_loss_backward, setup_context=_loss_setup)

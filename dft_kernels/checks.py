@@ -222,6 +222,31 @@ class Checks:
         value = value.to_sparse_coo().coalesce()
         return value.values(), value.indices(), value.shape[1]
 
+    def feature_weight(self, value: Any, features: int | None) -> Tensor | None:
+        """[..., K] beside features [V, K], flattened to [N, K]."""
+        if value is None:
+            return None
+        if features is None:
+            self.fail("features", "be given with feature_weight", "None", "Pass the features [V, K] that it weighs")
+        self.constant("feature_weight", value)
+        why = f"{self.names[0]}'s leading shape, then features' K"
+        return self.shape("feature_weight", value, (*self.lead, features), why).reshape(-1, features)
+
+    def num_items(self, value: Any, reduction: str) -> Tensor | None:
+        """What "mean" divides by instead, 0-d."""
+        if value is None:
+            return None
+        if reduction != "mean":
+            remedy = "Divide the result yourself, or use reduction='mean'"
+            self.fail("num_items", "come with reduction='mean'", f"reduction={reduction!r}", remedy)
+        if isinstance(value, Tensor):
+            self.tensor("num_items", value)
+            if value.ndim != 0 or value.requires_grad:
+                self.fail("num_items", "be a number or a 0-d tensor without grad", list(value.shape), "Pass its sum")
+            return value
+        number = self.number("num_items", value, "be greater than 0", lambda x: x > 0)
+        return torch.tensor(number, dtype=torch.float64)
+
     def teacher(self, teacher: Any, vocab: int, temperature: float, divergence: Divergence, labelled: bool) -> Taught:
         """A teacher, checked against the model's rows, its vocabulary and the rest of the call, and flattened.
         temperature: the teacher's."""

@@ -32,6 +32,8 @@ class Metrics:
     lse: Tensor
     correct: Tensor | None
     teacher_agreement: Tensor | None
+    log_prob: Tensor | None  # log q_n[target_n]
+    features: Tensor | None  # q @ features [..., K]
     mean_probability: Tensor | None  # [num_groups, V], where a group was given
     backend: str  # what served the call
 
@@ -75,6 +77,9 @@ def linear_distribution_loss(
     potential: Tensor | None = None,
     group: Tensor | None = None,
     num_groups: int = 1,
+    features: Tensor | None = None,
+    feature_weight: Tensor | None = None,
+    entropy_weight: Tensor | None = None,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
     reduction: str = "mean",
@@ -89,6 +94,7 @@ def linear_distribution_loss(
 
         z = cap(logit_scale * (hidden @ weight.T + down @ up.T + bias)),  cap(x) = softcap * tanh(x / softcap)
         loss_n = hard_weight * CE_n + soft_weight * D_n + z_loss * lse_n^2 + <q_n, potential[group_n]>
+                 + <q_n @ features, feature_weight_n> + entropy_weight_n * H(q_n)
 
     q = softmax(z) and lse = logsumexp(z) at T = 1; CE_n = -log q_n[target_n], smoothed towards uniform by
     label_smoothing as `F.cross_entropy` does; D_n = D(softmax(teacher / teacher_temperature), softmax(z /
@@ -107,6 +113,7 @@ def linear_distribution_loss(
         teacher_temperature: None: the same as temperature.
         z_loss: weight of lse^2 (PaLM, arXiv:2204.02311, section 5).
         potential: [num_groups, V], with group [...] int64 (None: all rows in group 0); no gradient flows to it.
+        features: [V, K], dense or sparse (COO, CSR), floating; feature_weight: [..., K]; entropy_weight: [...].
         row_weight: [...], multiplies a row's whole loss; a row of weight 0 is skipped, never multiplied.
         reduction: "mean" divides by the number of valid rows (by the sum of their row_weight where given),
             "sum" does not, "none" returns [...] and recomputes the logits in backward.
@@ -151,6 +158,9 @@ def linear_distribution_loss(
         potential=potential,
         group=group,
         num_groups=num_groups,
+        features=features,
+        feature_weight=feature_weight,
+        entropy_weight=entropy_weight,
         ignore_index=ignore_index,
         row_weight=row_weight,
         reduction=reduction,
@@ -317,9 +327,6 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
 
 
-# ----------------------------------------------------------------------------------------------- behind them
-
-
 def _of_logits(function: str, logits: Tensor, target: Any, teacher: Any, terms: dict[str, Any]) -> Problem:
     for name in ("bias", "low_rank"):
         if name in terms:
@@ -343,25 +350,26 @@ def _finish(problem: Problem, hidden: Tensor, teacher: Any, terms: dict[str, Any
 
 
 def _scalar_loss(problem: Problem, lead: torch.Size) -> tuple[Tensor, Metrics | None]:
-    loss, _, rows, mean, *_ = autograd.loss(*problem)
-    return loss, _metrics(problem, rows, mean, lead)
+    loss, _, rows, features, mean, *_ = autograd.loss(*problem)
+    return loss, _metrics(problem, rows, features, mean, lead)
 
 
 def _inplace(problem: Problem, logits: Tensor, terms: dict[str, Any]) -> Any:
-    loss, _, rows, mean, *_ = InplaceLoss.apply(logits, problem)
-    return (loss, _metrics(problem, rows, mean, logits.shape[:-1])) if terms.get("return_metrics") else loss
+    loss, _, rows, features, mean, *_ = InplaceLoss.apply(logits, problem)
+    return (loss, _metrics(problem, rows, features, mean, logits.shape[:-1])) if terms.get("return_metrics") else loss
 
 
 def _rows_loss(problem: Problem, lead: torch.Size) -> tuple[Tensor, Metrics | None]:
-    *rows, _, mean, _ = autograd.statistics(*problem)
+    *rows, features, mean, _ = autograd.statistics(*problem)
     weight = problem.row_weight
     if weight is not None and problem.target is not None:
         weight = torch.where(problem.target != problem.ignore_index, weight, 0.0)
-    loss = loss_rows(problem, rows, None if weight is None else weight.to(problem.dtype))
-    return loss.reshape(lead), _metrics(problem, [row.detach() for row in rows], mean.detach(), lead)
+    loss = loss_rows(problem, rows, features, None if weight is None else weight.to(problem.dtype))
+    known = [row.detach() for row in rows]
+    return loss.reshape(lead), _metrics(problem, known, features.detach(), mean.detach(), lead)
 
 
-def _metrics(problem: Problem, rows: Any, mean: Tensor, lead: torch.Size) -> Metrics | None:
+def _metrics(problem: Problem, rows: Any, features: Tensor, mean: Tensor, lead: torch.Size) -> Metrics | None:
     if not problem.reports:
         return None
     labelled, taught = problem.target is not None, problem.has_teacher
@@ -372,6 +380,8 @@ def _metrics(problem: Problem, rows: Any, mean: Tensor, lead: torch.Size) -> Met
         lse=rows[Row.LSE.value].reshape(lead),
         correct=rows[Row.CORRECT.value].bool().reshape(lead) if labelled else None,
         teacher_agreement=rows[Row.AGREEMENT.value].bool().reshape(lead) if taught else None,
+        log_prob=rows[Row.LOG_PROB.value].reshape(lead) if labelled else None,
+        features=None if problem.features is None else features.reshape(*lead, problem.num_features),
         mean_probability=mean if problem.columns else None,
         backend=backends.choose(problem.backend, problem.hidden.device, problem.hidden.dtype).name,
     )

@@ -21,7 +21,7 @@ from .gemm import accumulate_dtype
 from .streams import LogitStream
 from .teachers import Head, Source, TopK, source_of
 
-TENSORS = 18  # the leading fields of a Problem that are tensors
+TENSORS = 20  # the leading fields of a Problem that are tensors
 
 
 class Problem(NamedTuple):
@@ -45,6 +45,8 @@ class Problem(NamedTuple):
     group: Tensor | None  # [N] int64
     features: Tensor | None  # [V, K], or the values [nnz] of a sparse one
     feature_index: Tensor | None  # [2, nnz] of a sparse one
+    feature_weight: Tensor | None  # [N, K]
+    entropy_weight: Tensor | None  # [N]
     num_features: int
     num_groups: int
     source: int  # Source.handle, 0: none
@@ -196,6 +198,8 @@ def build(
     group: Any = None,
     num_groups: Any = 1,
     features: Any = None,
+    feature_weight: Any = None,
+    entropy_weight: Any = None,
     ignore_index: Any = -100,
     row_weight: Any = None,
     reduction: Any = "mean",
@@ -251,11 +255,13 @@ def build(
         potential = check.constant("potential", potential)
         check.shape("potential", potential, (num_groups, vocab), "num_groups, V")
     values, feature_index, num_features = check.features(features, vocab)
+    feature_weight = check.feature_weight(feature_weight, None if features is None else num_features)
+    entropy_weight = check.per_row("entropy_weight", entropy_weight, floating=True)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         check.fail("ignore_index", "be an int", repr(ignore_index), "The usual one is -100", TypeError)
     row_weight = _class_weight(check, class_weight, target, row_weight, vocab, label_smoothing)
     check.choice("reduction", reduction, ("mean", "sum", "none"))
-    num_items = _num_items(check, num_items, reduction)
+    num_items = check.num_items(num_items, reduction)
     if chunk_size is not None:
         check.positive_int("chunk_size", chunk_size)
     if memory_budget is not None:
@@ -263,8 +269,8 @@ def build(
     if chunk_size is not None and memory_budget is not None:
         check.fail("chunk_size", "be None where memory_budget is given", chunk_size, "Give one of the two")
     backend = check.backend(backend)
-    asked = target is not None or teacher is not None or potential is not None or z_loss != 0
-    if not (asked or statistics):
+    asked = (target, teacher, potential, feature_weight, entropy_weight)
+    if not (z_loss != 0 or statistics or any(term is not None for term in asked)):
         check.fail("target or teacher", "be given", "neither", "Pass labels, a teacher, or a potential")
 
     taught = check.teacher(teacher, vocab, teacher_temperature, chosen, target is not None)
@@ -288,6 +294,8 @@ def build(
         group=group,
         features=values,
         feature_index=feature_index,
+        feature_weight=feature_weight,
+        entropy_weight=entropy_weight,
         num_features=num_features,
         num_groups=num_groups,
         source=taught.source,
@@ -345,6 +353,7 @@ def loss_terms(problem: Problem) -> frozenset[Row]:
     parts = {
         Row.LOG_PROB: problem.hard_weight != 0,
         Row.MEAN_LOG_PROB: problem.hard_weight != 0 and problem.label_smoothing != 0,
+        Row.ENTROPY: problem.entropy_weight is not None,
         Row.LSE: problem.z_loss != 0,
         Row.DIVERGENCE: problem.soft_weight != 0 and problem.has_teacher,
         Row.POTENTIAL: problem.potential is not None,
@@ -377,18 +386,3 @@ def _class_weight(
         check.fail("weight", "come without label_smoothing", got, "Use one of the two, or F.cross_entropy")
     weight: Tensor = value.index_select(0, target.clamp(0, vocab - 1))
     return weight if row_weight is None else weight * row_weight
-
-
-def _num_items(check: Checks, value: Any, reduction: str) -> Tensor | None:
-    if value is None:
-        return None
-    if reduction != "mean":
-        remedy = "Divide the result yourself, or use reduction='mean'"
-        check.fail("num_items", "come with reduction='mean'", f"reduction={reduction!r}", remedy)
-    if isinstance(value, Tensor):
-        check.tensor("num_items", value)
-        if value.ndim != 0 or value.requires_grad:
-            check.fail("num_items", "be a number or a 0-d tensor without grad", list(value.shape), "Pass its sum")
-        return value
-    number = check.number("num_items", value, "be greater than 0", lambda x: x > 0)
-    return torch.tensor(number, dtype=torch.float64)

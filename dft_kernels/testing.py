@@ -145,6 +145,9 @@ def dense_loss(
     softcap: float | None = None,
     potential: Tensor | None = None,
     group: Tensor | None = None,
+    features: Tensor | None = None,
+    feature_weight: Tensor | None = None,
+    entropy_weight: Tensor | None = None,
     ignore_index: int = -100,
     row_weight: Tensor | None = None,
     reduction: str = "mean",
@@ -201,6 +204,12 @@ def dense_loss(
     if potential is not None:
         rows = potential[torch.zeros(n, dtype=torch.int64) if group is None else group.reshape(-1)]
         total = total + (log_q.exp() * rows.to(z.dtype)).sum(-1)
+    if features is not None and feature_weight is not None:
+        by = feature_weight.reshape(n, -1).to(z.dtype)
+        total = total + (log_q.exp() @ features.to_dense().to(z.dtype) * by).sum(-1)
+    if entropy_weight is not None:
+        minus = torch.where(log_q.isinf(), 0.0, log_q)
+        total = total - entropy_weight.reshape(-1).to(z.dtype) * (log_q.exp() * minus).sum(-1)
     weights = torch.ones_like(total) if row_weight is None else row_weight.reshape(-1).to(z.dtype)
     weights = torch.where(valid, weights, 0.0)
     total = torch.where(weights != 0, total, 0.0) * weights

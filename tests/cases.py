@@ -38,7 +38,7 @@ class Case(NamedTuple):
     teacher: str = ""  # "", logits, head, stream, near (a head that nearly agrees with the model's), mixture,
     # log_mixture, padded; topk, topk_near, topk_sum (its tail from the sum), renormalise, ignore, all (k = V)
     target: str = "some"  # none (no target), some, all_valid, all_ignored
-    tensors: tuple[str, ...] = ()  # of bias, row_weight, potential, group, low_rank
+    tensors: tuple[str, ...] = ()  # of bias, row_weight, potential, group, features, entropy, low_rank
     rank: int = 4
     hard: bool = True
 
@@ -53,6 +53,17 @@ def table() -> list[Case]:
         Case("row_weight", tensors=("row_weight",)),
         Case("potential", tensors=("potential", "group")),
         Case("potential_alone", tensors=("potential",), target="none"),
+        Case("features", tensors=("features",)),
+        Case("features_alone", tensors=("features", "row_weight"), target="none", options={"reduction": "sum"}),
+        Case("entropy", tensors=("entropy",)),
+        Case("entropy_alone", tensors=("entropy", "bias"), target="none"),
+        Case("every_statistic", teacher="head", tensors=("features", "entropy", "potential", "group", "row_weight")),
+        Case(
+            "every_statistic_rows",
+            teacher="topk",
+            tensors=("features", "entropy", "potential"),
+            options={"reduction": "none", "compact": False, "temperature": 1.3},
+        ),
         Case("sum", options={"reduction": "sum"}, teacher="head"),
         Case("num_items", options={"num_items": 17}, teacher="head"),
         Case("none", options={"reduction": "none"}, teacher="head", tensors=("row_weight", "bias")),
@@ -181,6 +192,12 @@ def make(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
     if "group" in case.tensors:
         out["group"] = torch.randint(0, groups, (n,), generator=generator).to(device)
         out["num_groups"] = groups
+    if "features" in case.tensors:
+        features = torch.randn(v, 3, generator=generator) * (torch.rand(v, 3, generator=generator) < 0.3)
+        out["features"] = features.to(device)
+        out["feature_weight"] = torch.randn(n, 3, generator=generator).to(device)
+    if "entropy" in case.tensors:
+        out["entropy_weight"] = torch.randn(n, generator=generator).to(device)
     for leaf in leaves(out):
         leaf.requires_grad_()
     return out

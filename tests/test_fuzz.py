@@ -55,7 +55,9 @@ def calls(draw: st.DrawFn) -> Case:
         options=options,
         teacher=teacher,
         target=target,
-        tensors=tuple(draw(st.sets(st.sampled_from(["bias", "row_weight", "potential", "group"])))),
+        tensors=tuple(
+            draw(st.sets(st.sampled_from(["bias", "row_weight", "potential", "group", "features", "entropy"])))
+        ),
     )
 
 

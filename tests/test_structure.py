@@ -21,6 +21,7 @@ FLOORS = [
     {"finetune", "benchmarks"},
     {"evaluation", "generation"},
     {"targets"},
+    {"terms"},
     {"modules"},
     {"functional"},
     {"autograd"},

@@ -1,0 +1,211 @@
+"""Terms beside the fused loss at running means, at no product more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import fail
+from ..functional import Metrics, linear_distribution_loss, linear_distribution_statistics
+from .base import Statistics, as_sum
+from .pull import (
+    STATISTICS,
+    Potentials,
+    TermLoss,
+    cast,
+    checked,
+    filled,
+    joined,
+    linear_part,
+    of_rows,
+    pull,
+    rows_of,
+    summed,
+)  # fmt: skip
+
+
+class Delayed:
+    """Terms at running means: the statistics of a step come out of the loss's own pass, at no product more.
+
+        running = decay * running + sums of this step        (an average whose weights are the rows', unbiased at once)
+
+    and the potential of a step is J's gradient at the running means of the steps before: independent of the rows it is
+    applied to, so that it needs no cross-fitting, and as old as 1 / (1 - decay) steps. Until the first `update` the
+    terms are 0 (`observe` fills them before training). With running means equal to this batch's, its gradient is
+    `exact`'s.
+
+        delayed = Delayed(0.1 * TokenL2(t) + 0.02 * SentenceLength(ends, hazard), decay=0.95)
+        for step in training:
+            for batch in step:                                    # gradient accumulation
+                out = delayed.loss(hidden, weight, target, input_ids=ids, num_items=rows_of_the_step)
+                out.loss.backward()
+            optimizer.step()
+            delayed.update()                                      # one reduction over processes
+
+    A loop that calls the loss elsewhere takes `arguments` before and `collect` after it. Memory: V and a few numbers in
+    float64, twice; [rows, K] for terms with K features. FLOPs: those of the loss and its row operations.
+    """
+
+    def __init__(self, term: Any, decay: float = 0.95) -> None:
+        self.terms = as_sum("Delayed", term)
+        for name, (_, part) in zip(self.terms.names, self.terms.parts, strict=True):
+            if not part.linear:
+                remedy = "Use kind='hazard', or exact()"
+                fail("Delayed", "term", "have statistics linear in the model's probabilities", name, remedy)
+        known: Any = decay
+        if isinstance(known, bool) or not isinstance(known, (int, float)) or not 0 <= known < 1:
+            fail("Delayed", "decay", "lie in 0..1, below 1", repr(decay), "The default is 0.95")
+        self.decay = float(decay)
+        self.steps = 0
+        self.running: Tensor | None = None  # Moments.flat
+        self.pending: Tensor | None = None  # of this step
+
+    def arguments(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        **loss: Any,
+    ) -> dict[str, Any]:
+        """Keywords that `linear_distribution_loss` takes beside these: potentials of the running means, and what makes
+        its metrics hold the statistics that `collect` adds up."""
+        terms, rows = checked("Delayed", self.terms, hidden, weight, target, input_ids, loss)
+        lead, shape = hidden.shape[:-1], rows.weight.shape
+        out: dict[str, Any] = {"return_metrics": True}
+        features = terms.features
+        asked: Potentials | None = None
+        if self.running is not None:
+            zero = rows.weight.new_zeros(())
+            none = None if features is None else zero.expand(*shape, features.shape[1])
+            (blank,) = filled(terms, [rows], none, zero.expand(shape), zero.expand(shape), shape)
+            asked = pull(terms, terms.split(self.running.to(hidden.device)), blank)
+        if terms.columns:
+            potential = hidden.new_zeros(1, weight.shape[0]) if asked is None else asked.columns
+            assert potential is not None
+            group = torch.zeros(lead, dtype=torch.int64, device=hidden.device)
+            out |= {"potential": potential.reshape(1, -1), "group": group}
+        if features is not None:
+            kappa = None if asked is None else asked.features
+            kappa = hidden.new_zeros(*lead, features.shape[1]) if kappa is None else kappa.reshape(*lead, -1)
+            out |= {"features": features, "feature_weight": kappa}
+        if terms.entropy:
+            eta = None if asked is None else asked.entropy
+            out["entropy_weight"] = hidden.new_zeros(lead) if eta is None else eta.reshape(lead)
+        return cast(out, hidden)
+
+    def collect(
+        self,
+        metrics: Metrics,
+        target: Tensor | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        ignore_index: int = -100,
+    ) -> Statistics:
+        """Add the statistics of a micro-batch, out of the metrics of its loss, to the step's."""
+        rows = rows_of(metrics.lse, target, input_ids, row_weight, ignore_index)
+        rows = (
+            rows
+            if metrics.mean_probability is None
+            else replace(rows, columns=rows.weight.sum() * metrics.mean_probability[0].double())
+        )
+        (seen,) = filled(self.terms, [rows], metrics.features, metrics.entropy, metrics.log_prob, rows.weight.shape)
+        with torch.no_grad():
+            found = self.terms.gathered(seen).flat()
+        self.pending = found if self.pending is None else self.pending + found
+        return seen
+
+    def loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor | None = None,
+        teacher: Any = None,
+        *,
+        input_ids: Tensor | None = None,
+        **loss: Any,
+    ) -> TermLoss:
+        """The fused loss plus J of the running means; the arguments are `exact`'s."""
+        given = self.arguments(hidden, weight, target, input_ids=input_ids, **loss)
+        fused, metrics = linear_distribution_loss(hidden, weight, target, teacher, **{**loss, **given})
+        seen = self.collect(metrics, target, input_ids=input_ids, **of_rows(loss))
+        shape = seen.weight.shape
+        kappa, eta = given.get("feature_weight"), given.get("entropy_weight")
+        asked = Potentials(
+            given["potential"][0] if "potential" in given else None,
+            None if kappa is None else kappa.reshape(*shape, -1),
+            None if eta is None else eta.reshape(shape),
+        )
+        values = [seen.weight.new_zeros(())] * len(self.terms.parts)
+        if self.running is not None:
+            values = self.terms.values(self.terms.split(self.running.to(hidden.device)))
+        total = seen.weight.sum()
+        return joined(self.terms, fused, linear_part(asked, seen), values, total, loss.get("num_items"), metrics)
+
+    @torch.no_grad()
+    def observe(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        **loss: Any,
+    ) -> None:
+        """Add a batch to the step's statistics without a loss, by one product: to fill the means before training."""
+        terms, rows = checked("Delayed", self.terms, hidden, weight, target, input_ids, loss)
+        asked = {name: loss[name] for name in STATISTICS if name in loss}
+        found = linear_distribution_statistics(hidden, weight, target, features=terms.features, **asked)
+        rows = replace(rows, columns=rows.weight.sum() * found.mean_probability[0].double())
+        (seen,) = filled(terms, [rows], found.features, found.entropy, found.log_prob, rows.weight.shape)
+        moments = terms.gathered(seen).flat()
+        self.pending = moments if self.pending is None else self.pending + moments
+
+    def update(self) -> None:
+        """End a step: sum its statistics over all processes (each must call this), fold them into the running ones."""
+        if self.pending is None:
+            if self.running is None:
+                remedy = "Call loss, collect or observe in every process before the first update"
+                fail("Delayed.update", "a batch", "have been seen", "none", remedy)
+            self.pending = torch.zeros_like(self.running)
+        pending = summed(self.pending)
+        self.running = pending if self.running is None else self.decay * self.running.to(pending.device) + pending
+        self.pending, self.steps = None, self.steps + 1
+
+    def values(self) -> dict[str, Tensor]:
+        """weight_i J_i of the running means, by name; empty before the first update."""
+        if self.running is None:
+            return {}
+        with torch.no_grad():
+            return dict(zip(self.terms.names, self.terms.values(self.terms.split(self.running)), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running statistics, for a checkpoint between steps; a step that is under way is not in it."""
+        running = None if self.running is None else self.running.clone()
+        return {"running": running, "steps": self.steps, "terms": self._layout()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned. ValueError where it is of other terms or another vocabulary."""
+        if not isinstance(state, dict) or set(state) != {"running", "steps", "terms"}:
+            got = sorted(state) if isinstance(state, dict) else type(state).__name__
+            fail("Delayed.load_state_dict", "state", "be what state_dict returned", got, "Pass that dict")
+        if state["terms"] != self._layout():
+            remedy = "Build the terms as they were, or start without the state"
+            fail("Delayed.load_state_dict", "state", f"be of the terms {self._layout()}", state["terms"], remedy)
+        running = state["running"]
+        if running is not None:
+            vocab = running.numel() - 1 - 2 * self.terms.size
+            if self.terms.columns and self.terms.vocab not in (None, vocab):
+                remedy = "Load the state of the same head"
+                fail("Delayed.load_state_dict", "state", f"be of a vocabulary of {self.terms.vocab}", vocab, remedy)
+            running = running.clone()
+        self.running, self.steps, self.pending = running, int(state["steps"]), None
+
+    def _layout(self) -> list[str]:
+        parts = zip(self.terms.names, self.terms.parts, strict=True)
+        return [f"{name}[{part.vocab if part.columns else part.size}]" for name, (_, part) in parts]

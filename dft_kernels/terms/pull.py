@@ -1,0 +1,191 @@
+"""What both ways to run terms share: the gradient of J as a potential of the fused loss.
+
+With the means m = sums / weights of `Moments`, W the rows' whole weight and D what the loss divides by,
+
+    G = W dJ/d(sum w q) [V]      kappa_n = W / w_n dJ/ds_n [K]      eta_n = W / w_n dJ/dH_n
+
+since the loss adds (1 / D) sum_n w_n (<q_n, G> + <s_n, kappa_n> + eta_n H_n). So accumulation and data parallelism
+divide a term's gradient as they divide the loss's: by `num_items`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import fail
+from ..functional import Metrics
+from .base import Moments, Statistics, TermSum, as_sum
+
+_OURS = ("potential", "group", "num_groups", "features", "feature_weight", "entropy_weight", "return_metrics")
+STATISTICS = (
+    "bias", "low_rank", "logit_scale", "softcap", "ignore_index", "row_weight", "chunk_size", "memory_budget",
+    "compact", "backend",
+)  # fmt: skip # keywords of the loss that its statistics take too
+
+
+class TermLoss(NamedTuple):
+    """loss = fused + the sum of `terms`; it alone carries a gradient."""
+
+    loss: Tensor
+    fused: Tensor  # cross-entropy, divergence, ...
+    terms: dict[str, Tensor]  # weight_i J_i by name, 0-d
+    metrics: Metrics | None
+
+
+class Potentials(NamedTuple):
+    """What a J asks of the rows of a batch."""
+
+    columns: Tensor | None  # G [V]
+    features: Tensor | None  # kappa [B, T, K]
+    entropy: Tensor | None  # eta [B, T]
+
+
+def checked(
+    function: str, term: Any, hidden: Any, weight: Any, target: Any, input_ids: Any, loss: dict[str, Any]
+) -> tuple[TermSum, Statistics]:
+    """The sum of terms and the rows of a call, whose statistics are not there yet."""
+    terms = as_sum(function, term)
+    if not isinstance(hidden, Tensor) or hidden.ndim not in (2, 3):
+        got = str(list(hidden.shape)) if isinstance(hidden, Tensor) else type(hidden).__name__
+        fail(
+            function,
+            "hidden",
+            "be a tensor [B, T, H] or [T, H]",
+            got,
+            "Keep the sequences apart: terms know their order",
+        )
+    for name in _OURS:
+        if name in loss:
+            fail(function, name, "be left out", "one", "The terms give it", TypeError)
+    if loss.get("reduction", "mean") != "mean":
+        fail(function, "reduction", "be mean", repr(loss["reduction"]), "A term is of all rows together")
+    vocab = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else None
+    if vocab is not None and terms.vocab not in (None, vocab):
+        remedy = "Build the terms with the model's vocabulary; padded ids have probability 0"
+        fail(function, "term", f"be of the head's vocabulary of {vocab}", terms.vocab, remedy)
+    if terms.log_prob and target is None:
+        fail(function, "target", "be given where entropy is calibrated", "None", "Pass the labels")
+    lead = hidden.shape[:-1]
+    for name, given in (("target", target), ("row_weight", loss.get("row_weight"))):
+        if given is not None and (
+            not isinstance(given, Tensor) or given.shape != lead or given.device != hidden.device
+        ):
+            got = f"{list(given.shape)} on {given.device}" if isinstance(given, Tensor) else type(given).__name__
+            fail(function, name, f"be a tensor {list(lead)} on {hidden.device}", got, "Give every row of hidden one")
+    if input_ids is not None or terms.text:
+        if not isinstance(input_ids, Tensor) or input_ids.dtype != torch.int64:
+            got = str(input_ids.dtype) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            remedy = "Pass the ids that the model read, one for each row of hidden"
+            fail(function, "input_ids", "be a tensor of int64 where a term asks for the text", got, remedy, TypeError)
+        if input_ids.shape != lead or input_ids.device != hidden.device:
+            got = f"{list(input_ids.shape)} on {input_ids.device}"
+            fail(function, "input_ids", f"be {list(lead)} on {hidden.device}", got, "Pass the ids that the model read")
+    terms.on(hidden.device)
+    return terms, rows_of(hidden[..., 0], target, input_ids, **of_rows(loss))
+
+
+def of_rows(loss: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of the loss that say which rows count, and how much."""
+    return {"row_weight": loss.get("row_weight"), "ignore_index": loss.get("ignore_index", -100)}
+
+
+def rows_of(like: Tensor, target: Any, input_ids: Any, row_weight: Any, ignore_index: int) -> Statistics:
+    """The rows of `like` [B, T] or [T]: what was read, and their weights."""
+    weight = torch.ones(like.shape, dtype=torch.float64, device=like.device)
+    if row_weight is not None:
+        weight = weight * row_weight
+    if target is not None:
+        weight = torch.where(target != ignore_index, weight, 0.0)
+    weight = weight.reshape(-1, weight.shape[-1])
+    ids = torch.zeros_like(weight, dtype=torch.int64) if input_ids is None else input_ids.reshape(weight.shape)
+    return Statistics(ids, weight)
+
+
+def filled(
+    terms: TermSum, parts: list[Statistics], features: Any, entropy: Any, log_prob: Any, shape: torch.Size
+) -> list[Statistics]:
+    """Rows and the statistics of a pass, as far as the terms ask for them."""
+    features = None if features is None else features.double().reshape(*shape, -1)
+    entropy = entropy.double().reshape(shape) if terms.entropy else None
+    log_prob = log_prob.double().reshape(shape) if terms.log_prob else None
+    return [replace(part, features=features, entropy=entropy, log_prob=log_prob) for part in parts]
+
+
+def pull(terms: TermSum, moments: Moments, rows: Statistics) -> Potentials:
+    """The potentials of J at `moments` for `rows`."""
+    with torch.enable_grad():
+        columns, sums = moments.columns.detach().requires_grad_(), moments.sums.detach().requires_grad_()
+        value = sum(terms.values(moments._replace(columns=columns, sums=sums)))
+        assert isinstance(value, Tensor)
+        by_columns, by_sums = torch.autograd.grad(value, (columns, sums), allow_unused=True)
+        leaves = {
+            name: of.detach().requires_grad_()
+            for name, of in (("features", rows.features), ("entropy", rows.entropy))
+            if of is not None
+        }
+        found: dict[str, Tensor | None] = {}
+        if leaves and by_sums is not None:
+            pulled = (terms.gathered(replace(rows, **leaves)).sums * by_sums).sum()
+            grads = torch.autograd.grad(pulled, tuple(leaves.values()), allow_unused=True)
+            found = dict(zip(leaves, grads, strict=True))
+    live = rows.weight != 0
+    scale = torch.where(live, moments.total / torch.where(live, rows.weight, 1.0), 0.0)
+
+    def scaled(name: str) -> Tensor | None:
+        grad = found.get(name)
+        return None if grad is None else grad * (scale[..., None] if name == "features" else scale)
+
+    columns_out = None
+    if terms.columns:
+        columns_out = torch.zeros_like(moments.columns) if by_columns is None else by_columns * moments.total
+    return Potentials(columns_out, scaled("features"), scaled("entropy"))
+
+
+def linear_part(of: Potentials, rows: Statistics) -> Tensor:
+    """sum_n w_n (<q_n, G> + <s_n, kappa_n> + eta_n H_n)."""
+    out = rows.weight.new_zeros(())
+    if of.columns is not None and rows.columns is not None:
+        out = out + (of.columns.double() * rows.columns).sum()
+    if of.features is not None and rows.features is not None:
+        out = out + (rows.weight * (of.features * rows.features).sum(-1)).sum()
+    if of.entropy is not None and rows.entropy is not None:
+        out = out + (rows.weight * of.entropy * rows.entropy).sum()
+    return out
+
+
+def joined(
+    terms: TermSum, loss: Tensor, linear: Any, values: list[Tensor], weight: Tensor, items: Any, metrics: Metrics
+) -> TermLoss:
+    """The value of J in place of that of its potentials; under num_items this batch's share of it."""
+    denominator = torch.where(weight == 0, 1.0, weight) if items is None else items
+    shares = [(value.detach() * weight / denominator).to(loss.dtype) for value in values]
+    linear = (linear / denominator).to(loss.dtype)
+    fused = loss.detach() - linear
+    return TermLoss(loss - linear + sum(shares), fused, dict(zip(terms.names, shares, strict=True)), metrics)
+
+
+def cast(given: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
+    """Potentials in the dtype that the loss accumulates in."""
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    names = ("potential", "feature_weight", "entropy_weight")
+    return {name: value.to(wide) if name in names else value for name, value in given.items()}
+
+
+def reduced(moments: Moments) -> Moments:
+    """Summed over all processes."""
+    flat = summed(moments.flat())
+    sizes = [part.numel() for part in moments]
+    total, columns, sums, weights = flat.split(sizes)
+    return Moments(total[0], columns, sums, weights)
+
+
+def summed(flat: Tensor) -> Tensor:
+    """Over all processes, where there are several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        flat = flat.clone()
+        torch.distributed.all_reduce(flat)
+    return flat

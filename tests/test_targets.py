@@ -321,9 +321,9 @@ def test_tensors_that_no_corpus_has(made: Target) -> None:
 
 def test_a_linear_blend_is_the_target_of_the_texts_together(tokenizer: Any) -> None:
     """Weights that are the texts' shares of all tokens."""
-    short = [document(random.Random(n), 8) for n in range(30)]
+    short = [document(random.Random(n), 8) for n in range(150)]
     long = [
-        text.replace("The", "word1 word2 word3 The").replace("!", "?").replace(".", ", word7.") for text in short[:20]
+        text.replace("The", "word1 word2 word3 The").replace("!", "?").replace(".", ", word7.") for text in short[:100]
     ]
     parts = [corpus.build(texts, tokenizer, name=name) for texts, name in ((short, "short"), (long, "long"))]
     together = corpus.build(short + long, tokenizer, name="together")
@@ -335,7 +335,8 @@ def test_a_linear_blend_is_the_target_of_the_texts_together(tokenizer: Any) -> N
         torch.testing.assert_close(found[name], together[name], rtol=1e-4, atol=1e-6)
     for name in ("punctuation_gap", "punctuation_transition", "type_token_ratio"):  # but for where documents begin
         torch.testing.assert_close(found[name], together[name], rtol=0, atol=0.03)
-    assert compare(found.tensors, together.tensors)["bigram, L2"] < 1e-3  # those tracked in one part alone
+    apart = compare(*(one.tensors for one in parts))["bigram, L2"]
+    assert compare(found.tensors, together.tensors)["bigram, L2"] < 0.1 * apart  # of those that one part alone tracks
     assert (found.about.tokens, found.about.words) == (together.about.tokens, together.about.words)
     assert "entropy" not in found
     assert found.noise == {}
@@ -462,7 +463,7 @@ def test_build_list_show_blend(tmp_path: Path, tokenizer: Any, capsys: pytest.Ca
     assert "value / floor" in said
     assert (tmp_path / "plots" / "p.png").stat().st_size > 10_000
     assert "unigram, L2" in run("show", a, "--against", texts[1])
-    assert "unigram, L2" not in run("show", "literary", "--against", b)
+    assert "unigram, L2" not in run("show", "literary", "--against", b).split("literary against b")[1]
     run("show", a, "--plot", tmp_path / "one.png")
     run("blend", a, b, "--weights", 0.25, 0.75, "--out", tmp_path / "c.safetensors")
     mixed = target_file.load(tmp_path / "c.safetensors", tokenizer)

@@ -161,7 +161,7 @@ def _counted(passages: Iterator[str], total: int | None, tokenizer: Any, **about
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=total)
         target = corpus.build(passages, tokenizer, tick=lambda count: bar.advance(task, count), **about)
     for text in target.warnings:

@@ -108,16 +108,28 @@ def fetch(material: Material, cache: Path, download: Callable[[Material, Path], 
 
 def smollm2(cache: Path) -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct (V 49152, H 576, 30 layers, tied head): model, tokenizer."""
-    return _causal_lm("SmolLM2-135M-Instruct", (SMOLLM2,), cache)
+    return _causal_lm(smollm2_folder(cache))
+
+
+def smollm2_folder(cache: Path) -> Path:
+    """Where it and its tokenizer lie, made if they do not."""
+    return _folder("SmolLM2-135M-Instruct", (SMOLLM2,), cache)
 
 
 def gemma3(cache: Path) -> tuple[Any, Any]:
     """Gemma3-270M (V 262144, H 640, 18 layers, tied head): model, tokenizer. It is under the Gemma Terms of Use
     (ai.google.dev/gemma/terms), which whoever downloads and uses it accepts; nothing of it is part of this package."""
-    return _causal_lm("gemma-3-270m", GEMMA3, cache)
+    return _causal_lm(_folder("gemma-3-270m", GEMMA3, cache))
 
 
-def _causal_lm(name: str, parts: Sequence[Material], cache: Path) -> tuple[Any, Any]:
+def _causal_lm(folder: Path) -> tuple[Any, Any]:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def _folder(name: str, parts: Sequence[Material], cache: Path) -> Path:
     """Model and tokenizer of the GGUF file that the parts are, its 4-bit weights dequantised once to fp32
     safetensors."""
     import transformers
@@ -141,8 +153,7 @@ def _causal_lm(name: str, parts: Sequence[Material], cache: Path) -> tuple[Any, 
             model.save_pretrained(done)
             tokenizer.save_pretrained(done)
             done.rename(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model, transformers.AutoTokenizer.from_pretrained(folder)
+    return folder
 
 
 def lambada(cache: Path) -> list[str]:

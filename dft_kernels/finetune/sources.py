@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .materials import lambada, read_texts, smollm2
+from ..targets.corpus import passages
+from .materials import lambada, read_texts, smollm2, smollm2_folder
 
 MODEL_HELP = "a folder or name for transformers, or smollm2, which pip brings"
 TEXT_HELP = "UTF-8 files; lambada, which pip brings; or hf:NAME[:SPLIT[:COLUMN]], a dataset"
@@ -26,6 +28,35 @@ def model_of(name: str, cache: Path, dtype: Any = "auto") -> tuple[Any, Any]:
             f"--model must be a folder or name that transformers loads, or smollm2, got {name!r}: "
             f"{str(error).splitlines()[0]}. Check the folder, or that its hub is reachable."
         ) from error
+
+
+def tokenizer_of(name: str, cache: Path) -> Any:
+    """A tokenizer, by folder, transformers' name, or as a material of pip's."""
+    import transformers
+
+    if name == "smollm2":
+        return transformers.AutoTokenizer.from_pretrained(smollm2_folder(cache))
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--tokenizer must be a folder or name that transformers loads, or smollm2, got {name!r}: "
+            f"{str(error).splitlines()[0]}. Check the folder, or that its hub is reachable."
+        ) from error
+
+
+def passages_of(names: list[str], cache: Path) -> Iterator[str]:
+    """The texts that `--text` names, in passages, read as they are asked for."""
+    for name in names:
+        if name == "lambada" or name.startswith("hf:"):
+            for text in texts_of([name], cache):
+                yield from passages(text.splitlines(True))
+        else:
+            try:
+                with Path(name).open(encoding="utf-8") as lines:
+                    yield from passages(lines)
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"--text must name readable UTF-8 files, got {name}: {error}.") from error
 
 
 def texts_of(names: list[str], cache: Path) -> list[str]:

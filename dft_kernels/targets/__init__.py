@@ -1,1 +1,1 @@
-"""Target distributions that outlive a call: what a teacher said, kept on disk."""
+"""Target distributions that outlive a call: what a teacher said, and statistics of human writing, kept on disk."""

@@ -84,9 +84,9 @@ def longest_table(path: Path) -> str:
     budget = f"{int(first['budget_bytes']) / (1 << 30):g} GiB"
     lines = [["Gemma3-270M, batch 1", f"longest sequence within {budget}", "peak at 1024 tokens"], ["---"] * 3]
     for way in dict.fromkeys(row["way"] for row in rows):
-        mine = {int(row["length"]): row for row in rows if row["way"] == way}
-        longest = next((f"{length} tokens" for length, row in mine.items() if row["longest"] == "1"), "none")
-        peak = mine[1024]["peak_bytes"]
+        mine = [row for row in rows if row["way"] == way]
+        longest = next((f"{row['length']} tokens" for row in mine if row["longest"] == "1"), "none")
+        peak = next(row["peak_bytes"] for row in mine if row["length"] == "1024")
         lines.append([way, longest, f"{int(peak) / (1 << 30):.2f} GiB" if peak else "not measured"])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{table}\n\n{first['machine']}; torch {first['torch']}; commit {first['commit']}."

@@ -90,3 +90,15 @@ def test_the_search_ends_at_a_length_that_fits_beside_one_that_does_not(name: st
     if found < 32768:
         above = min(n for n in asked if n > found)
         assert above - found <= max(bench.GRAIN, bench.RESOLUTION * found)
+
+
+def test_what_fits_once_and_not_again_is_not_the_longest() -> None:
+    asked = []
+
+    def again(length: int) -> int | None:
+        asked.append(length)
+        return {3712: 5, 3200: 4, 5000: None}[length]
+
+    assert bench.confirmed(again, [256, 3200, 5000, 3712], 4) == 3200
+    assert asked == [5000, 3712, 3200]
+    assert bench.confirmed(lambda length: None, [256, 512], 4) == 0

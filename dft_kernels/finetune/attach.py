@@ -21,7 +21,7 @@ from .heads import head_of, output_layer, parted, projection, unwrapped
 
 _THE_CALLS = ("bias", "low_rank", "logit_scale", "softcap", "reduction", "num_items", "ignore_index", "return_metrics")
 _WEIGHTS = ("soft_weight", "hard_weight")  # that a call may give for itself
-_OURS = ("teacher", "shift_labels", "num_items_in_batch", "return_logits", *_WEIGHTS)
+_OURS = ("teacher", "shift_labels", "num_items_in_batch", "return_logits", "distribution_terms", *_WEIGHTS)
 _NOT_THE_BACKBONES = ("labels", "logits_to_keep", "return_dict", *_OURS)
 
 
@@ -33,11 +33,11 @@ class DistributionOutput(CausalLMOutputWithPast):
 
 
 class Held:
-    """A teacher as it is: mixed precision of FSDP2 casts the tensors in every container of inputs that it knows, down
-    to a store's log-probabilities, and this is none of them."""
+    """A teacher, or terms, as they are: mixed precision of FSDP2 casts the tensors in every container of inputs that it
+    knows, down to a store's log-probabilities, and this is none of them."""
 
-    def __init__(self, teacher: Any) -> None:
-        self.teacher = teacher
+    def __init__(self, held: Any) -> None:
+        self.held = held
 
 
 class _Attachment(NamedTuple):
@@ -61,7 +61,8 @@ def attach(model: Any, **terms: Any) -> Any:
     In a call: `labels` [B, T] as transformers takes them, `shift_labels` [B, T] those that are shifted already;
     teacher: any teacher of `linear_distribution_loss`, whose row (b, t) is its distribution over token t + 1, so that
     rows line up with input_ids; num_items_in_batch: what the sum is divided by (Trainer gives it under gradient
-    accumulation); return_logits=True: the logits too; soft_weight, hard_weight: of this call, with a teacher, None:
+    accumulation); return_logits=True: the logits too; distribution_terms: a `dft_kernels.terms.Delayed`, which the
+    loss then has and is told of this batch; soft_weight, hard_weight: of this call, with a teacher, None:
     those of `terms`. Without labels a teacher's rows count wherever the attention mask has a next token. The output's
     `metrics` are the kernel's. In evaluation mode labels alone take the model's own path.
 
@@ -159,8 +160,7 @@ def _forward(signature: inspect.Signature) -> Any:
 def _call(model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
     attachment: _Attachment = model.__dict__["_dft_kernels"]
     ours = {name: named.pop(name, None) for name in _OURS}
-    if isinstance(ours["teacher"], Held):
-        ours["teacher"] = ours["teacher"].teacher
+    ours.update({name: value.held for name, value in ours.items() if isinstance(value, Held)})
     bound = attachment.signature.bind_partial(*arguments, **named).arguments
     given = {**{n: v for n, v in bound.items() if n != "kwargs"}, **bound.get("kwargs", {})}
     labels, teacher = given.get("labels"), ours["teacher"]
@@ -200,17 +200,15 @@ def _with_loss(model: Any, attachment: _Attachment, given: dict[str, Any], ours:
         _fail(
             "labels", f"be given with hard_weight={terms['hard_weight']}", "None", "Pass labels=input_ids, padding -100"
         )
-    loss, metrics = linear_distribution_loss(
-        hidden,
-        target=target.to(hidden.device),
-        teacher=ours["teacher"],
-        **projection(layer, hidden),
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        num_items=ours["num_items_in_batch"],
-        return_metrics=True,
-        **terms,
-    )
+    call: dict[str, Any] = {
+        **{"target": target.to(hidden.device), "teacher": ours["teacher"], "num_items": ours["num_items_in_batch"]},
+        **{"logit_scale": head.logit_scale, "softcap": head.softcap, **projection(layer, hidden), **terms},
+    }
+    delayed = ours["distribution_terms"]
+    if delayed is None:
+        loss, metrics = linear_distribution_loss(hidden, **call, return_metrics=True)
+    else:
+        loss, _, _, metrics = delayed.loss(hidden, input_ids=given.get("input_ids"), **call)
     logits = None
     if ours["return_logits"]:
         keep = given.get("logits_to_keep") or 0

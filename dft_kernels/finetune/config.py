@@ -14,6 +14,7 @@ import transformers
 
 from .materials import cache_folder
 from .sources import MODEL_HELP, TEXT_HELP
+from .target_terms import TERMS
 from .trainer import DFTConfig
 
 _OTHER_DEFAULTS = {  # than Trainer's, for a command that a person watches
@@ -42,6 +43,10 @@ class Job:
         default=None,
         metadata={"help": "a UTF-8 file that a running teacher reads before every text, and not the model"},
     )
+    target: str | None = field(
+        default=None, metadata={"help": "statistics of human writing: a file of dft-kernels target build, or a preset"}
+    )
+    terms: list[str] | None = field(default=None, metadata={"help": f"NAME=WEIGHT of the target's: {', '.join(TERMS)}"})
     length: int = field(default=512, metadata={"help": "tokens a sequence at most; longer texts are cut"})
     held_out: int = field(default=16, metadata={"help": "sequences that are measured before and after, not trained on"})
     lora_rank: int = field(default=0, metadata={"help": "train LoRA of this rank on all linear layers, by PEFT"})
@@ -61,6 +66,9 @@ class Job:
         _need(bool(self.text) != stored, "text", "be given, but not with a store", self.text, "Name texts, or a store")
         prompted = self.principles is None or (self.teacher is not None and not stored)
         _need(prompted, "principles", "come with a teacher that is run", self.teacher, "Name a model as the teacher")
+
+        both = (self.target is None) == (self.terms is None)
+        _need(both, "target and terms", "be given together", self.terms or self.target, "Name both, or none")
 
     @property
     def stored(self) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+TERMS_FILE = "distribution_terms.pt"  # in a checkpoint
 SHOWN = ("loss", "soft_loss", "hard_loss", "teacher_agreement")
 
 
@@ -21,6 +23,24 @@ class ProgressCallback(transformers.ProgressCallback):  # type: ignore[misc]
         shown = {name: f"{logs[name]:.4g}" for name in SHOWN if name in (logs or {})}
         if shown and self.training_bar is not None:  # which the first process alone has
             self.training_bar.set_postfix(shown)
+
+
+class TermsCallback(transformers.TrainerCallback):  # type: ignore[misc]
+    """The end of a step for its terms' running statistics, and their file in every checkpoint."""
+
+    def __init__(self, terms: Any) -> None:
+        self.terms = terms
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Where the step had them; the same steps have in every process."""
+        if self.terms.pending is not None:
+            self.terms.update()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """By the first process alone: the others' are equal."""
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            torch.save(self.terms.state_dict(), folder / TERMS_FILE)
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -13,14 +13,17 @@ import transformers
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from ..targets import target_file
 from ..targets.store import Store
 from .capture import sequences_of
 from .collators import PrinciplesCollator
 from .config import Job, parse
 from .correction import add_correction, save_correction
+from .heads import output_layer
 from .held_out import HeldOut, held_out
 from .materials import read_texts
 from .sources import model_of, texts_of
+from .target_terms import terms_of
 from .teaching import asked
 from .trainer import DFTConfig, DFTTrainer
 
@@ -105,11 +108,16 @@ def run(job: Job, options: DFTConfig) -> int:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         teacher, training, kept, collate = _materials(job, tokenizer, cache)
+    terms = None
+    if job.target is not None:
+        target = target_file.load(job.target, tokenizer)
+        terms = terms_of(target, job.terms or [], output_layer(model).weight.shape[0])
     model = _adapted(model, job)
     trainer = DFTTrainer(
         model,
         options,
         teacher,
+        terms=terms,
         train_dataset=training,
         data_collator=collate,
         processing_class=tokenizer,

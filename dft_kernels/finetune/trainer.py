@@ -5,19 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..functional import Metrics
 from ..mixture import Mixture
 from ..problem import build
 from ..targets.store import Store
+from ..terms import Delayed, DistributionTerm
 from .attach import Held, attach, targets_of
 from .collators import PROMPTED, PrinciplesCollator
-from .progress import peak_memory_gb, show_metrics
+from .progress import TERMS_FILE, TermsCallback, peak_memory_gb, show_metrics
 from .teaching import asked, check_prompted, parts_of, stand_in
 
 _STORED = ("sequence", "hidden", "indices", "log_probs", "tail")  # of a store's batch, and no model's
@@ -45,6 +48,7 @@ class DFTConfig(transformers.TrainingArguments):
     loss_backend: str = field(default="auto", metadata={"help": "auto, or the name of one that is available"})
     matching_every: int = field(default=1, metadata={"help": "one of so many steps matches the teacher"})
     matching_from: int = field(default=0, metadata={"help": "optimiser steps of cross-entropy before the first match"})
+    terms_decay: float = field(default=0.95, metadata={"help": "of the running statistics of distribution terms"})
     matching_ramp: int = field(default=0, metadata={"help": "optimiser steps from cross-entropy to these weights"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "a store's rows are no model's columns"})
 
@@ -81,7 +85,9 @@ class DFTTrainer(transformers.Trainer):
     teacher: a `Store` (its sequences are the training set unless one is given, its collate the collator), a causal LM
     of the model's vocabulary (run without gradient on every batch), a callable `inputs -> teacher` of
     `linear_distribution_loss`, a `Mixture` of these and of `Labels()`, each asked for every batch, or None:
-    cross-entropy alone. With `PrinciplesCollator` as data_collator a model sees its principles before each sequence.
+    cross-entropy alone. terms: `dft_kernels.terms`, which steps of matching have beside their loss, delayed: running
+    statistics (args.terms_decay) over all processes and accumulated batches, kept in checkpoints, logged as term_NAME.
+    With `PrinciplesCollator` as data_collator a model sees its principles before each sequence.
     Everything else is Trainer's: accumulation (a step is divided by the tokens of all of its batches), checkpoints,
     `report_to`. Metrics of the loss's own pass (METRICS, means over all processes' tokens since the last log)
     join its logs.
@@ -94,6 +100,8 @@ class DFTTrainer(transformers.Trainer):
         model: Any,
         args: DFTConfig,
         teacher: Store | torch.nn.Module | Callable[[dict[str, Any]], Any] | Mixture | None = None,
+        *,
+        terms: DistributionTerm | Delayed | None = None,
         **more: Any,
     ) -> None:
         if not isinstance(args, DFTConfig):
@@ -118,13 +126,24 @@ class DFTTrainer(transformers.Trainer):
         if isinstance(more.get("data_collator"), PrinciplesCollator):
             check_prompted(teacher)
         self.teacher = teacher
+        self.terms = Delayed(terms, args.terms_decay) if isinstance(terms, DistributionTerm) else terms
         self.sums: dict[str, Tensor] = {}
         self.since: float | None = None
         how = {"memory_budget": args.loss_memory_budget, "backend": args.loss_backend}
         _check("DFTTrainer", args, stand_in(teacher, args.device), args.device, **how)
         super().__init__(attach(model, **args.terms, **how), args, **more)
         self.asked = asked(teacher, args.device)
+        if self.terms is not None:
+            self.add_callback(TermsCallback(self.terms))
         show_metrics(self)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **named: Any) -> Any:
+        """Trainer's; a checkpoint's running statistics are taken up with it."""
+        if self.terms is not None and resume_from_checkpoint:
+            found = resume_from_checkpoint
+            folder = get_last_checkpoint(self.args.output_dir) if found is True else found
+            self.terms.load_state_dict(torch.load(Path(str(folder)) / TERMS_FILE, weights_only=True))
+        return super().train(resume_from_checkpoint, *arguments, **named)
 
     def compute_loss(
         self,
@@ -140,6 +159,8 @@ class DFTTrainer(transformers.Trainer):
             check_prompted(self.teacher)
         teacher = self.asked(inputs) if self.asked is not None and model.training and self._matches() else None
         inputs = {name: value for name, value in inputs.items() if name not in (*_STORED, *PROMPTED)}
+        if self.terms is not None and model.training and self._matches():
+            inputs["distribution_terms"] = Held(self.terms)
         if teacher is not None:
             inputs.update(teacher=Held(teacher), **self._weights())
         elif model.training and inputs.get("labels") is None and inputs.get("shift_labels") is None:
@@ -174,6 +195,8 @@ class DFTTrainer(transformers.Trainer):
             *means, (tokens, _) = self.accelerator.reduce(sums, "sum").tolist()
             found = zip(METRICS, means, strict=True)
             logs = {**logs, **{name: total / count for name, (total, count) in found if count > 0}}
+            if self.terms is not None:
+                logs.update({f"term_{name}": float(value) for name, value in self.terms.values().items()})
             logs["tokens_per_second"] = tokens / (time.perf_counter() - (self.since or 0.0))
             logs["peak_memory_gb"] = peak_memory_gb(self.args.device)
             self.sums, self.since = {}, time.perf_counter()

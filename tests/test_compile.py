@@ -14,7 +14,9 @@ from dft_kernels.testing import relative_error
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("case", ["everything", "none", "cross_entropy_bias", "no_compact", "low_rank"])
+@pytest.mark.parametrize(
+    "case", ["everything", "none", "cross_entropy_bias", "no_compact", "low_rank", "every_statistic"]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_fullgraph_with_dynamic_rows(case, backend):
     torch._dynamo.reset()
@@ -71,7 +73,7 @@ def test_a_stream_says_why_it_breaks_the_graph():
         compiled(hidden)
 
 
-@pytest.mark.parametrize("case", ["everything", "cross_entropy", "none", "low_rank_odd"])
+@pytest.mark.parametrize("case", ["everything", "cross_entropy", "none", "low_rank_odd", "every_statistic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore")
 def test_opcheck(case, dtype):

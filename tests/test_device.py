@@ -52,7 +52,7 @@ def test_no_synchronisation_without_compaction(case: str, backend: str, monkeypa
     arguments |= {"compact": False, "chunk_size": 11, "backend": backend}
     problem = build("test", *given, **arguments, return_metrics=True)
     needs = {"need_hidden": True, "need_weight": True, "need_bias": problem.bias is not None}
-    loss, *_, dhidden, dweight, _ = autograd.compute_loss(problem._replace(**needs))
+    loss, *_, dhidden, dweight, _, _, _ = autograd.compute_loss(problem._replace(**needs))
     assert loss.device.type == "meta"
     assert (dhidden.shape, dweight.shape) == (given[0].shape, given[1].shape)
     assert len(launches) >= (3 if backend == "triton" else 0)

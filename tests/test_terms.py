@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dft_kernels import linear_distribution_loss
+from dft_kernels import gemm, linear_distribution_loss
+from dft_kernels import terms as terms_room
 from dft_kernels.terms import (
     ChiSquared,
     Delayed,
@@ -466,6 +467,20 @@ def test_a_loop_of_its_own() -> None:
         close([one.running], [two.running])
 
 
+def test_what_is_left_out_of_the_running_means() -> None:
+    """Evaluation, and a step that is not finite."""
+    given, delayed = made(), Delayed(TERMS["l2"][0] + TERMS["rate"][0])
+    delayed.loss(**of_loss(given))
+    delayed.update()
+    before = delayed.running.clone()
+    with torch.no_grad():
+        delayed.loss(**of_loss(given))
+    assert delayed.pending is None
+    delayed.loss(**of_loss(given | {"hidden": given["hidden"] * torch.nan}))
+    delayed.update()
+    close([delayed.running], [0.95 * before])
+
+
 def test_state_goes_on() -> None:
     given = made()
     terms = TERMS["l2"][0] + TERMS["rate"][0]
@@ -566,3 +581,35 @@ def test_random_fourier_features_are_a_kernel() -> None:
     want = (-torch.cdist(EMBEDDINGS, EMBEDDINGS).square() / (2 * 0.8**2)).exp()
     assert float((phi @ phi.t() - want).abs().max()) < 0.05
     assert torch.equal(random_fourier_features(EMBEDDINGS, 8), random_fourier_features(EMBEDDINGS, 8))
+
+
+def test_delayed_costs_no_product_and_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, counts = made(), dict.fromkeys(("logits_", "dhidden_", "dweight_"), 0)
+    for name in counts:
+        plain = getattr(gemm, name)
+
+        def counted(*arguments: Any, name: str = name, plain: Any = plain, **more: Any) -> Any:
+            counts[name] += 1
+            return plain(*arguments, **more)
+
+        monkeypatch.setattr(gemm, name, counted)
+
+    def products(run: Callable[[], Any]) -> list[int]:
+        counts.update(dict.fromkeys(counts, 0))
+        run().backward()
+        return list(counts.values())
+
+    call = of_loss(given, backend="reference")
+    ids = call.pop("input_ids")
+    terms = sum(term for term, _ in TERMS.values() if term.linear)
+    delayed = Delayed(terms)
+    for _ in range(2):
+        assert products(lambda: delayed.loss(**call, input_ids=ids).loss) == [1, 1, 1]
+        delayed.update()
+    assert products(lambda: exact(**call, input_ids=ids, term=terms).loss) == [2, 1, 1]
+    assert products(lambda: linear_distribution_loss(**call)) == [1, 1, 1]
+
+
+def test_every_term_says_what_it_is() -> None:
+    for name in terms_room.__all__:
+        assert getattr(terms_room, name).__doc__

@@ -14,6 +14,7 @@ from .base import Statistics, as_sum
 from .pull import (
     STATISTICS,
     Potentials,
+    Slopes,
     TermLoss,
     cast,
     checked,
@@ -23,8 +24,9 @@ from .pull import (
     of_rows,
     pull,
     rows_of,
+    slopes,
     summed,
-)  # fmt: skip
+)
 
 
 class Delayed:
@@ -62,6 +64,7 @@ class Delayed:
         self.steps = 0
         self.running: Tensor | None = None  # Moments.flat
         self.pending: Tensor | None = None  # of this step
+        self._slopes: Slopes | None = None  # at the running means, from the first call of a step on
 
     def arguments(
         self,
@@ -79,11 +82,12 @@ class Delayed:
         out: dict[str, Any] = {"return_metrics": True}
         features = terms.features
         asked: Potentials | None = None
-        if self.running is not None:
+        known = self._known(hidden.device)
+        if known is not None:
             zero = rows.weight.new_zeros(())
             none = None if features is None else zero.expand(*shape, features.shape[1])
             (blank,) = filled(terms, [rows], none, zero.expand(shape), zero.expand(shape), shape)
-            asked = pull(terms, terms.split(self.running.to(hidden.device)), blank)
+            asked = pull(terms, known, blank)
         if terms.columns:
             potential = hidden.new_zeros(1, weight.shape[0]) if asked is None else asked.columns
             assert potential is not None
@@ -107,17 +111,16 @@ class Delayed:
         row_weight: Tensor | None = None,
         ignore_index: int = -100,
     ) -> Statistics:
-        """Add the statistics of a micro-batch, out of the metrics of its loss, to the step's."""
+        """Add the statistics of a micro-batch, out of the metrics of its loss, to the step's; under no_grad, as in
+        evaluation, they are left out of it."""
         rows = rows_of(metrics.lse, target, input_ids, row_weight, ignore_index)
-        rows = (
-            rows
-            if metrics.mean_probability is None
-            else replace(rows, columns=rows.weight.sum() * metrics.mean_probability[0].double())
-        )
+        if metrics.mean_probability is not None:
+            rows = replace(rows, columns=rows.weight.sum() * metrics.mean_probability[0].double())
         (seen,) = filled(self.terms, [rows], metrics.features, metrics.entropy, metrics.log_prob, rows.weight.shape)
-        with torch.no_grad():
-            found = self.terms.gathered(seen).flat()
-        self.pending = found if self.pending is None else self.pending + found
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                found = self.terms.gathered(seen).flat()
+            self.pending = found if self.pending is None else self.pending + found
         return seen
 
     def loss(
@@ -141,9 +144,8 @@ class Delayed:
             None if kappa is None else kappa.reshape(*shape, -1),
             None if eta is None else eta.reshape(shape),
         )
-        values = [seen.weight.new_zeros(())] * len(self.terms.parts)
-        if self.running is not None:
-            values = self.terms.values(self.terms.split(self.running.to(hidden.device)))
+        known = self._known(hidden.device)
+        values = [seen.weight.new_zeros(())] * len(self.terms.parts) if known is None else known.values
         total = seen.weight.sum()
         return joined(self.terms, fused, linear_part(asked, seen), values, total, loss.get("num_items"), metrics)
 
@@ -167,22 +169,22 @@ class Delayed:
         self.pending = moments if self.pending is None else self.pending + moments
 
     def update(self) -> None:
-        """End a step: sum its statistics over all processes (each must call this), fold them into the running ones."""
+        """End a step: sum its statistics over all processes (each must call this), fold them into the running ones, or
+        leave these as they were where a number is not finite."""
         if self.pending is None:
             if self.running is None:
                 remedy = "Call loss, collect or observe in every process before the first update"
                 fail("Delayed.update", "a batch", "have been seen", "none", remedy)
             self.pending = torch.zeros_like(self.running)
         pending = summed(self.pending)
+        pending = torch.where(pending.isfinite().all(), pending, 0.0)  # no synchronisation
         self.running = pending if self.running is None else self.decay * self.running.to(pending.device) + pending
-        self.pending, self.steps = None, self.steps + 1
+        self.pending, self._slopes, self.steps = None, None, self.steps + 1
 
     def values(self) -> dict[str, Tensor]:
         """weight_i J_i of the running means, by name; empty before the first update."""
-        if self.running is None:
-            return {}
-        with torch.no_grad():
-            return dict(zip(self.terms.names, self.terms.values(self.terms.split(self.running)), strict=True))
+        known = None if self.running is None else self._known(self.running.device)
+        return {} if known is None else dict(zip(self.terms.names, known.values, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """The running statistics, for a checkpoint between steps; a step that is under way is not in it."""
@@ -204,7 +206,15 @@ class Delayed:
                 remedy = "Load the state of the same head"
                 fail("Delayed.load_state_dict", "state", f"be of a vocabulary of {self.terms.vocab}", vocab, remedy)
             running = running.clone()
-        self.running, self.steps, self.pending = running, int(state["steps"]), None
+        self.running, self.steps, self.pending, self._slopes = running, int(state["steps"]), None, None
+
+    def _known(self, device: torch.device) -> Slopes | None:
+        """J and its gradient at the running means, once a step."""
+        if self.running is not None and self._slopes is None:
+            self.terms.on(device)
+            self.running = self.running.to(device)
+            self._slopes = slopes(self.terms, self.terms.split(self.running))
+        return self._slopes
 
     def _layout(self) -> list[str]:
         parts = zip(self.terms.names, self.terms.parts, strict=True)

@@ -115,34 +115,46 @@ def filled(
     return [replace(part, features=features, entropy=entropy, log_prob=log_prob) for part in parts]
 
 
-def pull(terms: TermSum, moments: Moments, rows: Statistics) -> Potentials:
-    """The potentials of J at `moments` for `rows`."""
+class Slopes(NamedTuple):
+    """J at some moments, and its gradient: what does not depend on the rows that it is applied to."""
+
+    values: list[Tensor]  # weight_i J_i
+    total: Tensor  # 0-d, W
+    columns: Tensor | None  # dJ/d(sum w q) [V]
+    sums: Tensor | None  # [S]
+
+
+def slopes(terms: TermSum, moments: Moments) -> Slopes:
+    """By autograd, on the small vectors."""
     with torch.enable_grad():
         columns, sums = moments.columns.detach().requires_grad_(), moments.sums.detach().requires_grad_()
-        value = sum(terms.values(moments._replace(columns=columns, sums=sums)))
-        assert isinstance(value, Tensor)
-        by_columns, by_sums = torch.autograd.grad(value, (columns, sums), allow_unused=True)
+        values = terms.values(moments._replace(columns=columns, sums=sums))
+        found = torch.autograd.grad(sum(values[1:], values[0]), (columns, sums), allow_unused=True)
+    return Slopes([value.detach() for value in values], moments.total, *found)
+
+
+def pull(terms: TermSum, of: Slopes, rows: Statistics) -> Potentials:
+    """The potentials that they are for `rows`."""
+    with torch.enable_grad():
         leaves = {
-            name: of.detach().requires_grad_()
-            for name, of in (("features", rows.features), ("entropy", rows.entropy))
-            if of is not None
+            name: leaf.detach().requires_grad_()
+            for name, leaf in (("features", rows.features), ("entropy", rows.entropy))
+            if leaf is not None
         }
         found: dict[str, Tensor | None] = {}
-        if leaves and by_sums is not None:
-            pulled = (terms.gathered(replace(rows, **leaves)).sums * by_sums).sum()
+        if leaves and of.sums is not None:
+            pulled = (terms.gathered(replace(rows, **leaves)).sums * of.sums).sum()
             grads = torch.autograd.grad(pulled, tuple(leaves.values()), allow_unused=True)
             found = dict(zip(leaves, grads, strict=True))
     live = rows.weight != 0
-    scale = torch.where(live, moments.total / torch.where(live, rows.weight, 1.0), 0.0)
+    scale = torch.where(live, of.total / torch.where(live, rows.weight, 1.0), 0.0)
 
     def scaled(name: str) -> Tensor | None:
         grad = found.get(name)
         return None if grad is None else grad * (scale[..., None] if name == "features" else scale)
 
-    columns_out = None
-    if terms.columns:
-        columns_out = torch.zeros_like(moments.columns) if by_columns is None else by_columns * moments.total
-    return Potentials(columns_out, scaled("features"), scaled("entropy"))
+    columns = None if not terms.columns or of.columns is None else of.columns * of.total
+    return Potentials(columns, scaled("features"), scaled("entropy"))
 
 
 def linear_part(of: Potentials, rows: Statistics) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import fail
 from ..functional import linear_distribution_loss, linear_distribution_statistics
-from .pull import STATISTICS, TermLoss, cast, checked, filled, joined, linear_part, pull, reduced
+from .pull import STATISTICS, TermLoss, cast, checked, filled, joined, linear_part, pull, reduced, slopes
 
 
 def exact(
@@ -63,14 +63,14 @@ def exact(
     seen = filled(terms, parts, found.features, found.entropy, found.log_prob, shape)
     moments = [reduced(terms.gathered(part)) for part in seen]
     whole = terms.split(torch.stack([each.flat() for each in moments]).sum(0))
-    values = terms.values(whole)
+    of = [slopes(terms, each) for each in moments]
+    values = of[0].values
     if half is not None:
         shares = [each.total / torch.where(whole.total == 0, 1.0, whole.total) for each in moments]
-        halves = [terms.values(each) for each in moments]
-        of_both = zip(values, *halves, strict=True)
+        of_both = zip(terms.values(whole), *(each.values for each in of), strict=True)
         values = [2 * v - shares[0] * a - shares[1] * b for v, a, b in of_both]
     # a half's rows take the potential of the other half's statistics
-    pulls = [pull(terms, each, part) for each, part in zip(moments[::-1], seen, strict=True)]
+    pulls = [pull(terms, each, part) for each, part in zip(of[::-1], seen, strict=True)]
     given: dict[str, Any] = {}
     if terms.columns:
         given["potential"] = torch.stack([each.columns for each in pulls if each.columns is not None])

@@ -37,7 +37,7 @@ def presets() -> list[str]:
 
 def save(target: Target, path: str | Path) -> Path:
     """Write the file, atomically, and give its path."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialized
 
     path = Path(path)
     tensors, sizes = _packed(target.tensors)
@@ -53,8 +53,8 @@ def save(target: Target, path: str | Path) -> Path:
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, {"target": json.dumps(header)})
-        with part.open("rb") as file:
+        with part.open("wb") as file:
+            file.write(serialized(tensors, {"target": json.dumps(header)}))
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:

@@ -12,6 +12,7 @@ _USAGE = """usage: dft-kernels COMMAND [options]
   sample          what a trained model writes, beside its base
   capture         run a teacher over texts and store its distributions
   store           what such a store holds (info), and whether it is whole (verify)
+  target          statistics of human writing: build one from texts, list, show, blend
   bench           this loss against the bare matrix products, PyTorch's and other libraries' losses
   info [--json]   versions, backends available and why not, instruction sets, build stamp, defaults
 """
@@ -23,6 +24,7 @@ _ROOMS = {
     "info": "info",
     "sample": "finetune.sample",
     "store": "targets.command",
+    "target": "finetune.target_command",
     "train": "finetune.train",
 }
 

@@ -42,7 +42,7 @@ def test_the_extension_is_built_and_says_of_what() -> None:
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inform"]) == 2
     assert (
-        "COMMAND must be one of bench, capture, demo, info, sample, store, train, got 'inform'"
+        "COMMAND must be one of bench, capture, demo, info, sample, store, target, train, got 'inform'"
         in capsys.readouterr().err
     )
 

@@ -96,6 +96,15 @@ def smollm2(cache: Path) -> tuple[Any, Any]:
     safetensors) and its tokenizer: model, tokenizer."""
     import transformers
 
+    folder = smollm2_folder(cache)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def smollm2_folder(cache: Path) -> Path:
+    """Where it and its tokenizer lie, made if they do not."""
+    import transformers
+
     folder = cache / "SmolLM2-135M-Instruct"
     if not folder.exists():
         source = fetch(SMOLLM2, cache)
@@ -110,8 +119,7 @@ def smollm2(cache: Path) -> tuple[Any, Any]:
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
             part.rename(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model, transformers.AutoTokenizer.from_pretrained(folder)
+    return folder
 
 
 def lambada(cache: Path) -> list[str]:

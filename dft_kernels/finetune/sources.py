@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .materials import lambada, read_texts, smollm2
+from ..targets.corpus import passages
+from .materials import lambada, read_texts, smollm2, smollm2_folder
 
 MODEL_HELP = "a folder or name for transformers, or smollm2, which pip brings"
 TEXT_HELP = "UTF-8 files; lambada, which pip brings; or hf:NAME[:SPLIT[:COLUMN]], a dataset"
@@ -28,6 +30,35 @@ def model_of(name: str, cache: Path, dtype: Any = "auto") -> tuple[Any, Any]:
         ) from error
 
 
+def tokenizer_of(name: str, cache: Path) -> Any:
+    """A tokenizer, by folder, transformers' name, or as a material of pip's."""
+    import transformers
+
+    if name == "smollm2":
+        return transformers.AutoTokenizer.from_pretrained(smollm2_folder(cache))
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--tokenizer must be a folder or name that transformers loads, or smollm2, got {name!r}: "
+            f"{str(error).splitlines()[0]}. Check the folder, or that its hub is reachable."
+        ) from error
+
+
+def passages_of(names: list[str], cache: Path) -> Iterator[str]:
+    """The texts that `--text` names, in passages, read as they are asked for."""
+    for name in names:
+        if name == "lambada" or name.startswith("hf:"):
+            for text in lambada(cache) if name == "lambada" else _dataset(*name.split(":")[1:]):
+                yield from passages(text.splitlines(True))
+        else:
+            try:
+                with Path(name).open(encoding="utf-8") as lines:
+                    yield from passages(lines)
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"--text must name readable UTF-8 files, got {name}: {error}.") from error
+
+
 def texts_of(names: list[str], cache: Path) -> list[str]:
     """The texts that `--text` names, in order."""
     texts: list[str] = []
@@ -35,13 +66,13 @@ def texts_of(names: list[str], cache: Path) -> list[str]:
         if name == "lambada":
             texts += lambada(cache)
         elif name.startswith("hf:"):
-            texts += _dataset(*name.split(":")[1:])
+            texts += list(_dataset(*name.split(":")[1:]))
         else:
             texts += read_texts([Path(name)])
     return texts
 
 
-def _dataset(name: str, split: str = "train", column: str = "text") -> list[str]:
+def _dataset(name: str, split: str = "train", column: str = "text") -> Iterable[str]:
     try:
         import datasets
     except ImportError as error:
@@ -49,4 +80,4 @@ def _dataset(name: str, split: str = "train", column: str = "text") -> list[str]
     found = datasets.load_dataset(name, split=split)
     if column not in found.column_names:
         raise ValueError(f"--text hf:{name} must have a column {column!r}, got {found.column_names}. Name it.")
-    return list(found[column])
+    return found[column]

@@ -16,7 +16,7 @@ import torch
 
 from dft_kernels import cli
 from dft_kernels.targets import corpus, distances, ngrams, target_file
-from dft_kernels.targets.blend import blend, style_vector
+from dft_kernels.targets.blend import at_risk, blend, style_vector
 from dft_kernels.targets.comparison import between, compare
 from dft_kernels.targets.fingerprint import tokenizer_fingerprint
 from dft_kernels.targets.punctuation import CLASSES, marks
@@ -30,6 +30,7 @@ WORDS = [
     "<pad>", "</s>", "<unk>", "The", "cat", "sat", "dog", "ran", "far", "It", "was", "late", ".", ",", "!", "?", '."',
     "the", "and", *(f"word{n}" for n in range(60)),
 ]  # fmt: skip
+WHERE_SENTENCES_END = 30  # SmolLM2's "."
 COMMA, STOP, EXCLAMATION, QUOTE = (CLASSES.index(name) for name in ("comma", "full_stop", "exclamation", "quote"))
 
 
@@ -83,6 +84,9 @@ def test_every_statistic_by_hand(tokenizer: Any) -> None:
     assert target["hazard"][[3, 10]].tolist() == [0.75, 1.0]
     assert float(target["hazard"].sum()) == 1.75
     assert sum(a * b for a, b in lengths.items()) == 23
+    assert torch.equal(
+        target["soft_hazard"], target["hazard"]
+    )  # of . and ! alone, which end a sentence wherever they are
     assert target["sentence_words"][[3, 9]].tolist() == [0.75, 0.25]
     mean, deviation = 4.5, math.sqrt(0.75 * 1.5**2 + 0.25 * 4.5**2)
     assert target.burstiness == pytest.approx((deviation - mean) / (deviation + mean))
@@ -109,6 +113,15 @@ def test_every_statistic_by_hand(tokenizer: Any) -> None:
     assert any(text.startswith("noise: 1 passages") for text in target.warnings)
     assert any(text.startswith("sentence_words: 4 sentences") for text in target.warnings)
     assert target.noise == {}
+
+
+def test_the_soft_hazard_counts_every_full_stop(tokenizer: Any) -> None:
+    """Of three full stops two end a sentence: each is two thirds of an end, that behind Mr at age 1 too."""
+    words = tokenizer_of([*WORDS, "Mr"])
+    target = corpus.build(["Mr. cat sat. The dog ran."], words, name="t")
+    assert target["hazard"].nonzero().flatten().tolist() == [3, 4]
+    assert target["soft_hazard"][[1, 3, 4]].tolist() == pytest.approx([1 / 3, 1 / 3, 2 / 3])
+    assert target["soft_hazard"].count_nonzero() == 3
 
 
 def test_ngrams_and_entropy_by_hand(tokenizer: Any) -> None:
@@ -329,7 +342,15 @@ def test_a_linear_blend_is_the_target_of_the_texts_together(tokenizer: Any) -> N
     together = corpus.build(short + long, tokenizer, name="together")
     tokens = [float(one.about.tokens or 0) for one in parts]
     found = blend(parts, [one / sum(tokens) for one in tokens])
-    exact = {"unigram", "sentence_end", "hazard", "sentence_tokens", "punctuation_rate", "sentence_words"}
+    exact = {
+        "soft_hazard",
+        "unigram",
+        "sentence_end",
+        "hazard",
+        "sentence_tokens",
+        "punctuation_rate",
+        "sentence_words",
+    }
     exact |= {"word_length", "punctuation_per_1000_words", "punctuation_features"}
     for name in exact:
         torch.testing.assert_close(found[name], together[name], rtol=1e-4, atol=1e-6)
@@ -468,6 +489,9 @@ def test_build_list_show_blend(tmp_path: Path, tokenizer: Any, capsys: pytest.Ca
     run("blend", a, b, "--weights", 0.25, 0.75, "--out", tmp_path / "c.safetensors")
     mixed = target_file.load(tmp_path / "c.safetensors", tokenizer)
     torch.testing.assert_close(mixed["unigram"], 0.25 * target["unigram"] + 0.75 * target_file.load(b)["unigram"])
+    run("blend", a, b, "--gamma", 1.01, "--max-clipped", 0.2, "--out", tmp_path / "d.safetensors")
+    beyond = style_vector(target, target_file.load(b), 1.01)
+    assert torch.equal(target_file.load(tmp_path / "d.safetensors")["unigram"], beyond["unigram"])
     said = run("list")
     assert all(name in said for name in target_file.presets())
     run("build", "--text", texts[0], "--out", tmp_path / "text.safetensors")
@@ -488,6 +512,8 @@ def read_in_passages(path: Path) -> bool:
         (["build", "--text", "none.txt", "--out", "t"], "--text must name readable UTF-8 files, got none.txt"),
         (["show", "nothing"], "target: nothing: the file must be there, or be a preset (literary, "),
         (["blend", "literary", "--weights", "2", "--out", "t"], "blend: weights must sum to 1, got [2.0]"),
+        (["blend", "satire", "--gamma", "2", "--out", "t"], "target: --gamma must be of two targets, linear, got 1"),
+        (["blend", "satire", "technical", "--gamma", "9", "--out", "t"], "to be clipped at 0, got "),
         (["presets", "none", "--tokenizer", ".", "--out", "t"], "--tokenizer must be a folder or name"),
     ],
 )
@@ -528,6 +554,9 @@ def test_the_presets_are_sane() -> None:
         assert 0.6 < float(target["type_token_ratio"]) < 0.95
         assert 1 < float((target["entropy"] * target["entropy_weight"]).sum()) < 8
         # token and text statistics tell the same
+        tokens_a_sentence = (target.about.tokens or 0) / target.about.sentences
+        assert float(at_risk(target).sum()) == pytest.approx(tokens_a_sentence, rel=0.01)
+        assert WHERE_SENTENCES_END in (target["sentence_end"] * target["unigram"]).topk(3).indices
         rate = target["punctuation_rate"] * (target.about.tokens or 0) / target.about.words * 1000
         per_1000 = target["punctuation_per_1000_words"]
         assert float(rate[COMMA]) == pytest.approx(float(per_1000[COMMA]), rel=0.02)

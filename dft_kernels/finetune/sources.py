@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def passages_of(names: list[str], cache: Path) -> Iterator[str]:
     """The texts that `--text` names, in passages, read as they are asked for."""
     for name in names:
         if name == "lambada" or name.startswith("hf:"):
-            for text in texts_of([name], cache):
+            for text in lambada(cache) if name == "lambada" else _dataset(*name.split(":")[1:]):
                 yield from passages(text.splitlines(True))
         else:
             try:
@@ -66,13 +66,13 @@ def texts_of(names: list[str], cache: Path) -> list[str]:
         if name == "lambada":
             texts += lambada(cache)
         elif name.startswith("hf:"):
-            texts += _dataset(*name.split(":")[1:])
+            texts += list(_dataset(*name.split(":")[1:]))
         else:
             texts += read_texts([Path(name)])
     return texts
 
 
-def _dataset(name: str, split: str = "train", column: str = "text") -> list[str]:
+def _dataset(name: str, split: str = "train", column: str = "text") -> Iterable[str]:
     try:
         import datasets
     except ImportError as error:
@@ -80,4 +80,4 @@ def _dataset(name: str, split: str = "train", column: str = "text") -> list[str]
     found = datasets.load_dataset(name, split=split)
     if column not in found.column_names:
         raise ValueError(f"--text hf:{name} must have a column {column!r}, got {found.column_names}. Name it.")
-    return list(found[column])
+    return found[column]

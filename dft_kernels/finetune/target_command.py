@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..targets import corpus, target_file
-from ..targets.blend import KINDS, blend
+from ..targets.blend import KINDS, blend, style_vector
 from ..targets.comparison import between
 from ..targets.punctuation import CLASSES
 from ..targets.target import Target
@@ -45,7 +45,12 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--plot", type=Path, metavar="FILE.png", help="frequencies, lengths, hazards, punctuation")
     mix = command("blend", "several targets as one")
     mix.add_argument("targets", nargs="+", help="files or presets")
-    mix.add_argument("--weights", required=True, nargs="+", type=float, help="one each, of sum 1")
+    how = mix.add_mutually_exclusive_group(required=True)
+    how.add_argument("--weights", nargs="+", type=float, help="one each, of sum 1")
+    how.add_argument(
+        "--gamma", type=float, help="of two: (1 - gamma) the first + gamma the second, extrapolating outside 0..1"
+    )
+    mix.add_argument("--max-clipped", type=float, default=0.1, help="share of a statistic that gamma may push below 0")
     mix.add_argument("--kind", choices=KINDS, default="linear", help="mixture, or normalised product")
     mix.add_argument("--out", required=True, type=Path, metavar="FILE")
     presets = command("presets", "the presets for a tokenizer, from their texts")
@@ -143,7 +148,15 @@ def _other(name: str, target: Target, cache: Path) -> Target:
 
 def _blend(options: argparse.Namespace) -> None:
     parts = [target_file.load(name) for name in options.targets]
-    _write(blend(parts, options.weights, options.kind, options.out.stem), options.out)
+    if options.gamma is None:
+        found = blend(parts, options.weights, options.kind, options.out.stem)
+    elif len(parts) != 2 or options.kind != "linear":
+        raise ValueError(
+            f"target: --gamma must be of two targets, linear, got {len(parts)}, {options.kind}. Use --weights."
+        )
+    else:
+        found = style_vector(parts[0], parts[1], options.gamma, options.max_clipped, options.out.stem)
+    _write(found, options.out)
 
 
 _COMMANDS = {"build": _build, "list": _list, "show": _show, "blend": _blend, "presets": _presets}

@@ -59,8 +59,7 @@ def _gaps(target: Target, vocab: int) -> DistributionTerm:
 
 
 def _sentences(target: Target, vocab: int) -> DistributionTerm:
-    ends = _padded(target["sentence_end"], vocab) >= 0.5
-    return SentenceLength(ends, lengths=target["sentence_tokens"])
+    return SentenceLength(_padded(target["sentence_end"], vocab), hazard=target["soft_hazard"])
 
 
 def _bigrams(target: Target, vocab: int) -> DistributionTerm:

@@ -88,6 +88,9 @@ def _linear(targets: list[Target], weights: list[float], max_clipped: float | No
         elif name == "sentence_end" and "unigram" in shared:
             ends, occurrences = mixed(name, lambda one: one["unigram"])
             out[name] = torch.where(occurrences > 0, ends / occurrences.clamp(min=1e-300), 0).clamp(0, 1)
+        elif name == "soft_hazard" and "hazard" in shared:
+            soft, risk = mixed(name, lambda one: at_risk(one) / at_risk(one).sum())
+            out[name] = torch.where(risk > 0, soft / risk.clamp(min=1e-300), 0).clamp(0, 1)
         elif name == "sentence_tokens" and "hazard" in shared:
             ended = mixed(name, lambda one: 1 / at_risk(one).sum())[0]
             oldest = sum(
@@ -173,7 +176,7 @@ def clipped(name: str, value: Tensor, max_clipped: float | None) -> Tensor:
             "gamma",
             f"leave at most {max_clipped:.0%} of {name} to be clipped at 0",
             f"{share:.1%}",
-            "Move gamma towards [0, 1], or raise max_clipped",
+            "Move gamma towards [0, 1], or raise max_clipped (--max-clipped)",
         )
     return value.clamp(min=0)
 

@@ -16,7 +16,8 @@ def compare(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, float
 
     TV, L2, W1, Cramér are those of distances.py. bigram, trigram: L2 of the joint probabilities of all n-grams that
     either tracks, 0 where it does not (below what it tracks: rare). punctuation gap and transition: means over
-    the classes that both have. Rates, ratios, burstiness: absolute differences, summed over classes.
+    the classes that both have, weighted by how often they stand. Rates, ratios, burstiness: absolute differences,
+    summed over classes.
     """
     found: dict[str, float] = {}
 
@@ -47,10 +48,12 @@ def compare(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, float
         ("punctuation_gap", "W1", distances.wasserstein_1),
         ("punctuation_transition", "TV", distances.total_variation),
     ):
-        if both(name):
-            pairs = [(p, q) for p, q in zip(a[name], b[name], strict=True) if bool(p.any()) and bool(q.any())]
-            if pairs:
-                found[f"{name}, {label}"] = sum(distance(p, q) for p, q in pairs) / len(pairs)
+        if both(name, "punctuation_rate"):
+            there = a[name].any(1) & b[name].any(1)
+            weight = torch.where(there, a["punctuation_rate"].double() + b["punctuation_rate"].double(), 0)
+            if bool(there.any()):
+                pairs = zip(weight.tolist(), a[name], b[name], strict=True)
+                found[f"{name}, {label}"] = sum(w * distance(p, q) for w, p, q in pairs if w) / float(weight.sum())
     for name in ("punctuation_per_1000_words", "type_token_ratio"):
         if both(name):
             found[f"{name}, L1"] = 2 * distances.total_variation(a[name], b[name])

@@ -28,7 +28,7 @@ PASSAGE = 8192  # characters
 SPLITS = 16  # random halves that a noise floor is the mean of
 _BATCH = 32  # passages tokenized at a time
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
-_PARAGRAPH = re.compile(r"\n[ \t]*\n\s*")
+_PARAGRAPH = re.compile(r"\n[ \t\r]*\n\s*")
 
 
 def passages(text: Iterable[str], size: int = PASSAGE) -> Iterator[str]:
@@ -93,6 +93,7 @@ class Counts:
                 )
             V = len(tokenizer)
             self.vocab_size = V
+            self.by_age = np.zeros((AGES, V), np.int32)
             self.features = token_marks(tokenizer, V)
             of, self._mark_class = self.features.long().numpy().T
             self._mark_start = np.searchsorted(of, np.arange(V + 1))
@@ -141,6 +142,11 @@ class Counts:
         longer = len(lengths) - np.cumsum(np.bincount(np.minimum(lengths, AGES), minlength=AGES + 1))[:AGES]
         longer[-1] = np.maximum(lengths - (AGES - 1), 0).sum()
         sums["at_risk"] += longer
+        if len(last):
+            inside = np.arange(last[-1] + 1)
+            before = np.searchsorted(last, inside)  # ends before each token
+            ages = inside - np.concatenate([[0], last + 1])[before]
+            np.add.at(self.by_age, (np.minimum(ages, AGES - 1), ids[inside]), 1)
         counts = self._mark_start[ids + 1] - self._mark_start[ids]
         where = np.repeat(np.arange(len(ids)), counts)
         first = np.cumsum(counts) - counts
@@ -156,6 +162,8 @@ class Counts:
             self.sums[name] += value
         for mine, theirs in zip(self.grams, other.grams, strict=True):
             mine.merge(theirs)
+        if self.tokenizer is not None:
+            self.by_age += other.by_age
 
     def statistics(self, blocks: Any, grams: Tracked | None) -> dict[str, Tensor]:
         """The tensors of a Target of some blocks, without entropy."""
@@ -222,6 +230,9 @@ class Counts:
         tensors = self.statistics(slice(None), grams)
         if known:
             tensors |= entropies(self.grams[0]) or {}
+            if "hazard" in tensors:
+                there = np.maximum(self.sums["at_risk"].sum(0), 1)
+                tensors["soft_hazard"] = _ratio(self.by_age @ tensors["sentence_end"].double().numpy(), there)
         return Target(about, tensors, self.noise(grams), tuple(warnings_of(self, tensors)))
 
 
@@ -236,7 +247,7 @@ def build(
     seed: int = 0,
     tick: Callable[[int], None] | None = None,
 ) -> Target:
-    """A Target of passages (see `passages`), streaming: the memory is that of the counts, about 50 V numbers and the
+    """A Target of passages (see `passages`), streaming: the memory is that of the counts, about 170 V numbers and the
     different n-grams. tick: told the characters of each passage once it is counted. seed: of the dealing to blocks."""
     counts, deal = Counts(tokenizer), random.Random(seed)
     stream = iter(documents)

@@ -27,7 +27,10 @@ def plot(target: Target, other: Target | None, path: Path) -> None:
     lengths.set(title="sentence length", xlabel="words", ylabel="share of sentences", xlim=(0, 100))
     for one in same:
         if "hazard" in one:
-            seen = one["sentence_tokens"][:-1] > 0  # an age that no sentence ended at says nothing
+            lengths_of = one["sentence_tokens"]
+            seen = (lengths_of > 0)[:-1] & (lengths_of.flip(0).cumsum(0).flip(0) > 0.01)[
+                :-1
+            ]  # where sentences still are
             ages = torch.arange(len(seen))[seen]
             hazards.plot(ages, one["hazard"][:-1][seen], ".-", markersize=3, label=one.about.name)
     hazards.set(title="hazard of the sentence's end", xlabel="tokens before", ylabel="probability")

@@ -35,6 +35,7 @@ STATISTICS: dict[str, Statistic] = {
     "ngram_context_probability": Statistic(1, _F, True, False),
     "sentence_end": Statistic(1, _F, True, False),
     "hazard": Statistic(1, _F, True, False),
+    "soft_hazard": Statistic(1, _F, True, False),
     "sentence_tokens": Statistic(1, _F, True, True),
     "punctuation_features": Statistic(2, _I, True, False),
     "punctuation_rate": Statistic(1, _F, True, False),
@@ -83,6 +84,8 @@ class Target:
         sentence_end [V]             share of a token's occurrences that are the last of a sentence: phi of a model's
                                      soft sentence end <q, phi>
         hazard [A]                   P(this token ends the sentence | a tokens of the sentence stand before it)
+        soft_hazard [A]              mean of sentence_end over the tokens of this age: what <q, phi> is to be compared
+                                     with, since a full stop behind "Mr" weighs there as much as any other
         sentence_tokens [A]          share of sentences with a + 1 tokens; of lengths this is hazard's histogram
         punctuation_features [F, 2] int32  (token, class): the classes that a token's text holds
         punctuation_rate [K]         share of the tokens that hold this class

@@ -35,7 +35,7 @@ class _Gaps(DistributionTerm):
         function = names[0]
         self.features = membership(function, names[1], ends)
         self.vocab, classes = self.features.shape
-        self.member = self.features.to_dense() != 0  # [V, C]
+        self.member = self.features.to_dense() >= 0.5  # [V, C]
         if kind not in ("hazard", "renewal"):
             fail(function, "kind", "be hazard or renewal", repr(kind), "Pick one of these")
         allowed = DISTANCES if kind == "hazard" else DISTANCES[:2]
@@ -144,8 +144,9 @@ class SentenceLength(_Gaps):
     s(a), s'(a + 1) = (1 - e) s(a), F of the expected counts sum_t e_t s_t(a); wasserstein and cramer, in exact mode.
 
     Args:
-        sentence_end: [V] bool, the terminators. Where a quote may follow one, the gap after it is short; count the
-            corpus' with the same tokens.
+        sentence_end: [V] bool, the terminators, or the share of a token's occurrences that end a sentence: the mass
+            is then of these, and a token ends one in the text where its share is half or more. Where a quote may follow
+            a terminator, the gap after it is short; count the corpus' with the same tokens.
         hazard: [A], h*(0) .. h*(A - 1); or lengths: [A], shares of sentences of 1 .. A tokens; longer ones are not
             looked at. starts: whether sequences begin where a sentence does (else rows before their first end are out).
 

@@ -132,6 +132,9 @@ def test_resumed_with_terms_it_is_the_same_curve(store: Any, tmp_path: Path) -> 
         assert curve(runs[1], name)[-3:] == pytest.approx(curve(runs[0], name)[-3:], rel=1e-5)
     assert torch.allclose(runs[0].terms.running, runs[1].terms.running)
     assert runs[1].terms.steps == 5
+    (tmp_path / "out" / "checkpoint-4" / "distribution_terms.pt").unlink()
+    with pytest.raises(ValueError, match=r"must hold distribution_terms\.pt to go on with terms, got none"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
 
 
 def test_terms_close_what_they_are_of(store: Any, tmp_path: Path) -> None:  # noqa: F811 - the fixture

@@ -142,7 +142,13 @@ class DFTTrainer(transformers.Trainer):
         if self.terms is not None and resume_from_checkpoint:
             found = resume_from_checkpoint
             folder = get_last_checkpoint(self.args.output_dir) if found is True else found
-            self.terms.load_state_dict(torch.load(Path(str(folder)) / TERMS_FILE, weights_only=True))
+            file = Path(str(folder)) / TERMS_FILE
+            if not file.exists():
+                raise ValueError(
+                    f"DFTTrainer: {folder} must hold {TERMS_FILE} to go on with terms, got none. Resume with the terms "
+                    "that it was made with, or none, or start anew."
+                )
+            self.terms.load_state_dict(torch.load(file, weights_only=True))
         return super().train(resume_from_checkpoint, *arguments, **named)
 
     def compute_loss(
@@ -170,9 +176,7 @@ class DFTTrainer(transformers.Trainer):
             )
         items: Any = num_items_in_batch
         if isinstance(items, Tensor) and self.is_fsdp_enabled:
-            items = (
-                float(items) or items
-            )  # Trainer's is a tensor in float32, which mixed precision of FSDP2 rounds to bf16
+            items = float(items) or items  # a tensor would be rounded to bf16 by FSDP2's mixed precision
         loss, outputs = super().compute_loss(model, inputs, True, items)
         if model.training:
             if not bool(torch.isfinite(loss)):

@@ -157,4 +157,4 @@ def _features(target: Target, vocab: int) -> Tensor:
     index = torch.cat([torch.stack([torch.arange(len(end)), torch.zeros(len(end), dtype=torch.int64)]),
                        torch.stack([token, kind + 1])], 1)  # fmt: skip
     values = torch.cat([end, torch.ones(len(token))])
-    return torch.sparse_coo_tensor(index, values, (vocab, 1 + classes)).coalesce()
+    return torch.sparse_coo_tensor(index, values, (vocab, 1 + classes), check_invariants=True).coalesce()

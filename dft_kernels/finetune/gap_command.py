@@ -54,10 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    import transformers
     from rich.console import Console
-    from rich.progress import track  # noqa: F401 - that rich is there, before anything is loaded
 
     from ..targets import target_file
+
+    transformers.utils.logging.disable_progress_bar()
 
     for name, least in (("count", 4), ("prompt", 1), ("length", 2)):
         if getattr(options, name) < least:

@@ -167,6 +167,18 @@ def test_interrupted_it_goes_on(folder: Path) -> None:
         torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5)
 
 
+def test_checkpoints_of_another_job_are_not_gone_on_with(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, "--text", *texts(folder))[0] == 0
+    assert list((folder / "out").glob("checkpoint-*"))
+    capsys.readouterr()
+    code, about = run(folder, "--text", *texts(folder), "--correction_rank", "2")
+    assert code == 1
+    assert "hold checkpoints of this job, got" in (said := capsys.readouterr().err)
+    assert "correction_rank 0 for 2" in said
+    assert about["job"]["correction_rank"] == 0  # nothing was touched
+    assert run(folder, "--text", *texts(folder))[0] == 0  # the same job: at its end already
+
+
 def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each one clear line, before anything is loaded or written."""
     (tmp_path / "bad.yaml").write_text("model: x\nlerning_rate: 1\n")
@@ -185,6 +197,7 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("--model", student, "--text", text, "--lora_rank", "2", "--correction_rank", "2"): "must be 0 with lora_rank",
         ("--model", student, "--text", text, "--divergence", "kl"): "divergence must be one of forward_kl",
         ("--model", student, "--text", text): "must hold more than the 16 sequences that are held out, got 1",
+        ("--model", student, "--text", text, "--teacher", "nowhere", "--held_out", "0"): "--teacher must be a folder",
         ("--model", "nowhere", "--text", text): "--model must be a folder or name that transformers loads",
     }.items():
         assert train.main([*arguments, *out]) == 1

@@ -13,7 +13,7 @@ MODEL_HELP = "a folder or name for transformers, or smollm2, which pip brings"
 TEXT_HELP = "UTF-8 files; lambada, which pip brings; or hf:NAME[:SPLIT[:COLUMN]], a dataset"
 
 
-def model_of(name: str, cache: Path, dtype: Any = "auto") -> tuple[Any, Any]:
+def model_of(name: str, cache: Path, dtype: Any = "auto", flag: str = "--model") -> tuple[Any, Any]:
     """A model and its tokenizer, by folder, transformers' name, or as a material of pip's. dtype: "auto": as stored."""
     if name == "smollm2":
         model, tokenizer = smollm2(cache)
@@ -25,7 +25,7 @@ def model_of(name: str, cache: Path, dtype: Any = "auto") -> tuple[Any, Any]:
         return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--model must be a folder or name that transformers loads, or smollm2, got {name!r}: "
+            f"{flag} must be a folder or name that transformers loads, or smollm2, got {name!r}: "
             f"{str(error).splitlines()[0]}. Check the folder, or that its hub is reachable."
         ) from error
 

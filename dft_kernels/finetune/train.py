@@ -102,7 +102,7 @@ def run(job: Job, options: DFTConfig) -> int:
         console.quiet = not options.should_log
     assert job.model is not None
     cache, out = Path(job.cache), Path(options.output_dir or "")
-    resume = options.resume_from_checkpoint or last_checkpoint(out)
+    resume = options.resume_from_checkpoint or _resumable(job, out)
     with console.status("model, text, teacher"):
         model, tokenizer = model_of(job.model, cache, getattr(torch, job.dtype))
         if tokenizer.pad_token is None:
@@ -123,6 +123,8 @@ def run(job: Job, options: DFTConfig) -> int:
         processing_class=tokenizer,
         callbacks=[stop := StopOnInterrupt()],
     )
+    if options.should_save:
+        _tell(job, out)
     batches = [collate([kept[number]]) for number in range(len(kept))]
     before = _measure(trainer, teacher, batches)
     if resume is not None:
@@ -136,8 +138,7 @@ def run(job: Job, options: DFTConfig) -> int:
     after = None if trainer.is_fsdp_enabled else _measure(trainer, teacher, batches)  # its parts are not here
     if options.should_save:
         measured = {when: one and vars(one) for when, one in (("before", before), ("after", after))}
-        text = json.dumps({"base": job.model, "held_out": measured, "job": vars(job)}, indent=1)
-        (out / ABOUT).write_text(text + "\n", encoding="utf-8")
+        _tell(job, out, held_out=measured)
     console.print(report(before, after, found.metrics, trainer.state.log_history))
     console.print(f"saved in {out}; dft-kernels sample {out} --prompt '...' puts it beside {job.model}", soft_wrap=True)
     return 0
@@ -154,7 +155,7 @@ def _materials(job: Job, tokenizer: Any, cache: Path) -> tuple[Any, Any, Any, An
     else:
         data = Sequences(sequences_of(texts_of(job.text or [], cache), tokenizer, job.length))
         if job.teacher is not None:
-            teacher, _ = model_of(job.teacher, cache)
+            teacher, _ = model_of(job.teacher, cache, flag="--teacher")
         collate = transformers.DataCollatorForSeq2Seq(tokenizer)
         if job.principles is not None:
             collate = PrinciplesCollator.from_text(read_texts([Path(job.principles)])[0], tokenizer)
@@ -165,6 +166,31 @@ def _materials(job: Job, tokenizer: Any, cache: Path) -> tuple[Any, Any, Any, An
         )
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()  # the same when resumed
     return teacher, Subset(data, order[job.held_out :]), Subset(data, order[: job.held_out]), collate
+
+
+def _tell(job: Job, out: Path, **more: Any) -> None:
+    """Leave what the folder's checkpoints and result are made of."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / ABOUT).write_text(
+        json.dumps({"base": job.model, **more, "job": vars(job)}, indent=1) + "\n", encoding="utf-8"
+    )
+
+
+def _resumable(job: Job, out: Path) -> str | None:
+    """The last checkpoint of this job; ValueError where the folder's are another's, which would be gone on with."""
+    found = last_checkpoint(out)
+    if found is None:
+        return None
+    about = out / ABOUT
+    before = json.loads(about.read_text(encoding="utf-8"))["job"] if about.exists() else {}
+    apart = [name for name, value in vars(job).items() if name != "cache" and before.get(name) != value]
+    if apart:
+        got = ", ".join(f"{name} {before.get(name)!r} for {getattr(job, name)!r}" for name in apart[:3])
+        raise ValueError(
+            f"train: output_dir must be new, or hold checkpoints of this job, got {out} with {got}. Name another "
+            "--output_dir, or --resume_from_checkpoint."
+        )
+    return found
 
 
 def _adapted(model: Any, job: Job) -> Any:

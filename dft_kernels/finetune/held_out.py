@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..functional import linear_distribution_loss, shift_labels
 from .heads import head_of, hidden_states, output_layer, projection
+from .rollouts import roll_out
 
 
 @dataclass(frozen=True)
@@ -74,27 +75,10 @@ def distinct(sequences: Iterable[Sequence[int]], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-@torch.no_grad()
 def continuations(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], length: int, seed: int = 0, **sampling: Any
 ) -> list[list[int]]:
-    """New token ids after each prompt, `length` at most and none after the end of text. sampling: `generate`'s
-    keywords; plain sampling at temperature 1 by default. The same seed gives the same draws; torch's own random state
-    is left as it was."""
-    device, training = output_layer(model).weight.device, model.training
-    pad = tokenizer.eos_token_id
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(one)) + list(one) for one in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=device)
-    chosen = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, **sampling}
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            made = model.generate(
-                ids, attention_mask=mask, max_new_tokens=length, pad_token_id=pad, eos_token_id=pad, **chosen
-            )
-    finally:
-        model.train(training)
-    rows = made[:, width:].tolist()
-    return [row[: row.index(pad)] if pad in row else row for row in rows]
+    """New token ids after each prompt, `length` at most and none after the end of text: `roll_out`, as lists."""
+    drawn = roll_out(model, prompts, length, tokenizer.eos_token_id, seed, **sampling)
+    rows = [[token for token in row if token >= 0] for row in drawn.target.tolist()]
+    return [row[:-1] if row[-1:] == [tokenizer.eos_token_id] else row for row in rows]

@@ -26,21 +26,53 @@ class ProgressCallback(transformers.ProgressCallback):  # type: ignore[misc]
 
 
 class TermsCallback(transformers.TrainerCallback):  # type: ignore[misc]
-    """The end of a step for its terms' running statistics, and their file in every checkpoint."""
+    """The end of a step for its terms' running statistics (`Delayed`, by name), their file in every checkpoint, and the
+    end of training where all constraints among them hold."""
 
-    def __init__(self, terms: Any) -> None:
+    def __init__(self, terms: dict[str, Any]) -> None:
         self.terms = terms
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Where the step had them; the same steps have in every process."""
-        if self.terms.pending is not None:
-            self.terms.update()
+        for delayed in self.terms.values():
+            if delayed.pending is not None:
+                delayed.update()
+        bounded = [term for delayed in self.terms.values() for term in delayed.bounded.values()]
+        # every term was seen, and no running mean is of fewer steps than it looks back on
+        old = all(delayed.steps * (1 - delayed.decay) >= 1 for delayed in self.terms.values() if delayed.bounded)
+        if args.stop_at_floor and old and all(term.ratio is not None and term.ratio <= 1 for term in bounded):
+            control.should_training_stop = control.should_log = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """By the first process alone: the others' are equal."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            torch.save(self.terms.state_dict(), folder / TERMS_FILE)
+            torch.save({name: delayed.state_dict() for name, delayed in self.terms.items()}, folder / TERMS_FILE)
+
+
+def load_terms(folder: str, terms: dict[str, Any]) -> None:
+    """Take up what `TermsCallback` left in a checkpoint."""
+    file = Path(folder) / TERMS_FILE
+    found = torch.load(file, weights_only=True) if file.exists() else {}
+    if found.keys() != terms.keys():
+        got = f"{', '.join(found) or 'none'} for {', '.join(terms)}"
+        raise ValueError(
+            f"DFTTrainer: {folder} must hold {TERMS_FILE} of the same kinds of terms to go on with, got {got}. Resume "
+            "with the terms that it was made with, or start anew."
+        )
+    for name, delayed in terms.items():
+        delayed.load_state_dict(found[name])
+
+
+def term_logs(terms: dict[str, Any]) -> dict[str, float]:
+    """What is logged of them: term_NAME, rollout_NAME: weight J; of constraints J / bound and the dual weight."""
+    out: dict[str, float] = {}
+    for kind, delayed in terms.items():
+        out |= {f"{kind}_{name}": float(value) for name, value in delayed.values().items()}
+        for name, term in delayed.bounded.items():
+            if term.ratio is not None:
+                out |= {f"{kind}_{name}_over_bound": term.ratio, f"{kind}_{name}_dual": term.dual}
+    return out
 
 
 def peak_memory_gb(device: torch.device) -> float:

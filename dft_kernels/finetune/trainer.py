@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +16,11 @@ from ..functional import Metrics
 from ..mixture import Mixture
 from ..problem import build
 from ..targets.store import Store
-from ..terms import Delayed, DistributionTerm
+from ..terms import Delayed, DistributionTerm, OnPolicy
 from .attach import Held, attach, targets_of
 from .collators import PROMPTED, PrinciplesCollator
-from .progress import TERMS_FILE, TermsCallback, peak_memory_gb, show_metrics
+from .progress import TermsCallback, load_terms, peak_memory_gb, show_metrics, term_logs
+from .rollouts import OwnText
 from .teaching import asked, check_prompted, parts_of, stand_in
 
 _STORED = ("sequence", "hidden", "indices", "log_probs", "tail")  # of a store's batch, and no model's
@@ -50,11 +50,24 @@ class DFTConfig(transformers.TrainingArguments):
     matching_from: int = field(default=0, metadata={"help": "optimiser steps of cross-entropy before the first match"})
     terms_decay: float = field(default=0.95, metadata={"help": "of the running statistics of distribution terms"})
     matching_ramp: int = field(default=0, metadata={"help": "optimiser steps from cross-entropy to these weights"})
+    rollout_every: int = field(
+        default=1, metadata={"help": "one of so many steps has the terms of the model's own text"}
+    )
+    rollout_prompt: int = field(default=32, metadata={"help": "tokens of a text that it goes on from, at most half"})
+    rollout_length: int = field(default=64, metadata={"help": "tokens that it draws at most"})
+    rollout_samples: int = field(default=2, metadata={"help": "draws from each text of a batch"})
+    rollout_temperature: float = field(default=1.0, metadata={"help": "of these draws; neither top-p nor top-k"})
+    rollout_biased_without_score: bool = field(
+        default=False, metadata={"help": "leave out what a token's choice does to the text after it"}
+    )
+    stop_at_floor: bool = field(default=False, metadata={"help": "end once all bounded terms are within their bounds"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "a store's rows are no model's columns"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("matching_every", 1), ("matching_from", 0), ("matching_ramp", 0)):
+        least_of = {"matching_every": 1, "matching_from": 0, "matching_ramp": 0, "rollout_every": 1,
+                    "rollout_prompt": 1, "rollout_length": 2, "rollout_samples": 1}  # fmt: skip
+        for name, least in least_of.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"DFTConfig: {name} must be an int of at least {least}, got {value!r}. Change it.")
@@ -87,6 +100,11 @@ class DFTTrainer(transformers.Trainer):
     `linear_distribution_loss`, a `Mixture` of these and of `Labels()`, each asked for every batch, or None:
     cross-entropy alone. terms: `dft_kernels.terms`, which steps of matching have beside their loss, delayed: running
     statistics (args.terms_decay) over all processes and accumulated batches, kept in checkpoints, logged as term_NAME.
+    rollout_terms: the same of text that the model writes: every args.rollout_every steps it goes on from the beginnings
+    of each batch's texts, and the terms' gradient (`OnPolicy`, with its score term; a `ReferenceKL` among them is to
+    the model as it comes here) joins the step's; logged as rollout_NAME, with rollout_cosine, that of the gradients
+    of two halves of the rollouts (where a step has one batch): 0 says that they are too few. Dropout, which rollouts
+    are drawn without, makes them another model's. With stop_at_floor training ends once all `AtMost` terms hold.
     With `PrinciplesCollator` as data_collator a model sees its principles before each sequence.
     Everything else is Trainer's: accumulation (a step is divided by the tokens of all of its batches), checkpoints,
     `report_to`. Metrics of the loss's own pass (METRICS, means over all processes' tokens since the last log)
@@ -102,6 +120,7 @@ class DFTTrainer(transformers.Trainer):
         teacher: Store | torch.nn.Module | Callable[[dict[str, Any]], Any] | Mixture | None = None,
         *,
         terms: DistributionTerm | Delayed | None = None,
+        rollout_terms: DistributionTerm | OnPolicy | None = None,
         **more: Any,
     ) -> None:
         if not isinstance(args, DFTConfig):
@@ -127,29 +146,48 @@ class DFTTrainer(transformers.Trainer):
             check_prompted(teacher)
         self.teacher = teacher
         self.terms = Delayed(terms, args.terms_decay) if isinstance(terms, DistributionTerm) else terms
+        if isinstance(rollout_terms, DistributionTerm):
+            biased = args.rollout_biased_without_score
+            rollout_terms = OnPolicy(rollout_terms, args.terms_decay, args.rollout_temperature, biased)
+        kinds = {"term": self.terms, "rollout": rollout_terms}
+        self.delayed = {name: delayed for name, delayed in kinds.items() if delayed is not None}
+        if args.stop_at_floor and not any(delayed.bounded for delayed in self.delayed.values()):
+            raise ValueError(
+                "DFTTrainer: stop_at_floor must come with AtMost among the terms, got none. Bound a term, for example "
+                "by its noise_floor."
+            )
         self.sums: dict[str, Tensor] = {}
         self.since: float | None = None
         how = {"memory_budget": args.loss_memory_budget, "backend": args.loss_backend}
         _check("DFTTrainer", args, stand_in(teacher, args.device), args.device, **how)
+        own = None if rollout_terms is None else OwnText(model, rollout_terms, args, _end_of(model, more))
         super().__init__(attach(model, **args.terms, **how), args, **more)
-        self.asked = asked(teacher, args.device)
-        if self.terms is not None:
-            self.add_callback(TermsCallback(self.terms))
+        self.asked, self.own_text = asked(teacher, args.device), own
+        if own is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "DFTTrainer: rollout_terms must be trained with a whole model in each process, got FSDP or DeepSpeed. "
+                "Use DDP, or leave them out."
+            )
+        if self.delayed:
+            self.add_callback(TermsCallback(self.delayed))
         show_metrics(self)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **named: Any) -> Any:
         """Trainer's; a checkpoint's running statistics are taken up with it."""
-        if self.terms is not None and resume_from_checkpoint:
+        if self.delayed and resume_from_checkpoint:
             found = resume_from_checkpoint
-            folder = get_last_checkpoint(self.args.output_dir) if found is True else found
-            file = Path(str(folder)) / TERMS_FILE
-            if not file.exists():
-                raise ValueError(
-                    f"DFTTrainer: {folder} must hold {TERMS_FILE} to go on with terms, got none. Resume with the terms "
-                    "that it was made with, or none, or start anew."
-                )
-            self.terms.load_state_dict(torch.load(file, weights_only=True))
+            load_terms(str(get_last_checkpoint(self.args.output_dir) if found is True else found), self.delayed)
         return super().train(resume_from_checkpoint, *arguments, **named)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Trainer's, and before it the model's own text, where the step has it."""
+        step = self.state.global_step
+        value: Tensor | float = 0.0
+        if self.own_text is not None and (step + 1) % self.args.rollout_every == 0 and step >= self.args.matching_from:
+            model.train()
+            self.since = time.perf_counter() if self.since is None else self.since
+            value = self.own_text.step(self, model, self._prepare_inputs(inputs))
+        return super().training_step(model, inputs, num_items_in_batch) + value  # type: ignore[no-any-return]
 
     def compute_loss(
         self,
@@ -199,8 +237,10 @@ class DFTTrainer(transformers.Trainer):
             *means, (tokens, _) = self.accelerator.reduce(sums, "sum").tolist()
             found = zip(METRICS, means, strict=True)
             logs = {**logs, **{name: total / count for name, (total, count) in found if count > 0}}
-            if self.terms is not None:
-                logs.update({f"term_{name}": float(value) for name, value in self.terms.values().items()})
+            logs |= term_logs(self.delayed)
+            if self.own_text is not None and self.own_text.cosines:
+                logs["rollout_cosine"] = sum(self.own_text.cosines) / len(self.own_text.cosines)
+                self.own_text.cosines.clear()
             logs["tokens_per_second"] = tokens / (time.perf_counter() - (self.since or 0.0))
             logs["peak_memory_gb"] = peak_memory_gb(self.args.device)
             self.sums, self.since = {}, time.perf_counter()
@@ -243,3 +283,11 @@ def _check(function: str, args: DFTConfig, teacher: Any, device: Any = "cpu", **
     """What a loss's own checks can tell before there is a batch: on one row, two tokens, nothing computed."""
     hidden, label = torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     build(function, hidden, hidden.new_zeros(2, 1), label, teacher, **args.terms, **more)
+
+
+def _end_of(model: Any, more: dict[str, Any]) -> int | None:
+    """The token that ends a text: the tokenizer's, else the first that the model stops at."""
+    known = getattr(more.get("processing_class"), "eos_token_id", None)
+    if known is None:
+        known = getattr(model.generation_config, "eos_token_id", None)
+    return known[0] if isinstance(known, list) else known

@@ -2,14 +2,18 @@
 
 from .base import DistributionTerm, Moments, Statistics, TermSum
 from .columns import ChiSquared, TokenL2, UnigramKL, VocabularyMMD, random_fourier_features
+from .constraint import AtMost
 from .delayed import Delayed
+from .floors import noise_floor
 from .gaps import PunctuationGap, SentenceLength
+from .on_policy import OnPolicy, ReferenceKL
 from .pull import TermLoss
 from .rates import Entropy, NGrams, PunctuationRate
 from .run import exact
 from .transport import EmbeddingTransport
 
 __all__ = [
+    "AtMost",
     "ChiSquared",
     "Delayed",
     "DistributionTerm",
@@ -17,8 +21,10 @@ __all__ = [
     "Entropy",
     "Moments",
     "NGrams",
+    "OnPolicy",
     "PunctuationGap",
     "PunctuationRate",
+    "ReferenceKL",
     "SentenceLength",
     "Statistics",
     "TermLoss",
@@ -27,5 +33,6 @@ __all__ = [
     "UnigramKL",
     "VocabularyMMD",
     "exact",
+    "noise_floor",
     "random_fourier_features",
 ]

@@ -30,6 +30,7 @@ class Statistics:
     features: Tensor | None = None  # [B, T, K], q @ features
     entropy: Tensor | None = None  # [B, T]
     log_prob: Tensor | None = None  # [B, T], of the label
+    divergence: Tensor | None = None  # [B, T], KL(q_n || reference), of rows of the model's own text
 
 
 class Moments(NamedTuple):
@@ -56,6 +57,7 @@ class DistributionTerm:
     text = False  # input_ids
     entropy = False
     log_prob = False
+    divergence = False
     linear = True
     size = 0  # S, the number of its sums
     vocab: int | None = None  # V, where a tensor of its own tells
@@ -69,6 +71,11 @@ class DistributionTerm:
         """J, 0-d. mean: f [V] of a term of the mean distribution, else sums / weights [S] (0 where nothing was summed);
         share [S]: weights over all rows' weight."""
         raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """What a sum of terms calls it."""
+        return type(self).__name__
 
     def on(self, device: torch.device) -> None:
         """Move the term's tensors there, once."""
@@ -102,6 +109,7 @@ class TermSum(DistributionTerm):
         self.text = any(term.text for term in terms)
         self.entropy = any(term.entropy for term in terms)
         self.log_prob = any(term.log_prob for term in terms)
+        self.divergence = any(term.divergence for term in terms)
         self.linear = all(term.linear for term in terms)
         self.size = sum(term.size for term in terms)
         known = {term.vocab for term in terms if term.vocab is not None}
@@ -114,7 +122,7 @@ class TermSum(DistributionTerm):
     @property
     def names(self) -> list[str]:
         """Of the parts, each once."""
-        plain = [type(term).__name__ for _, term in self.parts]
+        plain = [term.name for _, term in self.parts]
         return [name if plain.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(plain)]
 
     def on(self, device: torch.device) -> None:
@@ -146,12 +154,17 @@ class TermSum(DistributionTerm):
 
     def values(self, moments: Moments) -> list[Tensor]:
         """weight_i J_i of every part, 0-d float64; differentiable in the moments."""
+        means = self.means(moments)
+        return [by * term.value(*of) for (by, term), of in zip(self.parts, means, strict=True)]
+
+    def means(self, moments: Moments) -> list[tuple[Tensor, Tensor]]:
+        """mean and share of every part's `value`."""
         total = _or_one(moments.total)
         f, share = moments.columns / total, moments.weights / total
         means, out, first = moments.sums / _or_one(moments.weights), [], 0
-        for by, term in self.parts:
+        for _, term in self.parts:
             last = first + term.size
-            out.append(by * term.value(f if term.columns else means[first:last], share[first:last]))
+            out.append((f if term.columns else means[first:last], share[first:last]))
             first = last
         return out
 

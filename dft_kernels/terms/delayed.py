@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checks import fail
 from ..functional import Metrics, linear_distribution_loss, linear_distribution_statistics
 from .base import Statistics, as_sum
+from .constraint import AtMost
 from .pull import (
     STATISTICS,
     Potentials,
@@ -180,6 +181,18 @@ class Delayed:
         pending = torch.where(pending.isfinite().all(), pending, 0.0)  # no synchronisation
         self.running = pending if self.running is None else self.decay * self.running.to(pending.device) + pending
         self.pending, self._slopes, self.steps = None, None, self.steps + 1
+        if self.bounded:
+            self.terms.on(self.running.device)
+            means = self.terms.means(self.terms.split(self.running))
+            for (_, term), of in zip(self.terms.parts, means, strict=True):
+                if isinstance(term, AtMost):
+                    term.rise(*of)
+
+    @property
+    def bounded(self) -> dict[str, AtMost]:
+        """The constraints among the terms, by name: their dual weights and J / bound."""
+        parts = zip(self.terms.names, self.terms.parts, strict=True)
+        return {name: term for name, (_, term) in parts if isinstance(term, AtMost)}
 
     def values(self) -> dict[str, Tensor]:
         """weight_i J_i of the running means, by name; empty before the first update."""
@@ -189,14 +202,15 @@ class Delayed:
     def state_dict(self) -> dict[str, Any]:
         """The running statistics, for a checkpoint between steps; a step that is under way is not in it."""
         running = None if self.running is None else self.running.clone()
-        return {"running": running, "steps": self.steps, "terms": self._layout()}
+        duals = [term.dual for term in self.bounded.values()]
+        return {"running": running, "steps": self.steps, "terms": self._layout(), "duals": duals}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned. ValueError where it is of other terms or another vocabulary."""
-        if not isinstance(state, dict) or set(state) != {"running", "steps", "terms"}:
+        if not isinstance(state, dict) or set(state) != {"running", "steps", "terms", "duals"}:
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             fail("Delayed.load_state_dict", "state", "be what state_dict returned", got, "Pass that dict")
-        if state["terms"] != self._layout():
+        if state["terms"] != self._layout() or len(state["duals"]) != len(self.bounded):
             remedy = "Build the terms as they were, or start without the state"
             fail("Delayed.load_state_dict", "state", f"be of the terms {self._layout()}", state["terms"], remedy)
         running = state["running"]
@@ -206,6 +220,8 @@ class Delayed:
                 remedy = "Load the state of the same head"
                 fail("Delayed.load_state_dict", "state", f"be of a vocabulary of {self.terms.vocab}", vocab, remedy)
             running = running.clone()
+        for term, dual in zip(self.bounded.values(), state["duals"], strict=True):
+            term.dual = float(dual)
         self.running, self.steps, self.pending, self._slopes = running, int(state["steps"]), None, None
 
     def _known(self, device: torch.device) -> Slopes | None:

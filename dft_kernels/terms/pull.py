@@ -42,13 +42,27 @@ class Potentials(NamedTuple):
     columns: Tensor | None  # G [V]
     features: Tensor | None  # kappa [B, T, K]
     entropy: Tensor | None  # eta [B, T]
+    divergence: Tensor | None = None  # [B, T]
 
 
 def checked(
-    function: str, term: Any, hidden: Any, weight: Any, target: Any, input_ids: Any, loss: dict[str, Any]
+    function: str,
+    term: Any,
+    hidden: Any,
+    weight: Any,
+    target: Any,
+    input_ids: Any,
+    loss: dict[str, Any],
+    own_text: bool = False,
 ) -> tuple[TermSum, Statistics]:
-    """The sum of terms and the rows of a call, whose statistics are not there yet."""
+    """The sum of terms and the rows of a call, whose statistics are not there yet. own_text: the model wrote it."""
     terms = as_sum(function, term)
+    if terms.divergence and not own_text:
+        remedy = "On human text pass the reference as teacher, with soft_weight"
+        fail(function, "term", "be without a ReferenceKL, which is of the model's own text", "one", remedy)
+    if terms.log_prob and own_text:
+        remedy = "Take Entropy(value=h), h the model's cross-entropy on human text"
+        fail(function, "term", "be without calibration on the model's own text", "Entropy(calibration=True)", remedy)
     if not isinstance(hidden, Tensor) or hidden.ndim not in (2, 3):
         got = str(list(hidden.shape)) if isinstance(hidden, Tensor) else type(hidden).__name__
         fail(
@@ -106,13 +120,21 @@ def rows_of(like: Tensor, target: Any, input_ids: Any, row_weight: Any, ignore_i
 
 
 def filled(
-    terms: TermSum, parts: list[Statistics], features: Any, entropy: Any, log_prob: Any, shape: torch.Size
+    terms: TermSum,
+    parts: list[Statistics],
+    features: Any,
+    entropy: Any,
+    log_prob: Any,
+    shape: torch.Size,
+    divergence: Any = None,
 ) -> list[Statistics]:
     """Rows and the statistics of a pass, as far as the terms ask for them."""
     features = None if features is None else features.double().reshape(*shape, -1)
     entropy = entropy.double().reshape(shape) if terms.entropy else None
     log_prob = log_prob.double().reshape(shape) if terms.log_prob else None
-    return [replace(part, features=features, entropy=entropy, log_prob=log_prob) for part in parts]
+    divergence = divergence.double().reshape(shape) if terms.divergence else None
+    rows = {"features": features, "entropy": entropy, "log_prob": log_prob, "divergence": divergence}
+    return [replace(part, **rows) for part in parts]
 
 
 class Slopes(NamedTuple):
@@ -122,15 +144,18 @@ class Slopes(NamedTuple):
     total: Tensor  # 0-d, W
     columns: Tensor | None  # dJ/d(sum w q) [V]
     sums: Tensor | None  # [S]
+    of_total: Tensor | None  # dJ/dW, and
+    weights: Tensor | None  # [S], by what a sampled text changes which rows there are
 
 
 def slopes(terms: TermSum, moments: Moments) -> Slopes:
     """By autograd, on the small vectors."""
     with torch.enable_grad():
-        columns, sums = moments.columns.detach().requires_grad_(), moments.sums.detach().requires_grad_()
-        values = terms.values(moments._replace(columns=columns, sums=sums))
-        found = torch.autograd.grad(sum(values[1:], values[0]), (columns, sums), allow_unused=True)
-    return Slopes([value.detach() for value in values], moments.total, *found)
+        leaves = Moments(*(moment.detach().requires_grad_() for moment in moments))
+        values = terms.values(leaves)
+        found = Moments(*torch.autograd.grad(sum(values[1:], values[0]), leaves, allow_unused=True))
+    detached = [value.detach() for value in values]
+    return Slopes(detached, moments.total, found.columns, found.sums, found.total, found.weights)
 
 
 def pull(terms: TermSum, of: Slopes, rows: Statistics) -> Potentials:
@@ -138,8 +163,8 @@ def pull(terms: TermSum, of: Slopes, rows: Statistics) -> Potentials:
     with torch.enable_grad():
         leaves = {
             name: leaf.detach().requires_grad_()
-            for name, leaf in (("features", rows.features), ("entropy", rows.entropy))
-            if leaf is not None
+            for name in ("features", "entropy", "divergence")
+            if (leaf := getattr(rows, name)) is not None
         }
         found: dict[str, Tensor | None] = {}
         if leaves and of.sums is not None:
@@ -154,7 +179,7 @@ def pull(terms: TermSum, of: Slopes, rows: Statistics) -> Potentials:
         return None if grad is None else grad * (scale[..., None] if name == "features" else scale)
 
     columns = None if not terms.columns or of.columns is None else of.columns * of.total
-    return Potentials(columns, scaled("features"), scaled("entropy"))
+    return Potentials(columns, scaled("features"), scaled("entropy"), scaled("divergence"))
 
 
 def linear_part(of: Potentials, rows: Statistics) -> Tensor:
@@ -180,11 +205,15 @@ def joined(
     return TermLoss(loss - linear + sum(shares), fused, dict(zip(terms.names, shares, strict=True)), metrics)
 
 
+def wide(hidden: Tensor) -> torch.dtype:
+    """The dtype that the loss accumulates in."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
 def cast(given: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
     """Potentials in the dtype that the loss accumulates in."""
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     names = ("potential", "feature_weight", "entropy_weight")
-    return {name: value.to(wide) if name in names else value for name, value in given.items()}
+    return {name: value.to(wide(hidden)) if name in names else value for name, value in given.items()}
 
 
 def reduced(moments: Moments) -> Moments:

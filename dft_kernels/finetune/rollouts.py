@@ -1,0 +1,153 @@
+"""Text of a model's own: drawing it, and the steps of `DFTTrainer` that train on it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import fail
+from ..teachers import TeacherHead
+from ..terms import OnPolicy
+from ..terms.split_half import split_half
+from .attach import Held
+from .heads import head_of, hidden_states, output_layer, projection, unwrapped
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Texts [B, T]: prompts, aligned to end together at column `width`, and what the model drew after them."""
+
+    input_ids: Tensor
+    attention_mask: Tensor  # 0 before a shorter prompt and after the end of a text
+    target: Tensor  # the token drawn after each row, -100 where none was
+    width: int
+
+    def __getitem__(self, rows: slice) -> Rollouts:
+        return Rollouts(self.input_ids[rows], self.attention_mask[rows], self.target[rows], self.width)
+
+    def inputs(self, model: Any) -> dict[str, Tensor]:
+        """Of the model's forward: as `generate` has read them."""
+        out = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if "position_ids" in inspect.signature(unwrapped(model).base_model.forward).parameters:
+            out["position_ids"] = (self.attention_mask.cumsum(-1) - 1).clamp_min(0)
+        return out
+
+
+@torch.no_grad()
+def roll_out(
+    model: Any, prompts: Sequence[Sequence[int]], length: int, end: int | None, seed: int | None = None, **sampling: Any
+) -> Rollouts:
+    """Draw `length` tokens at most after each prompt (token ids) by `model.generate`, up to the token `end`.
+
+    sampling: `generate`'s keywords; plain sampling at temperature 1 by default. seed: the same one gives the same
+    draws, and torch's own random state is left as it was; None: that is drawn from. The mode of the model is left.
+    """
+    device, training = output_layer(model).weight.device, model.training
+    width, pad = max(map(len, prompts)), 0 if end is None else end
+    ids = torch.tensor([[pad] * (width - len(one)) + list(one) for one in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=device)
+    chosen = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, **sampling}
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            made = model.generate(
+                ids, attention_mask=mask, max_new_tokens=length, pad_token_id=pad, eos_token_id=end, **chosen
+            )
+    finally:
+        model.train(training)
+    new = made[:, width:]
+    ended = (new == end) if end is not None else torch.zeros_like(new, dtype=torch.bool)
+    drawn = ended.cumsum(1) - ended.long() == 0  # up to the end, with it
+    target = torch.full_like(made, -100)
+    target[:, width - 1 : -1] = torch.where(drawn, new, -100)
+    return Rollouts(made, torch.cat([mask, drawn.long()], 1), target, width)
+
+
+class Reference:
+    """A model as it is now, whatever becomes of it: PEFT's with its adapters off, any other a frozen copy."""
+
+    def __init__(self, model: Any) -> None:
+        self.adapted = hasattr(model, "disable_adapter")
+        self.model = model if self.adapted else copy.deepcopy(model).eval().requires_grad_(False)
+        with self._as_it_was():
+            self.head = head_of(self.model, adapted=True)
+
+    def _as_it_was(self) -> Any:
+        return self.model.disable_adapter() if self.adapted else nullcontext()
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict[str, Tensor]) -> TeacherHead:
+        """Its rows of a batch [B, T]."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self._as_it_was():
+                more = {name: value for name, value in inputs.items() if name != "input_ids"}
+                hidden = hidden_states(self.model, inputs["input_ids"], **more)
+                given = projection(output_layer(self.model), hidden)
+        finally:
+            self.model.train(training)
+        if "low_rank" in given:
+            remedy = "Train LoRA, or leave the ReferenceKL out"
+            fail("DFTTrainer", "rollout_terms", "have a ReferenceKL of a plain head", "a corrected one", remedy)
+        bias = given["bias"]
+        bias = None if bias is None else bias.detach()
+        return TeacherHead(hidden, given["weight"].detach(), bias, self.head.logit_scale, self.head.softcap)
+
+
+class OwnText:
+    """Rollouts of a step and their gradient. args: a DFTConfig, of which the rollout_ fields are this one's."""
+
+    def __init__(self, model: Any, terms: OnPolicy, args: Any, end: int | None) -> None:
+        self.terms, self.args, self.end = terms, args, end
+        self.reference = Reference(model) if terms.terms.divergence else None
+        self.cosines: list[float] = []
+
+    def prompts(self, inputs: dict[str, Any]) -> list[list[int]]:
+        """The beginnings of a batch's texts, at most half of each, rollout_samples times."""
+        mask = inputs.get("attention_mask")
+        texts = [
+            (row if mask is None or mask.ndim != 2 else row[mask[number] != 0]).tolist()
+            for number, row in enumerate(inputs["input_ids"])
+        ]
+        cut = [text[: max(1, min(self.args.rollout_prompt, len(text) // 2))] for text in texts]
+        return [prompt for prompt in cut for _ in range(self.args.rollout_samples)]
+
+    def step(self, trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Draw, and add the gradient of the terms to the parameters' in two halves; their value."""
+        plain = trainer.accelerator.unwrap_model(model)
+        prompts = self.prompts(inputs)
+        if len(prompts) < 4:
+            got = f"{len(prompts)} of a batch of {len(inputs['input_ids'])}"
+            remedy = "Raise per_device_train_batch_size or rollout_samples"
+            fail("DFTTrainer", "rollouts", "be 4 a batch or more, for two halves that have baselines", got, remedy)
+        drawn = roll_out(plain, prompts, self.args.rollout_length, self.end, temperature=self.terms.temperature)
+        values: list[Tensor] = []
+
+        def loss_of(half: Rollouts, apart: Any) -> Tensor:
+            given = half.inputs(plain)
+            teacher = None if self.reference is None else Held(self.reference(given))
+            with trainer.compute_loss_context_manager(), apart:
+                loss = model(
+                    **given, shift_labels=half.target, teacher=teacher, distribution_terms=Held(self.terms)
+                ).loss
+            values.append(loss.detach())
+            return loss / (2 * trainer.current_gradient_accumulation_steps)  # type: ignore[no-any-return]
+
+        middle = len(prompts) // 2
+        # the first half's gradient stays this process's, as the second's is when they are compared
+        alone = trainer.accelerator.no_sync(model)
+        halves = (lambda: loss_of(drawn[:middle], alone), lambda: loss_of(drawn[middle:], nullcontext()))
+        cosine = split_half(plain.parameters(), halves, trainer.accelerator.backward)
+        if cosine is not None:
+            self.cosines.append(cosine)
+        return (values[0] + values[1]) / (2 * trainer.current_gradient_accumulation_steps)

@@ -1,0 +1,285 @@
+"""Terms of the model's own text: the gradient of a J of everything that it could write, by enumeration."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dft_kernels.terms import (
+    AtMost,
+    Delayed,
+    Entropy,
+    NGrams,
+    OnPolicy,
+    PunctuationRate,
+    ReferenceKL,
+    SentenceLength,
+    TokenL2,
+    UnigramKL,
+    exact,
+    noise_floor,
+)
+from dft_kernels.terms.split_half import split_half
+
+V, H, L = 3, 2, 3  # tokens, hidden size, drawn at most after a prompt of one
+END = 2
+TEXTS = [list(text) for text in itertools.product(range(V), repeat=L)]
+P = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+ENDS = torch.tensor([False, True, False])
+HAZARD = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
+TERMS: dict[str, Any] = {
+    "columns": lambda: 2.0 * TokenL2(P) + UnigramKL(P, "reverse"),
+    "rates": lambda: PunctuationRate(torch.eye(V)[:, :2], torch.tensor([0.3, 0.1])),
+    "text": lambda: (
+        SentenceLength(ENDS, HAZARD, distance="squared", starts=True)
+        + NGrams(torch.tensor([1, 0]), torch.tensor([0, 1]), torch.tensor([0.5, 0.3]), V)
+    ),
+    "entropy": lambda: Entropy(value=0.7),
+    "reference": lambda: 0.5 * ReferenceKL(),
+    "all": lambda: (
+        TokenL2(P, squared=True)
+        + 3.0 * SentenceLength(ENDS, HAZARD, distance="cramer", starts=True)
+        + Entropy(value=0.7)
+        + 0.3 * ReferenceKL()
+    ),
+}
+
+
+class Writer:
+    """A model whose rows are known for every prefix of a prompt and up to two tokens."""
+
+    def __init__(self, ends: bool) -> None:
+        draw = torch.Generator().manual_seed(3)
+        self.states = torch.randn(1 + V + V * V, H, generator=draw, dtype=torch.float64).requires_grad_()
+        self.weight = torch.randn(V, H, generator=draw, dtype=torch.float64).requires_grad_()
+        self.reference = torch.randn(1 + V + V * V, V, generator=draw, dtype=torch.float64)
+        self.ends = ends
+
+    def rows(self, text: list[int]) -> list[int]:
+        """Which states the rows of a text have."""
+        return [0, 1 + text[0], 1 + V + V * text[0] + text[1]]
+
+    def batch(self, texts: list[list[int]]) -> dict[str, Any]:
+        at = torch.tensor([self.rows(text) for text in texts])
+        target = torch.tensor(texts)
+        if self.ends:
+            target = torch.where((target == END).cumsum(1) - (target == END).long() > 0, -100, target)
+        ids = torch.tensor([[1, *text[:-1]] for text in texts])
+        return {"hidden": self.states[at], "weight": self.weight, "target": target, "input_ids": ids, "at": at}
+
+    def log_prob(self, batch: dict[str, Any], temperature: float = 1.0) -> Tensor:
+        """[B, L] of the drawn tokens, 0 after the end."""
+        log_q = (batch["hidden"] @ self.weight.t() / temperature).log_softmax(-1)
+        labels = batch["target"]
+        return torch.where(labels < 0, 0.0, log_q.gather(-1, labels.clamp(min=0)[..., None])[..., 0])
+
+    def all_texts(self, temperature: float = 1.0) -> tuple[list[list[int]], Tensor]:
+        """All texts that differ, and their probabilities, with a graph."""
+        known = {tuple(self.batch([text])["target"][0].tolist()): text for text in TEXTS}
+        texts = list(known.values())
+        return texts, self.log_prob(self.batch(texts), temperature).sum(1).exp()
+
+    def called(self, batch: dict[str, Any], terms: Any) -> dict[str, Any]:
+        given = {name: value for name, value in batch.items() if name != "at"}
+        return {**given, "teacher": self.reference[batch["at"]] if terms.divergence else None}
+
+
+def moments_of_all(writer: Writer, own: OnPolicy, temperature: float = 1.0) -> Tensor:
+    """E of the moments of a text, with a graph, by plain softmaxes."""
+    from dft_kernels.terms.base import Statistics
+
+    texts, chance = writer.all_texts(temperature)
+    total: Any = 0
+    for text, p in zip(texts, chance, strict=True):
+        batch = writer.batch([text])
+        log_q = (batch["hidden"] @ writer.weight.t() / temperature).log_softmax(-1)
+        q, w = log_q.exp(), (batch["target"] != -100).double()
+        features = None if own.terms.features is None else q @ own.terms.features.to_dense().double()
+        log_r = (writer.reference[batch["at"]] / temperature).log_softmax(-1)
+        seen = Statistics(
+            batch["input_ids"], w, torch.einsum("bt,btv->v", w, q), features, -(q * log_q).sum(-1), None,
+            (q * (log_q - log_r)).sum(-1),
+        )  # fmt: skip
+        total = total + p * own.terms.gathered(seen).flat()
+    return total
+
+
+def gradients(of: Tensor, writer: Writer) -> Tensor:
+    found = torch.autograd.grad(of, (writer.states, writer.weight), allow_unused=True)
+    return torch.cat([torch.zeros(0) if g is None else g.reshape(-1) for g in found])
+
+
+@pytest.mark.parametrize(("name", "ends", "temperature"), [
+    *((name, ends, 1.0) for name in TERMS for ends in (False, True)), ("all", True, 0.6),
+])  # fmt: skip
+def test_the_expected_gradient_is_that_of_all_it_could_write(name: str, ends: bool, temperature: float) -> None:
+    """Over all pairs of texts, weighed by their chance: the estimate's mean is J's gradient, times E[W] E[1 / W]."""
+    writer = Writer(ends)
+    own = OnPolicy(TERMS[name](), temperature=temperature)
+    whole = moments_of_all(writer, own, temperature)
+    want = gradients(sum(own.terms.values(own.terms.split(whole))), writer)
+    own.running = whole.detach()
+    texts, chance = writer.all_texts(temperature)
+    found, biased = torch.zeros_like(want), torch.zeros_like(want)
+    without = OnPolicy(TERMS[name](), temperature=temperature, biased_without_score=True)
+    without.running = own.running
+    for (a, p), (b, r) in itertools.product(zip(texts, chance.detach(), strict=True), repeat=2):
+        for each, into in ((own, found), (without, biased)):
+            batch = writer.batch([a, b])
+            into += p * r * gradients(each.loss(**writer.called(batch, each.terms)).loss, writer)
+    sizes = (writer.batch(texts)["target"] != -100).sum(1).double()
+    scale = (chance * sizes).sum() * (chance / sizes).sum()
+    torch.testing.assert_close(found, want * scale.detach(), rtol=1e-9, atol=1e-11)
+    assert float((biased - want).norm() / want.norm()) > 0.01  # the name says so
+
+
+def test_importance_weights_are_another_writers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of another writer, weighed, have the same expectation."""
+    writer, other = Writer(False), Writer(False)
+    other.weight = (other.weight.detach() * 0.7).requires_grad_()
+    own = OnPolicy(TERMS["all"]())
+    whole = moments_of_all(writer, own)
+    want = gradients(sum(own.terms.values(own.terms.split(whole))), writer)
+    own.running = whole.detach()
+    texts, chance = other.all_texts()
+    found = torch.zeros_like(want)
+    for (a, p), (b, r) in itertools.product(zip(texts, chance.detach(), strict=True), repeat=2):
+        batch = writer.batch([a, b])
+        drawn = other.log_prob(other.batch([a, b])).detach()
+        loss = own.loss(**writer.called(batch, own.terms), sampled_log_prob=drawn, num_items=2 * L).loss
+        found += p * r * gradients(loss, writer)
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-11)
+
+
+def test_statistics_of_a_step_and_the_value() -> None:
+    writer, own = Writer(True), OnPolicy(TERMS["all"](), decay=0.5)
+
+    def run(of: OnPolicy) -> Any:
+        batch = writer.batch([[0, 1, 2], [2, 0, 0], [1, 1, 1]])
+        return of.loss(**writer.called(batch, of.terms))
+
+    first = run(own)
+    assert float(first.loss.detach()) == 0.0
+    assert float(gradients(first.loss, writer).norm()) == 0.0
+    own.update()
+    twice = run(own)
+    values = own.values()
+    assert float(twice.loss.detach()) == pytest.approx(float(sum(values.values())))
+    assert float(twice.terms["ReferenceKL"]) == pytest.approx(float(values["ReferenceKL"]))
+    again = OnPolicy(TERMS["all"](), decay=0.5)
+    again.load_state_dict(own.state_dict())
+    a, b = (gradients(run(each).loss, writer) for each in (own, again))
+    assert torch.equal(a, b)
+
+
+ERRORS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "one text": (lambda: TokenL2(P), {"texts": [[0, 1, 1]]}, "two sequences or more"),
+    "no reference": (ReferenceKL, {"teacher": None}, "be the reference of a ReferenceKL, got None"),
+    "a reference": (lambda: TokenL2(P), {"teacher": torch.zeros(2, L, V)}, "be None without a ReferenceKL"),
+    "calibration": (lambda: Entropy(calibration=True), {}, "be without calibration on the model's own text"),
+    "no target": (lambda: TokenL2(P), {"target": None}, "be the tokens that were drawn, got None"),
+    "weight 0": (lambda: TokenL2(P), {"row_weight": torch.zeros(2, L, dtype=torch.float64)}, "be above 0 where"),
+    "log_prob": (lambda: TokenL2(P), {"sampled_log_prob": torch.zeros(2)}, r"be a tensor \[2, 3\], got \[2\]"),
+    "potential": (lambda: TokenL2(P), {"potential": P}, "be left out"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name: str) -> None:
+    term, more, said = ERRORS[name]
+    writer, own = Writer(False), OnPolicy(term())
+    texts = more.pop("texts", [[0, 1, 1], [2, 0, 1]])
+    given = {**writer.called(writer.batch(texts), own.terms), **more}
+    with pytest.raises((ValueError, TypeError), match=f"OnPolicy: .*{said}"):
+        own.loss(**given)
+    assert own.pending is None
+
+
+def test_a_reference_is_of_own_text_alone() -> None:
+    writer = Writer(False)
+    batch = writer.batch([[0, 1, 1], [2, 0, 1]])
+    given = {name: batch[name] for name in ("hidden", "weight", "target", "input_ids")}
+    for run in (lambda: exact(**given, term=ReferenceKL()), lambda: Delayed(ReferenceKL()).loss(**given)):
+        with pytest.raises(ValueError, match="be without a ReferenceKL, which is of the model's own text"):
+            run()
+    with pytest.raises(ValueError, match="temperature must be a number above 0, got 0"):
+        OnPolicy(TokenL2(P), temperature=0)
+
+
+# ------------------------------------------------------------------------------------------- constraints and floors
+
+
+def test_dual_ascent_ends_at_the_bound() -> None:
+    """Where the constraint binds gradient descent meets it, and lambda is the multiplier; where not, lambda is 0."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 40, H, generator=draw, dtype=torch.float64)
+    weight = torch.zeros(V, H, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 2, (1, 40), generator=draw)  # cross-entropy alone goes towards (0.5, 0.5, 0)
+    bias = torch.zeros(V, dtype=torch.float64, requires_grad=True)
+    constrained = Delayed(AtMost(TokenL2(P, squared=True), bound=0.01, rate=0.005), decay=0.0)
+    for _ in range(8000):
+        out = constrained.loss(hidden, weight, target, bias=bias)
+        gradient = torch.autograd.grad(out.loss, (weight, bias))
+        with torch.no_grad():
+            weight -= 0.2 * gradient[0]
+            bias -= 0.2 * gradient[1]
+        constrained.update()
+    (term,) = constrained.bounded.values()
+    assert term.ratio == pytest.approx(1.0, abs=0.02)
+    assert term.dual > 0.01
+    free = Delayed(AtMost(TokenL2(P, squared=True), bound=10.0, start=0.3), decay=0.0)
+    for _ in range(30):
+        free.loss(hidden, weight, target, bias=bias)
+        free.update()
+    assert free.bounded["TokenL2"].dual == 0.0
+    again = Delayed(AtMost(TokenL2(P, squared=True), bound=0.01), decay=0.0)
+    again.load_state_dict(constrained.state_dict())
+    assert again.bounded["TokenL2"].dual == term.dual
+
+
+@pytest.mark.parametrize(("make", "said"), [
+    (lambda: AtMost(2.0 * TokenL2(P), 0.1), "be one DistributionTerm, without a weight, got a sum"),
+    (lambda: AtMost(TokenL2(P), 0.0), "bound must be a number above 0, got 0"),
+    (lambda: AtMost(TokenL2(P), float("nan")), "bound must be a number above 0, got nan"),
+    (lambda: AtMost(TokenL2(P), 0.1, start=-1.0), "start must be a number 0 or more, got -1"),
+    (lambda: AtMost(AtMost(TokenL2(P), 0.1), 0.1), "got AtMost"),
+])  # fmt: skip
+def test_constraint_errors(make: Any, said: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"AtMost: .*{said}"):
+        make()
+
+
+def test_noise_floor_is_what_samples_are_off_by() -> None:
+    """Draws of P itself: E ||f - t||^2 = (1 - ||t||^2) / rows."""
+    draw = torch.Generator().manual_seed(1)
+    target = torch.multinomial(P, 4000 * 8, replacement=True, generator=draw).reshape(4000, 8)
+    ids = torch.roll(target, 1, 1)
+    terms = 3.0 * TokenL2(P, squared=True) + Entropy(value=1.0) + AtMost(TokenL2(P, squared=True), 0.5)
+    found = noise_floor(terms, ids, target, rows=400, draws=400)
+    assert list(found) == ["TokenL2_0", "Entropy", "TokenL2_2"]
+    want = (1 - float(P.square().sum())) / 400
+    assert found["TokenL2_0"] == pytest.approx(3 * want, rel=0.2)
+    assert found["TokenL2_2"] == pytest.approx(want, rel=0.2)
+    assert found["Entropy"] is None
+    rates = noise_floor(PunctuationRate(torch.eye(V), P), ids, target, rows=400, draws=400)["PunctuationRate"]
+    assert rates == pytest.approx((V - 1) / 400, rel=0.2)  # chi-squared of V - 1 degrees of freedom
+    with pytest.raises(ValueError, match="hold as many labels as rows, got 32000 of them for rows=40000"):
+        noise_floor(TokenL2(P), ids, target, rows=40000)
+
+
+def test_split_half_is_the_cosine() -> None:
+    draw = torch.Generator().manual_seed(2)
+    a, b = torch.randn(2, 5, generator=draw)
+    x = torch.zeros(5, requires_grad=True)
+    frozen = torch.zeros(5)
+    found = split_half([x, frozen], (lambda: (a * x).sum(), lambda: (b * x).sum()))
+    assert found == pytest.approx(float(torch.cosine_similarity(a, b, 0)))
+    assert torch.allclose(x.grad, a + b)
+    assert split_half([x], (lambda: (a * x).sum(), lambda: (b * x).sum())) is None  # something was there
+    assert torch.allclose(x.grad, 2 * (a + b))
+    x.grad = None
+    assert split_half([x], (lambda: 0 * x.sum(), lambda: (b * x).sum())) is None

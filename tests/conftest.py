@@ -1,10 +1,11 @@
 """On a machine without a GPU the GPU backends are emulated on CPU tensors: the Triton kernels by Triton's interpreter
-(before anything imports triton), the generic CUDA kernels by a stand-in for CUDA's threads."""
+(before anything imports triton), the generic CUDA kernels by a stand-in for CUDA's threads. No test asks a hub."""
 
 import os
 
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers; its answer is at once, and every time
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import cuda_on_host

@@ -22,8 +22,11 @@ from test_attach import tiny  # noqa: E402 - imports transformers
 from test_trainer import config, curve, written  # noqa: E402 - the same
 
 from dft_kernels.finetune import attach as attachment  # noqa: E402 - the same
+from dft_kernels.finetune import rollouts  # noqa: E402 - the same
 from dft_kernels.finetune.attach import attach  # noqa: E402 - the same
+from dft_kernels.finetune.rollouts import Reference, roll_out  # noqa: E402 - the same
 from dft_kernels.finetune.trainer import METRICS, DFTTrainer  # noqa: E402 - the same
+from dft_kernels.terms import OnPolicy, ReferenceKL, TokenL2  # noqa: E402 - the same
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Trainer's own
@@ -205,10 +208,60 @@ def trainer_bf16(folder: Path) -> None:
     assert seen == [(torch.bfloat16, torch.float32, float)] * 2
 
 
+def trainer_rollouts(folder: Path) -> None:
+    """Each process draws from its own batches; the step is the mean of their gradients, beside the batches' own."""
+    store, term = Store(folder / "store"), 4.0 * TokenL2(torch.full((64,), 1 / 64)) + 0.5 * ReferenceKL()
+    batches: list[Any] = []
+    draws: list[Any] = []
+
+    def collate(items: Any) -> dict[str, Any]:
+        batches.append({name: store.collate(items)[name] for name in ("input_ids", "attention_mask", "labels")})
+        return batches[-1]
+
+    def kept(*arguments: Any, **named: Any) -> Any:
+        draws.append(roll_out(*arguments, **named))
+        return draws[-1]
+
+    args = options(folder, 2, max_steps=2, rollout_length=5, max_grad_norm=0.0)
+    model = tiny(tie_word_embeddings=False)
+    data = {"train_dataset": store, "data_collator": collate}
+    rollouts.roll_out = kept
+    try:
+        trainer = DFTTrainer(model, args, None, rollout_terms=term, **data)
+        trainer.train()
+    finally:
+        rollouts.roll_out = roll_out
+    everyone: list[Any] = [None, None]
+    torch.distributed.all_gather_object(everyone, (batches[:4], draws))
+    assert not torch.equal(everyone[0][1][0].target, everyone[1][1][0].target)
+    plain, reference, own = tiny(tie_word_embeddings=False), Reference(tiny(tie_word_embeddings=False)), OnPolicy(term)
+    attach(plain)
+    for step in range(2):
+        some = [pair for of in everyone for pair in list(zip(*of, strict=True))[2 * step : 2 * step + 2]]
+        items = sum(int((of["labels"][:, 1:] != -100).sum()) for of, _ in some)
+        for of, drawn in some:
+            plain(**of, num_items_in_batch=items).loss.backward()
+            for half in (drawn[:2], drawn[2:]):
+                given = half.inputs(plain)
+                asked = {"teacher": reference(given), "distribution_terms": own}
+                (plain(**given, shift_labels=half.target, **asked).loss / 8).backward()
+        with torch.no_grad():
+            for p in plain.parameters():
+                p -= args.learning_rate * p.grad
+                p.grad = None
+        own.pending /= 2  # both processes replay both: `update` adds them up
+        own.update()
+    for (name, p), (_, q) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)
+    torch.testing.assert_close(trainer.own_text.terms.running, own.running, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="must be trained with a whole model in each process, got FSDP"):
+        DFTTrainer(tiny(), of_fsdp2(folder), None, rollout_terms=term, **data)
+
+
 def test_training_is_one_process_s(tmp_path: Path) -> None:
     written(tmp_path)
     torch.save(train(tmp_path, options(tmp_path, 2, matching_from=2)), tmp_path / "of-one.pt")
-    on_two(__file__, tmp_path, "trainer_ddp", "trainer_fsdp2", "trainer_bf16")
+    on_two(__file__, tmp_path, "trainer_ddp", "trainer_rollouts", "trainer_fsdp2", "trainer_bf16")
 
 
 def refused(folder: Path) -> None:

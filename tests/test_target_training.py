@@ -133,7 +133,7 @@ def test_resumed_with_terms_it_is_the_same_curve(store: Any, tmp_path: Path) -> 
     assert torch.allclose(runs[0].terms.running, runs[1].terms.running)
     assert runs[1].terms.steps == 5
     (tmp_path / "out" / "checkpoint-4" / "distribution_terms.pt").unlink()
-    with pytest.raises(ValueError, match=r"must hold distribution_terms\.pt to go on with terms, got none"):
+    with pytest.raises(ValueError, match=r"must hold distribution_terms\.pt of the same kinds of terms .*, got none"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
 
 

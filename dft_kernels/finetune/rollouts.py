@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -111,6 +112,14 @@ class OwnText:
         self.terms, self.args, self.end = terms, args, end
         self.reference = Reference(model) if terms.terms.divergence else None
         self.cosines: list[float] = []
+        self.drawn = (-1, 0)  # the last step, and its batches so far
+
+    def _seed(self, trainer: Any) -> int:
+        """Of a batch's draws: another in every process, batch and step, the same when resumed."""
+        step, count = trainer.state.global_step, self.drawn[1]
+        self.drawn = (step, count + 1 if step == self.drawn[0] else 1)
+        of = (trainer.args.seed, step, self.drawn[1], trainer.args.process_index)
+        return int.from_bytes(hashlib.sha256(repr(of).encode()).digest()[:7], "big")
 
     def prompts(self, inputs: dict[str, Any]) -> list[list[int]]:
         """The beginnings of a batch's texts, at most half of each, rollout_samples times."""
@@ -130,7 +139,8 @@ class OwnText:
             got = f"{len(prompts)} of a batch of {len(inputs['input_ids'])}"
             remedy = "Raise per_device_train_batch_size or rollout_samples"
             fail("DFTTrainer", "rollouts", "be 4 a batch or more, for two halves that have baselines", got, remedy)
-        drawn = roll_out(plain, prompts, self.args.rollout_length, self.end, temperature=self.terms.temperature)
+        sampling = {"temperature": self.terms.temperature}
+        drawn = roll_out(plain, prompts, self.args.rollout_length, self.end, self._seed(trainer), **sampling)
         values: list[Tensor] = []
 
         def loss_of(half: Rollouts, apart: Any) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from test_capture import WORDS  # noqa: E402 - the same
 from test_capture import tiny as far  # noqa: E402
 from test_trainer import config, curve, store  # noqa: E402, F401 - a fixture
 
-from dft_kernels.finetune import gap, gap_command  # noqa: E402 - import transformers
+from dft_kernels.finetune import gap, gap_command, train  # noqa: E402 - import transformers
 from dft_kernels.finetune.attach import attach  # noqa: E402
 from dft_kernels.finetune.target_terms import TERMS, terms_of  # noqa: E402
 from dft_kernels.finetune.trainer import DFTTrainer  # noqa: E402
@@ -201,3 +203,39 @@ def test_the_command(target: Target, tokenizer: Any, tmp_path: Path, capsys: pyt
     ):
         assert gap_command.main([*fixed, *more, *wrong]) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["constrained", "weighed"])
+def test_train_towards_a_target(
+    how: str, target: Target, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Terms of human text and of the model's own, weighed and at their floors."""
+    far().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    target_file.save(target, tmp_path / "tiny.safetensors")
+    (tmp_path / "all.txt").write_text("\n".join(text.lower() for text in prose()))
+    fixed = ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "all.txt"), "--target",
+             str(tmp_path / "tiny.safetensors"), "--length", "24", "--use_cpu", "--logging_steps", "1",
+             "--output_dir", str(tmp_path / "out"), "--held_out", "2", "--learning_rate", "1e-2"]  # fmt: skip
+    run = ["--max_steps", "4", "--rollout_length", "6", "--rollout_prompt", "4", "--terms_decay", "0.5"]
+    by = "floor" if how == "constrained" else "0.5"
+    terms = ["--terms", f"token_l2={by}", "calibration=0.02"]
+    own = ["--rollout_terms", f"punctuation_rate={by}", "reference_kl=0.05"]
+    assert train.main([*fixed, *run, *terms, *own]) == 0
+    logged = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    named = {name for entry in logged for name in entry if name.startswith(("term_", "rollout_"))}
+    want = {"term_TokenL2", "term_Entropy", "rollout_PunctuationRate", "rollout_ReferenceKL", "rollout_cosine"}
+    if how == "constrained":
+        want |= {f"{name}_{what}" for name in ("term_TokenL2", "rollout_PunctuationRate")
+                 for what in ("over_bound", "dual")}  # fmt: skip
+    assert named == want
+    capsys.readouterr()
+    for wrong, message in (
+        (["--terms", "calibration=floor"], "calibration=floor must have a noise floor above 0, got none"),
+        (["--rollout_terms", "calibration=1"], "calibration must be one of token_l2, .* of the model's own text"),
+        (["--terms", "token_l2=low"], "token_l2 must come as token_l2=WEIGHT or token_l2=floor"),
+        ([], "target must be given together with terms or rollout_terms"),
+    ):
+        assert train.main([*fixed, "--output_dir", str(tmp_path / "none"), *wrong]) == 1
+        assert re.search(message, capsys.readouterr().err), message
+    assert not (tmp_path / "none").exists()

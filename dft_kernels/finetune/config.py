@@ -46,7 +46,17 @@ class Job:
     target: str | None = field(
         default=None, metadata={"help": "statistics of human writing: a file of dft-kernels target build, or a preset"}
     )
-    terms: list[str] | None = field(default=None, metadata={"help": f"NAME=WEIGHT of the target's: {', '.join(TERMS)}"})
+    terms: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"NAME=WEIGHT of the target's: {', '.join(TERMS)}; NAME=floor: at most what human text of the same "
+            "size is off by, by a dual weight"
+        },
+    )
+    rollout_terms: list[str] | None = field(
+        default=None,
+        metadata={"help": "the same of text that the model writes; reference_kl=WEIGHT keeps it near where it started"},
+    )
     length: int = field(default=512, metadata={"help": "tokens a sequence at most; longer texts are cut"})
     held_out: int = field(default=16, metadata={"help": "sequences that are measured before and after, not trained on"})
     lora_rank: int = field(default=0, metadata={"help": "train LoRA of this rank on all linear layers, by PEFT"})
@@ -67,8 +77,10 @@ class Job:
         prompted = self.principles is None or (self.teacher is not None and not stored)
         _need(prompted, "principles", "come with a teacher that is run", self.teacher, "Name a model as the teacher")
 
-        both = (self.target is None) == (self.terms is None)
-        _need(both, "target and terms", "be given together", self.terms or self.target, "Name both, or none")
+        named = self.terms or self.rollout_terms
+        both = (self.target is None) == (named is None)
+        relation = "be given together with terms or rollout_terms"
+        _need(both, "target", relation, named or self.target, "Name both, or none")
 
     @property
     def stored(self) -> bool:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..targets.target import Target
 from ..terms import (
+    AtMost,
     ChiSquared,
     DistributionTerm,
     Entropy,
     NGrams,
     PunctuationGap,
     PunctuationRate,
+    ReferenceKL,
     SentenceLength,
     TermSum,
     TokenL2,
     UnigramKL,
+    noise_floor,
 )
 
 _NGRAMS = 4096  # bigrams, the most frequent ones: completions are features of every row
@@ -84,25 +88,57 @@ TERMS: dict[str, Callable[[Target, int], DistributionTerm]] = {
 }
 
 
-def terms_of(target: Target, weights: Sequence[str], vocab: int) -> TermSum:
-    """NAME=WEIGHT, ... as a sum of terms for a head of `vocab` tokens. ValueError for another name or weight, a
-    statistic that the target lacks, or a vocabulary smaller than its."""
+FLOOR = "floor"  # in place of a weight
+
+
+class HumanText(NamedTuple):
+    """What noise floors are taken of: input_ids and labels [S, T], and the rows that a running mean looks back on."""
+
+    input_ids: Tensor
+    target: Tensor
+    rows: int
+
+
+def terms_of(
+    target: Target, weights: Sequence[str], vocab: int, text: HumanText | None = None, own_text: bool = False
+) -> TermSum:
+    """NAME=WEIGHT, ... as a sum of terms for a head of `vocab` tokens; NAME=floor is a constraint (`AtMost`) at the
+    `noise_floor` of `text`. own_text: for the model's own, where there is reference_kl, and no calibration. ValueError
+    for another name or weight, a statistic that the target lacks, or a vocabulary smaller than its."""
     if target.vocab_size is not None and target.vocab_size > vocab:
         raise ValueError(
             f"terms: the target must be of at most the model's {vocab} tokens, got {target.vocab_size}. Build it with "
             "the model's tokenizer."
         )
+    known = {**TERMS, "reference_kl": lambda target, vocab: ReferenceKL()} if own_text else TERMS
+    known = {name: make for name, make in known.items() if not (own_text and name == "calibration")}
     found = []
     for given in weights:
         name, _, weight = given.partition("=")
-        if name not in TERMS:
-            near = difflib.get_close_matches(name, TERMS, 1, 0.0)[0]
-            raise ValueError(f"terms: {name} must be one of {', '.join(TERMS)}, got another. Did you mean {near}?")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+            where = " of the model's own text" if own_text else ""
+            raise ValueError(
+                f"terms: {name} must be one of {', '.join(known)}{where}, got another. Did you mean {near}?"
+            )
+        if weight == FLOOR:
+            found.append(1.0 * _at_floor(name, known[name](target, vocab), text))
+            continue
         try:
             by = float(weight)
         except ValueError as error:
-            raise ValueError(f"terms: {name} must come as {name}=WEIGHT, got {given!r}. Write {name}=0.1.") from error
-        found.append(by * TERMS[name](target, vocab))
+            raise ValueError(
+                f"terms: {name} must come as {name}=WEIGHT or {name}={FLOOR}, got {given!r}. Write {name}=0.1."
+            ) from error
+        found.append(by * known[name](target, vocab))
     if not found:
-        raise ValueError(f"terms: one term at least must be named, got none. There are {', '.join(TERMS)}.")
+        raise ValueError(f"terms: one term at least must be named, got none. There are {', '.join(known)}.")
     return TermSum([part for one in found for part in one.parts])
+
+
+def _at_floor(name: str, term: DistributionTerm, text: HumanText | None) -> AtMost:
+    bound = None if text is None else noise_floor(term, *text)[term.name]
+    if not bound:
+        got = "none: it is not of the text alone" if bound is None else "0"
+        raise ValueError(f"terms: {name}={FLOOR} must have a noise floor above 0, got {got}. Give it a weight.")
+    return AtMost(term, bound)

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from ..functional import shift_labels
 from ..targets import target_file
 from ..targets.store import Store
 from .capture import sequences_of
@@ -23,7 +24,7 @@ from .heads import output_layer
 from .held_out import HeldOut, held_out
 from .materials import read_texts
 from .sources import model_of, texts_of
-from .target_terms import terms_of
+from .target_terms import FLOOR, HumanText, terms_of
 from .teaching import asked
 from .trainer import DFTConfig, DFTTrainer
 
@@ -108,16 +109,13 @@ def run(job: Job, options: DFTConfig) -> int:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         teacher, training, kept, collate = _materials(job, tokenizer, cache)
-    terms = None
-    if job.target is not None:
-        target = target_file.load(job.target, tokenizer)
-        terms = terms_of(target, job.terms or [], output_layer(model).weight.shape[0])
+    terms = _terms(job, options, tokenizer, output_layer(model).weight.shape[0], training)
     model = _adapted(model, job)
     trainer = DFTTrainer(
         model,
         options,
         teacher,
-        terms=terms,
+        **terms,
         train_dataset=training,
         data_collator=collate,
         processing_class=tokenizer,
@@ -166,6 +164,28 @@ def _materials(job: Job, tokenizer: Any, cache: Path) -> tuple[Any, Any, Any, An
         )
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()  # the same when resumed
     return teacher, Subset(data, order[job.held_out :]), Subset(data, order[: job.held_out]), collate
+
+
+def _terms(job: Job, options: DFTConfig, tokenizer: Any, vocab: int, training: Any) -> dict[str, Any]:
+    """terms and rollout_terms of DFTTrainer. Noise floors are of as many rows as a running mean looks back on."""
+    if job.target is None:
+        return {}
+    target, out = target_file.load(job.target, tokenizer), {}
+    batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * options.world_size
+    steps = (1 + options.terms_decay) / (1 - options.terms_decay)
+    for name, given, own in (("terms", job.terms, False), ("rollout_terms", job.rollout_terms, True)):
+        if given is None:
+            continue
+        text = None
+        if any(one.endswith(f"={FLOOR}") for one in given):
+            some = [torch.as_tensor(training[number]["input_ids"]) for number in range(min(len(training), 8192))]
+            labels = torch.nn.utils.rnn.pad_sequence(some, True, -100)
+            target_of = shift_labels(labels)
+            rows = int((target_of != -100).sum())
+            each = rows / len(some) if not own else options.rollout_samples * options.rollout_length
+            text = HumanText(labels.clamp(min=0), target_of, max(1, min(rows // 2, int(batch * each * steps))))
+        out[name] = terms_of(target, given, vocab, text, own)
+    return out
 
 
 def _tell(job: Job, out: Path, **more: Any) -> None:

@@ -40,7 +40,8 @@ struct Finish {
 };
 
 // Sweep 1, over every tile once: finishes z in place, and keeps per token the maximum and where it is, and for each
-// of up to two temperatures sum exp((z - max) / T). The sums are kept in double, tile by tile.
+// of up to two temperatures sum exp((z - max) / T); beside the first one, which then is T = 1, what the entropy and the
+// mean of a potential that all tokens share are made of. The sums are kept in double, tile by tile.
 template <class T>
 struct Sums {
   T* max;           // [c], starts at the lowest finite number
@@ -48,6 +49,9 @@ struct Sums {
   int temperatures;
   T inverse[2];
   double* sum[2];  // [c]
+  double* spread;  // [c] or null: sum exp(z - max) (z - max), so that H = log sum - spread / sum
+  double* pulled;  // [c] or null: sum exp(z - max) table
+  const T* table;  // [m]: of this tile
 };
 
 // Sweep 2 of the divergence, where the log-sum-exps are known: value += sum f, slope += sum g.
@@ -73,9 +77,21 @@ struct Moments {
   const T* weight;       // [c], 0 for padding
   const int64_t* group;  // [c], null: one group
   int64_t groups;
-  const int64_t *row_start, *column;  // features as rows of a sparse matrix: entries row_start[i]..row_start[i+1]
+};
+
+// <q, phi_k> of kLanes tokens, where the log-sum-exp is known: reads the vocabulary entries that have features alone.
+template <class T>
+struct Features {
+  const T* z;  // [V, c], finished
+  int64_t c;
+  LogSumExp<T> lse;
+  const int64_t* filled;  // [count]: the vocabulary entries that have any
+  int64_t count;
+  const int64_t *row_start, *column;  // features as rows of a sparse matrix: entries row_start[v]..row_start[v+1]
   const T* entry;
-  double* features;  // [K, c]: += <q, phi_k>
+  int64_t k;
+  double* sum;  // [k, kLanes]: scratch
+  T* out;       // [R, k]
 };
 
 // Sweep 3: dz = q (factor - entropy log q + pull (G - ..) + phi k) + label [v = y] + mean
@@ -99,9 +115,12 @@ struct Gradient {
   T inverse, target_inverse, parameter;
   const T* active;  // [c]: 1 or 0
   T scale, cap;
-  bool narrow;    // write bf16, each row over the first half of its own logits, else T over them
-  double* bias;   // [m]: += sum over tokens, or null
-  double* value;  // [c]: += sum f, for a flat divergence (divergence.h), whose sweep 2 this replaces
+  bool narrow;      // write bf16, each row over the first half of its own logits, else T over them
+  double* bias;     // [m]: += sum over tokens, or null
+  double* columns;  // as in Moments, or null: of all tokens, active or not
+  int64_t columns_stride;
+  const T* weight;  // [c], 0 for padding
+  double* value;    // [c]: += sum f, for a flat divergence (divergence.h), whose sweep 2 this replaces
 };
 
 template <class T>
@@ -110,6 +129,8 @@ struct Kernels {
   void (*divergence[8])(const Tile<T>&, const Divergence<T>&);
   bool flat[8];  // divergence.h: whether the value may be left to the gradient's sweep
   void (*moments)(const Tile<T>&, const Moments<T>&);
+  // tokens first .. first + kLanes, of which `rows` are there
+  void (*features)(const Features<T>&, int64_t first, int64_t rows);
   void (*gradient[10])(const Tile<T>&, const Gradient<T>&);  // [8]: no divergence, [9]: of a sparse target
   // out [m, c] = in[token, v..v+m] transposed, tokens beyond `rows` zero; stride: of a token in `in`
   void (*load)(T* out, int64_t m, int64_t c, const void* in, Element element, int64_t rows, int64_t stride, int64_t v);

@@ -27,7 +27,12 @@ class Step final : public CpuStep {
       table_ = a_.potential->to(type).t().contiguous();  // [V, G]
       groups_ = table_.size(1);
     }
-    if (a_.feature_entries) entries_ = a_.feature_entries->to(type).contiguous();
+    if (a_.feature_entries) {
+      entries_ = a_.feature_entries->to(type).contiguous();
+      const int64_t* start = a_.feature_rows->const_data_ptr<int64_t>();
+      for (int64_t v = 0; v < a_.vocab; v++)
+        if (start[v + 1] > start[v]) filled_.push_back(v);
+    }
   }
 
   std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const ChunkArguments& chunk,
@@ -42,7 +47,11 @@ class Step final : public CpuStep {
     const bool apart = (soft || sparse) && hard && a_.temperature != 1.0;  // two temperatures of the model
     const T inverse[2] = {T(hard ? 1.0 : 1.0 / a_.temperature), T(1.0 / a_.temperature)};
     const T target_inverse[2] = {T(1.0 / a_.teacher_temperature), T(0)};
-    std::vector<Online<T>> online(threads, Online<T>(c, wants(kCorrect) || wants(kAgreement), 1 + apart));
+    // entropy and potential come of the first sweep, where it sees all logits and rows share a potential
+    const bool pulls = wants(kPotential) && groups_ == 1, early = !sparse && (wants(kEntropy) || pulls);
+    const T* table = early && pulls ? table_.const_data_ptr<T>() : nullptr;
+    std::vector<Online<T>> online(threads, Online<T>(c, wants(kCorrect) || wants(kAgreement), 1 + apart,
+                                                     early && wants(kEntropy), early && pulls));
     std::vector<Online<T>> target_online(threads, Online<T>(c, taught && wants(kAgreement), 1));
     places_.reset();
     if (sparse) places_.emplace(*chunk.index, a_.vocab);
@@ -53,7 +62,7 @@ class Step final : public CpuStep {
       model.fill_tile(v, m);
       const Tile<T> tile{model.logits + v * c, m, c, v};
       if (!sparse) {
-        kernels<T>().sums(tile, model.finish(v), online[t].sums(1 + apart, inverse));
+        kernels<T>().sums(tile, model.finish(v), online[t].sums(1 + apart, inverse, table ? table + v : nullptr));
       } else {  // sums over what is outside of the target's tokens
         Online<T> unused(c, false, 0);
         kernels<T>().sums(tile, model.finish(v), unused.sums(0, inverse));
@@ -75,7 +84,14 @@ class Step final : public CpuStep {
     const int64_t rows = chunk.hidden.size(0);
     Tensor out = at::zeros({kRows, rows}, options());
     Tensor features = a_.feature_rows ? at::empty({rows, a_.features}, options()) : at::empty({0}, options());
-    second_sweep(model, teacher, chunk, columns, soft && !waits(), lse, soft_lse, target_lse, out, features);
+    second_sweep(model, teacher, chunk, columns, soft && !waits(), early, lse, soft_lse, target_lse, out);
+    if (early) {
+      Numbers<double> entropy, potential;
+      merge_moments(online, entropy, potential);
+      if (wants(kEntropy)) put(out, kEntropy, entropy);
+      if (pulls) put(out, kPotential, potential);
+    }
+    if (a_.feature_rows) features_of(model, lse, features);
     put(out, kLse, lse.lse), put(out, kLseLow, lse.low);
     if (soft || sparse) put(out, kSoftLse, soft_lse.lse), put(out, kSoftLseLow, soft_lse.low);
     if (soft) put(out, kTargetLse, target_lse.lse), put(out, kTargetLseLow, target_lse.low);
@@ -93,11 +109,17 @@ class Step final : public CpuStep {
   void gradient(const ChunkArguments& chunk, const Tensor& statistics, const Tensor& features, const Tensor& cotangents,
                 const optional<Tensor>& feature_cotangents, const optional<Tensor>& sparse,
                 const optional<Tensor>& dhidden, const optional<Tensor>& dweight, const optional<Tensor>& dbias,
-                const optional<Tensor>& ddown, const optional<Tensor>& dup, bool first) override {
+                const optional<Tensor>& ddown, const optional<Tensor>& dup, bool first,
+                const optional<Tensor>& columns) override {
     const Source<T> model = source(a_.model, chunk.hidden, a_.logits, chunk.down, a_.up);
     const int64_t c = model.c, rows = chunk.hidden.size(0), threads = at::get_num_threads();
-    const auto constants = fold(chunk, statistics, features, cotangents, feature_cotangents, c);
+    const auto constants = fold(chunk, statistics, features, cotangents, feature_cotangents, c, columns.has_value());
     Gradient<T> shared = constants.kernel(a_);
+    const Numbers<T> weight = columns ? weights_of(chunk, c) : Numbers<T>();
+    const auto group = columns ? groups_of(chunk, c, columns->size(0)) : Numbers<int64_t>();
+    if (columns) shared.weight = weight.data(), shared.columns_stride = kTile;
+    if (!group.empty()) shared.group = group.data();
+    std::vector<Numbers<double>> column(threads, Numbers<double>(columns ? columns->size(0) * kTile : 0));
     shared.narrow = model.tiles();
     const int which = !shared.soft_lse.lse ? int(kDivergences) : sparse ? int(kDivergences) + 1 : int(a_.divergence);
     const Tensor given = sparse ? sparse->to(options().dtype()).contiguous() : Tensor();
@@ -119,11 +141,14 @@ class Step final : public CpuStep {
           if (at.row_start) at.row_start += v;
           if (at.teacher) at.teacher = teacher + v * c;
           std::fill(sums[t].begin(), sums[t].end(), 0.0);
+          std::fill(column[t].begin(), column[t].end(), 0.0);
+          at.columns = columns ? column[t].data() : nullptr;
           at.bias = dbias ? sums[t].data() : nullptr;
           at.value = value[t].data();
           const Tile<T> tile{model.logits + v * c, m, c, v};
           if (sparse) take(tile, nullptr);
           kernels<T>().gradient[which](tile, at);
+          if (columns) add_columns(*columns, column[t], v, m);
           if (sparse) give(tile, given.const_data_ptr<T>(), model.tiles(), at.bias);
           if (dbias) {
             T* out = dbias->template data_ptr<T>() + v;
@@ -148,7 +173,8 @@ class Step final : public CpuStep {
   StepArguments a_;
   Tensor table_, entries_;
   int64_t groups_ = 1;
-  optional<Places> places_;  // of the chunk's sparse target
+  std::vector<int64_t> filled_;  // vocabulary entries that have features
+  optional<Places> places_;      // of the chunk's sparse target
 
   // a tile's logits at the sparse target's tokens out of it, and -inf there
   void take(const Tile<T>& tile, T* to) const {
@@ -211,26 +237,20 @@ class Step final : public CpuStep {
   }
 
   void second_sweep(const Source<T>& model, const Source<T>& teacher, const ChunkArguments& chunk,
-                    const optional<Tensor>& columns, bool soft, const Merged<T>& lse, const Merged<T>& soft_lse,
-                    const Merged<T>& target_lse, const Tensor& out, const Tensor& features) const {
-    const int64_t c = model.c, rows = out.size(1), threads = at::get_num_threads(), k = a_.features;
-    const bool moments = wants(kMeanLogProb) || wants(kEntropy) || wants(kPotential) || columns || a_.feature_rows;
+                    const optional<Tensor>& columns, bool soft, bool early, const Merged<T>& lse,
+                    const Merged<T>& soft_lse, const Merged<T>& target_lse, const Tensor& out) const {
+    const int64_t c = model.c, rows = out.size(1), threads = at::get_num_threads();
+    const bool entropies = wants(kEntropy) && !early, potentials = wants(kPotential) && !(early && groups_ == 1);
+    const bool moments = wants(kMeanLogProb) || entropies || potentials || columns;
     if (!soft && !moments) return;
     using Parts = std::vector<Numbers<double>>;
     auto parts = [&](bool needed, int64_t n) { return Parts(threads, Numbers<double>(needed ? n : 0)); };
     Parts value = parts(soft, c), slope = parts(soft, c), mean = parts(wants(kMeanLogProb), c),
-          entropy = parts(wants(kEntropy), c), potential = parts(wants(kPotential), c),
-          feature = parts(a_.feature_rows.has_value(), k * c);
+          entropy = parts(entropies, c), potential = parts(potentials, c);
     const int64_t groups = columns ? columns->size(0) : groups_;
     Parts column = parts(columns.has_value(), groups * kTile);
-    Numbers<T> weight(c, T(0));
-    if (columns) {
-      if (chunk.weight)
-        weight = padded<T>(*chunk.weight, c);
-      else
-        std::fill(weight.begin(), weight.begin() + rows, T(1));
-    }
-    auto group = groups_of(chunk, c);
+    const Numbers<T> weight = columns ? weights_of(chunk, c) : Numbers<T>();
+    auto group = groups_of(chunk, c, groups);
     auto data = [](Numbers<double>& x) { return x.empty() ? nullptr : x.data(); };
     share(0, a_.vocab, [&](int64_t t, int64_t from, int64_t to) {
       for (int64_t v = from; v < to; v += kTile) {
@@ -247,22 +267,12 @@ class Step final : public CpuStep {
         at.table = table_.defined() ? table_.const_data_ptr<T>() + v * groups_ : nullptr;
         at.group = group.empty() ? nullptr : group.data();
         at.groups = groups_;
-        if (a_.feature_rows) {
-          at.row_start = a_.feature_rows->const_data_ptr<int64_t>() + v;
-          at.column = a_.feature_columns->const_data_ptr<int64_t>();
-          at.entry = entries_.const_data_ptr<T>();
-          at.features = feature[t].data();
-        }
         if (columns) {
           std::fill(column[t].begin(), column[t].end(), 0.0);
           at.columns = column[t].data(), at.columns_stride = kTile, at.weight = weight.data();
         }
         kernels<T>().moments(tile, at);
-        if (columns)
-          for (int64_t g = 0; g < groups; g++) {
-            T* to = columns->data_ptr<T>() + g * a_.vocab + v;
-            for (int64_t i = 0; i < m; i++) to[i] += T(column[t][g * kTile + i]);
-          }
+        if (columns) add_columns(*columns, column[t], v, m);
       }
     });
     if (soft) put(out, kDivergence, total(value)), put(out, kSlope, total(slope));
@@ -271,13 +281,42 @@ class Step final : public CpuStep {
       T* to = out.data_ptr<T>() + kMeanLogProb * rows;
       for (int64_t r = 0; r < rows; r++) to[r] -= lse.lse[r];
     }
-    if (wants(kEntropy)) put(out, kEntropy, total(entropy));
-    if (wants(kPotential)) put(out, kPotential, total(potential));
-    if (a_.feature_rows) {
-      auto sums = total(feature);
-      for (int64_t r = 0; r < rows; r++)
-        for (int64_t j = 0; j < k; j++) features.data_ptr<T>()[r * k + j] = T(sums[j * c + r]);
+    if (entropies) put(out, kEntropy, total(entropy));
+    if (potentials) put(out, kPotential, total(potential));
+  }
+
+  Numbers<T> weights_of(const ChunkArguments& chunk, int64_t c) const {
+    if (chunk.weight) return padded<T>(*chunk.weight, c);
+    Numbers<T> out(c, T(0));
+    std::fill_n(out.begin(), chunk.hidden.size(0), T(1));
+    return out;
+  }
+  void add_columns(const Tensor& columns, const Numbers<double>& tile, int64_t v, int64_t m) const {
+    for (int64_t g = 0; g < columns.size(0); g++) {
+      T* to = columns.data_ptr<T>() + g * a_.vocab + v;
+      for (int64_t i = 0; i < m; i++) to[i] += T(tile[g * kTile + i]);
     }
+  }
+
+  // Threads share the tokens here: no sums [k, tokens] to meet
+  void features_of(const Source<T>& model, const Merged<T>& lse, const Tensor& out) const {
+    const int64_t c = model.c, rows = out.size(0), k = a_.features;
+    at::parallel_for(0, c / kLanes, 1, [&](int64_t from, int64_t to) {
+      Numbers<double> sum(k * kLanes);
+      const Features<T> at{model.logits,
+                           c,
+                           lse.data(),
+                           filled_.data(),
+                           int64_t(filled_.size()),
+                           a_.feature_rows->const_data_ptr<int64_t>(),
+                           a_.feature_columns->const_data_ptr<int64_t>(),
+                           entries_.const_data_ptr<T>(),
+                           k,
+                           sum.data(),
+                           out.data_ptr<T>()};
+      for (int64_t block = from; block < to; block++)
+        kernels<T>().features(at, block * kLanes, std::min(kLanes, rows - block * kLanes));
+    });
   }
 
   // What is read off single logits: the label's log-probability, and where the maxima are.
@@ -306,8 +345,9 @@ class Step final : public CpuStep {
     Tensor flat = ids.contiguous();
     return {flat.const_data_ptr<int64_t>(), flat.const_data_ptr<int64_t>() + flat.numel()};
   }
-  static Numbers<int64_t> groups_of(const ChunkArguments& chunk, int64_t c) {
-    if (!chunk.group) return {};
+  // none where there is one group: rows then share their sums and their potential without looking
+  static Numbers<int64_t> groups_of(const ChunkArguments& chunk, int64_t c, int64_t groups) {
+    if (!chunk.group || groups == 1) return {};
     Numbers<int64_t> out(c, 0);
     Tensor group = chunk.group->contiguous();
     std::copy_n(group.const_data_ptr<int64_t>(), group.numel(), out.begin());
@@ -344,7 +384,7 @@ class Step final : public CpuStep {
   };
 
   Constants fold(const ChunkArguments& chunk, const Tensor& statistics, const Tensor& features,
-                 const Tensor& cotangents, const optional<Tensor>& feature_cotangents, int64_t c) const {
+                 const Tensor& cotangents, const optional<Tensor>& feature_cotangents, int64_t c, bool columns) const {
     const int64_t rows = chunk.hidden.size(0), k = a_.features;
     auto known = [&](Row row) { return padded<T>(statistics[row], c); };
     auto seed = [&](Row row) { return padded<T>(cotangents[row], c); };
@@ -357,7 +397,7 @@ class Step final : public CpuStep {
     }
     const bool hard =
         live(kLogProb) || live(kMeanLogProb) || live(kEntropy) || live(kLse) || live(kPotential) || feature_cotangents;
-    if (hard) {
+    if (hard || columns) {
       out.lse = {known(kLse), known(kLseLow)};
       out.factor = seed(kLse);
       auto subtract = [&](const Numbers<T>& x) {
@@ -393,19 +433,20 @@ class Step final : public CpuStep {
         subtract(product(out.pull, known(kPotential)));
         out.table = table_.const_data_ptr<T>();
         out.groups = groups_;
-        out.group = groups_of(chunk, c);
+        out.group = groups_of(chunk, c, groups_);
       }
       if (feature_cotangents) {
         Tensor cotangent = feature_cotangents->to(options().dtype()).contiguous();
         const T *from = cotangent.const_data_ptr<T>(), *found = features.const_data_ptr<T>();
         out.features.assign(k * c, T(0));
         out.entry = entries_.const_data_ptr<T>();
-        for (int64_t r = 0; r < rows; r++)
-          for (int64_t j = 0; j < k; j++) {
-            T x = from[r * k + j];
-            out.features[j * c + r] = x;
-            if (x != 0) out.active[r] = T(1), out.factor[r] -= x * found[r * k + j];
-          }
+        for (int64_t r0 = 0; r0 < rows; r0 += kLanes)  // in blocks that leave whole cache lines
+          for (int64_t j = 0; j < k; j++)
+            for (int64_t r = r0; r < std::min(rows, r0 + kLanes); r++) {
+              T x = from[r * k + j];
+              out.features[j * c + r] = x;
+              if (x != 0) out.active[r] = T(1), out.factor[r] -= x * found[r * k + j];
+            }
       }
     }
     if (live(kDivergence) && (a_.target || places_)) {

@@ -52,13 +52,14 @@ class CpuStep {
   virtual std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> statistics(
       const ChunkArguments& chunk, const std::optional<at::Tensor>& columns) = 0;
   // dhidden [R, H] and ddown [R, r] written; dweight [V, H], dbias [V] and dup [V, r] written by the first chunk, added
-  // to by the others. sparse
-  // [R, k]: the whole gradient with respect to the raw logits at a sparse target's tokens.
+  // to by the others. sparse [R, k]: the whole gradient with respect to the raw logits at a sparse target's tokens.
+  // columns as in statistics(), for one of the two; not here with a sparse target, whose tokens this sweep skips.
   virtual void gradient(const ChunkArguments& chunk, const at::Tensor& statistics, const at::Tensor& features,
                         const at::Tensor& cotangents, const std::optional<at::Tensor>& feature_cotangents,
                         const std::optional<at::Tensor>& sparse, const std::optional<at::Tensor>& dhidden,
                         const std::optional<at::Tensor>& dweight, const std::optional<at::Tensor>& dbias,
-                        const std::optional<at::Tensor>& ddown, const std::optional<at::Tensor>& dup, bool first) = 0;
+                        const std::optional<at::Tensor>& ddown, const std::optional<at::Tensor>& dup, bool first,
+                        const std::optional<at::Tensor>& columns) = 0;
 };
 
 std::unique_ptr<CpuStep> make_step(StepArguments arguments);

@@ -14,19 +14,39 @@ template <class T>
 struct Online {  // a thread's sums over its share of the vocabulary
   Numbers<T> max;
   Numbers<Integer<T>> arg;
-  Numbers<double> sum[2];
-  Online(int64_t c, bool wants_arg, int temperatures)
-      : max(c, std::numeric_limits<T>::lowest()), arg(wants_arg ? c : 0) {
+  Numbers<double> sum[2], spread, pulled;
+  Online(int64_t c, bool wants_arg, int temperatures, bool spreads = false, bool pulls = false)
+      : max(c, std::numeric_limits<T>::lowest()),
+        arg(wants_arg ? c : 0),
+        spread(spreads ? c : 0),
+        pulled(pulls ? c : 0) {
     for (int k = 0; k < temperatures; k++) sum[k].assign(c, 0.0);
   }
-  Sums<T> sums(int temperatures, const T* inverse) {
-    return {max.data(),
-            arg.empty() ? nullptr : arg.data(),
-            temperatures,
-            {inverse[0], inverse[1]},
-            {sum[0].data(), sum[1].data()}};
+  Sums<T> sums(int temperatures, const T* inverse, const T* table = nullptr) {
+    auto data = [](auto& x) { return x.empty() ? nullptr : x.data(); };
+    return {max.data(),   data(arg),    temperatures, {inverse[0], inverse[1]}, {sum[0].data(), sum[1].data()},
+            data(spread), data(pulled), table};
   }
 };
+
+// Entropy and mean potential [c] of all threads' sums at T = 1
+template <class T>
+void merge_moments(const std::vector<Online<T>>& parts, Numbers<double>& entropy, Numbers<double>& potential) {
+  const size_t c = parts[0].max.size();
+  entropy.assign(c, 0.0), potential.assign(c, 0.0);
+  for (size_t l = 0; l < c; l++) {
+    double top = parts[0].max[l], total = 0, spread = 0, pulled = 0;
+    for (const auto& part : parts) top = std::max(top, double(part.max[l]));
+    for (const auto& part : parts) {
+      const double below = part.max[l] - top, by = std::exp(below);
+      total += part.sum[0][l] * by;
+      if (!part.spread.empty()) spread += by > 0 ? by * (part.spread[l] + below * part.sum[0][l]) : 0;
+      if (!part.pulled.empty()) pulled += by * part.pulled[l];
+    }
+    entropy[l] = std::log(total) - spread / total;
+    potential[l] = pulled / total;
+  }
+}
 
 // A log-sum-exp [c], and what its rounding dropped
 template <class T>

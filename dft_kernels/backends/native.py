@@ -97,8 +97,9 @@ class NativeBackend:
         features: Tensor | None,
         cotangents: Cotangents,
         gradients: Gradients,
+        columns: Tensor | None = None,
     ) -> None:
-        """One sweep and products; see the contract."""
+        """One sweep and products; see the contract. columns: those of `chunk_statistics`, where it was given none."""
         settled, at = cotangents.settled(statistics), None
         if isinstance(chunk.target, SparseTarget) and Row.DIVERGENCE in terms.differentiated:
             assert workspace.outcomes is not None
@@ -118,6 +119,7 @@ class NativeBackend:
             gradients.ddown,
             gradients.dup,
             gradients.first,
+            columns,
         )
 
     def chunk_step(
@@ -129,9 +131,11 @@ class NativeBackend:
         cotangents: Cotangents,
         gradients: Gradients,
     ) -> tuple[Tensor, Tensor | None]:
-        """One half after the other: a chunk's logits do not stay in the cache between them."""
-        statistics, features = self.chunk_statistics(workspace, chunk, terms, columns)
-        self.chunk_gradient(workspace, chunk, terms, statistics, features, cotangents, gradients)
+        """One half after the other: a chunk's logits do not stay in the cache between them. Column sums wait for the
+        gradient's sweep, which has every q at hand, unless a sparse target's tokens are left out of it."""
+        early, late = (columns, None) if isinstance(chunk.target, SparseTarget) else (None, columns)
+        statistics, features = self.chunk_statistics(workspace, chunk, terms, early)
+        self.chunk_gradient(workspace, chunk, terms, statistics, features, cotangents, gradients, late)
         return statistics, features
 
 

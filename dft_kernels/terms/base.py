@@ -27,7 +27,7 @@ class Statistics:
     input_ids: Tensor  # [B, T] int64, the text that was read
     weight: Tensor  # [B, T], 0 for rows in no term
     columns: Tensor | None = None  # [V], sum_n weight_n q_n
-    features: Tensor | None = None  # [B, T, K], q @ features
+    features: Tensor | None = None  # [B, T, K], q @ features, in the dtype of the pass: it is the large one
     entropy: Tensor | None = None  # [B, T]
     log_prob: Tensor | None = None  # [B, T], of the label
     divergence: Tensor | None = None  # [B, T], KL(q_n || reference), of rows of the model's own text
@@ -139,7 +139,7 @@ class TermSum(DistributionTerm):
         for _, term in self.parts:
             last = first + (0 if term.features is None else term.features.shape[1])
             if term.size:
-                own = None if statistics.features is None else statistics.features[..., first:last].double()
+                own = None if statistics.features is None else statistics.features[..., first:last]
                 found = term.moments(replace(statistics, weight=weight, features=own))
                 sums.append(found[0].double())
                 weights.append(found[1].double().expand(term.size))

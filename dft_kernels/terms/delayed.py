@@ -27,6 +27,7 @@ from .pull import (
     rows_of,
     slopes,
     summed,
+    wide,
 )
 
 
@@ -86,7 +87,7 @@ class Delayed:
         known = self._known(hidden.device)
         if known is not None:
             zero = rows.weight.new_zeros(())
-            none = None if features is None else zero.expand(*shape, features.shape[1])
+            none = None if features is None else zero.to(wide(hidden)).expand(*shape, features.shape[1])
             (blank,) = filled(terms, [rows], none, zero.expand(shape), zero.expand(shape), shape)
             asked = pull(terms, known, blank)
         if terms.columns:

@@ -129,7 +129,7 @@ def filled(
     divergence: Any = None,
 ) -> list[Statistics]:
     """Rows and the statistics of a pass, as far as the terms ask for them."""
-    features = None if features is None else features.double().reshape(*shape, -1)
+    features = None if features is None else features.reshape(*shape, -1)
     entropy = entropy.double().reshape(shape) if terms.entropy else None
     log_prob = log_prob.double().reshape(shape) if terms.log_prob else None
     divergence = divergence.double().reshape(shape) if terms.divergence else None
@@ -176,7 +176,7 @@ def pull(terms: TermSum, of: Slopes, rows: Statistics) -> Potentials:
 
     def scaled(name: str) -> Tensor | None:
         grad = found.get(name)
-        return None if grad is None else grad * (scale[..., None] if name == "features" else scale)
+        return None if grad is None else grad * (scale[..., None].to(grad.dtype) if name == "features" else scale)
 
     columns = None if not terms.columns or of.columns is None else of.columns * of.total
     return Potentials(columns, scaled("features"), scaled("entropy"), scaled("divergence"))

@@ -34,7 +34,7 @@ class PunctuationRate(DistributionTerm):
     def moments(self, statistics: Statistics) -> tuple[Tensor, Tensor]:
         """sum_n w_n s_n [K]."""
         assert statistics.features is not None
-        return torch.einsum("bt,btk->k", statistics.weight, statistics.features), statistics.weight.sum()
+        return torch.einsum("bt,btk->k", statistics.weight, statistics.features.double()), statistics.weight.sum()
 
     def value(self, mean: Tensor, share: Tensor) -> Tensor:
         """Of r [K]."""
@@ -73,6 +73,8 @@ class NGrams(DistributionTerm):
             got = f"{float(self.p.min()):.3g}..{float(self.p.max()):.3g}"
             fail(name, "probabilities", "be above 0 and at most 1", got, "Track n-grams that the corpus has")
         self.keys, self.context = torch.unique(_keys(contexts[None])[0, :, -1], return_inverse=True)
+        self.order = self.context.argsort(stable=True)  # n-grams by context, of which context m has
+        self.starts = torch.nn.functional.pad(self.context.bincount(minlength=len(self.keys)).cumsum(0), (1, 0))
         tokens, self.completion = torch.unique(completions, return_inverse=True)
         where = torch.stack([tokens, torch.arange(len(tokens), device=tokens.device)])
         ones = torch.ones(len(tokens), device=tokens.device)
@@ -88,10 +90,19 @@ class NGrams(DistributionTerm):
         key = _keys(seen)[..., -1].contiguous()
         at = torch.searchsorted(self.keys, key).clamp(max=len(self.keys) - 1)
         live = (self.keys[at] == key) & (seen >= 0).all(-1)
-        at, by = at.reshape(-1), torch.where(live, w, 0.0).reshape(-1)
-        counts = s.new_zeros(len(self.keys), s.shape[-1]).index_add(0, at, by[:, None] * s.reshape(len(by), -1))
-        weights = by.new_zeros(len(self.keys)).index_add(0, at, by)
-        return counts[self.context, self.completion], weights[self.context]
+        by = torch.where(live, w, 0.0).reshape(-1)
+        row = by.nonzero()[:, 0]
+        of = at.reshape(-1)[row]
+        count = self.starts[of + 1] - self.starts[of]
+        # every such row with every n-gram of its context
+        row, first = (
+            row.repeat_interleave(count),
+            (self.starts[of] - (count.cumsum(0) - count)).repeat_interleave(count),
+        )
+        gram = self.order[first + torch.arange(len(row), device=row.device)]
+        found = s.reshape(len(by), -1)[row, self.completion[gram]].double()
+        none = by.new_zeros(self.size)
+        return none.index_add(0, gram, by[row] * found), none.index_add(0, gram, by[row])
 
     def value(self, mean: Tensor, share: Tensor) -> Tensor:
         """Of c [M]."""

@@ -1,0 +1,153 @@
+"""What terms of a preset do to a model's writing: python bench/targets.py [--steps 60] [--csv FILE] [--plot FILE]
+
+SmolLM2-135M (pip brings it) on passages of the novels that the preset `literary` was counted of (apt brings them),
+three times from the same start over the same batches:
+
+    cross-entropy        alone
+    terms                beside it, of human prefixes: the running means' (`Delayed`)
+    terms and rollouts   and of the model's own text (`OnPolicy`, with its score term and a `ReferenceKL`)
+
+and before and after each of them `dft-kernels gap` on held-out passages, statistic by statistic, with the floor that
+human writing of the same size has; cross-entropy on held-out text; seconds a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from dft_kernels.benchmarks.runs import about
+from dft_kernels.finetune import gap
+from dft_kernels.finetune.attach import detach
+from dft_kernels.finetune.held_out import held_out
+from dft_kernels.finetune.materials import cache_folder, smollm2
+from dft_kernels.finetune.preset_texts import documents_of
+from dft_kernels.finetune.target_terms import terms_of
+from dft_kernels.finetune.trainer import DFTConfig, DFTTrainer
+from dft_kernels.finetune.training import pack
+from dft_kernels.targets import target_file
+from dft_kernels.targets.corpus import passages
+
+LENGTH, BATCH, HELD_OUT = 128, 4, 0.125
+START, CE, TERMS, ROLLOUTS = "start", "cross-entropy", "terms", "terms and rollouts"
+OF_TEXT = ("token_l2=5", "sentence_length=0.05", "punctuation_rate=2", "punctuation_gap=0.5", "calibration=0.3")
+OF_OWN = ("token_l2=5", "sentence_length=0.05", "punctuation_rate=2", "punctuation_gap=0.5", "reference_kl=0.02")
+
+
+def texts_of(cache: Path) -> tuple[list[str], list[str]]:
+    """Passages to train on, and others."""
+    found = [one for text in documents_of("literary", cache)[1] for one in passages(text.splitlines(True))]
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
+    kept = round(HELD_OUT * len(found))
+    return [found[n] for n in order[kept:]], [found[n] for n in order[:kept]]
+
+
+def trained(model: Any, way: str, ids: torch.Tensor, target: Any, end: Any, options: Any) -> tuple[Any, DFTTrainer]:
+    """A copy of the model after its steps, and who trained it."""
+    vocab = model.get_output_embeddings().weight.shape[0]
+    more: dict[str, Any] = {}
+    if way != CE:
+        more["terms"] = terms_of(target, OF_TEXT, vocab)
+    if way == ROLLOUTS:
+        more["rollout_terms"] = terms_of(target, OF_OWN, vocab, own_text=True)
+    with tempfile.TemporaryDirectory() as folder:
+        config = DFTConfig(
+            output_dir=folder, max_steps=options.steps, per_device_train_batch_size=BATCH, learning_rate=5e-5,
+            warmup_steps=5, lr_scheduler_type="constant_with_warmup", logging_steps=5, save_strategy="no", report_to=[],
+            use_cpu=True, disable_tqdm=True, seed=0, adam_epsilon=1e-5, terms_decay=0.9, rollout_every=options.every,
+            rollout_samples=options.samples,
+        )  # fmt: skip
+        items = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids]
+        trainer = DFTTrainer(copy.deepcopy(model), config, None, train_dataset=items, processing_class=end, **more)
+        trainer.train()
+    return detach(trainer.model), trainer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train, measure, write."""
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    made.add_argument("--steps", type=int, default=60)
+    made.add_argument("--every", type=int, default=1, help="steps for one with rollouts")
+    made.add_argument("--samples", type=int, default=2, help="rollouts from each of a batch's 4 texts")
+    made.add_argument("--count", type=int, default=96, help="passages of the gap")
+    made.add_argument("--length", type=int, default=128, help="tokens that a model goes on for in it")
+    made.add_argument("--csv", type=Path, default=None)
+    made.add_argument("--plot", type=Path, default=None)
+    made.add_argument("--cache", type=Path, default=cache_folder())
+    options = made.parse_args(arguments)
+    transformers.utils.logging.disable_progress_bar()
+    model, tokenizer = smollm2(options.cache)
+    model = model.float()
+    target = target_file.load("literary", tokenizer)
+    ours, others = texts_of(options.cache)
+    ids = pack(ours, tokenizer, LENGTH)
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[: BATCH * options.steps]]
+    human = gap.windows(others, tokenizer, 32, options.length, options.count)
+    unseen = pack(others, tokenizer, LENGTH)[:64]
+    batches = [{"input_ids": some, "labels": some, "attention_mask": torch.ones_like(some)} for some in unseen.split(8)]
+    rows: list[dict[str, Any]] = []
+    shared = {**about("cpu"), "steps": options.steps, "tokens": BATCH * LENGTH}
+    for way in (START, CE, TERMS, ROLLOUTS):
+        begun, after, trainer = time.perf_counter(), model, None
+        if way != START:
+            after, trainer = trained(model, way, ids, target, tokenizer, options)
+        step = (time.perf_counter() - begun) / options.steps if trainer else math.nan
+        logs = [] if trainer is None else trainer.state.log_history
+        cosines = [entry["rollout_cosine"] for entry in logs if "rollout_cosine" in entry]
+        cosine = sum(cosines) / len(cosines) if cosines else math.nan
+        found = held_out(after, batches)
+        print(f"{way}: {found}, {step:.2f} s a step, cosine of halves {cosine:.3f}", flush=True)
+        for entry in logs:
+            print({name: round(value, 4) for name, value in entry.items() if name.startswith(("term_", "rollout_"))})
+        gaps = gap.human_prefixes(after, target, human) + gap.own_text(after, tokenizer, target, human, 32, batch=32)
+        for one in gaps:
+            print(f"  {one.reading:14s} {one.statistic:32s} {one.value:8.4f}  {one.ratio:6.2f} floors", flush=True)
+            rows.append(
+                {"model": way, **vars(one), "ratio": one.ratio, "step_s": step, "cosine": cosine, "count": options.count,
+                 "length": options.length, "cross_entropy": found.cross_entropy, "entropy": found.entropy, **shared}
+            )  # fmt: skip
+    if options.csv is not None:
+        with options.csv.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+    if options.plot is not None:
+        plot(rows, options.plot)
+    return 0
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Every statistic's distance in floors, of every model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 6), width_ratios=(1, 1))
+    for axis, reading in zip(axes, (gap.FORCED, gap.OWN), strict=True):
+        names = list(dict.fromkeys(row["statistic"] for row in rows if row["reading"] == reading))
+        for number, way in enumerate(dict.fromkeys(row["model"] for row in rows)):
+            ratio = {row["statistic"]: row["ratio"] for row in rows if (row["model"], row["reading"]) == (way, reading)}
+            axis.barh([n + 0.2 * number for n in range(len(names))], [ratio[name] for name in names], 0.2, label=way)
+        axis.set_yticks([n + 0.3 for n in range(len(names))], names)
+        axis.axvline(1.0, color="black", linestyle=":")
+        axis.set(title=reading, xlabel="distance / what human writing of this size is off by", xscale="log")
+        axis.invert_yaxis()
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -107,15 +107,14 @@ def main(arguments: list[str] | None = None) -> int:
         cosine = sum(cosines) / len(cosines) if cosines else math.nan
         found = held_out(after, batches)
         print(f"{way}: {found}, {step:.2f} s a step, cosine of halves {cosine:.3f}", flush=True)
+        run = {"step_s": step, "cosine": cosine, "cross_entropy": found.cross_entropy, "entropy": found.entropy,
+               "count": options.count, "length": options.length, **shared}  # fmt: skip
         for entry in logs:
             print({name: round(value, 4) for name, value in entry.items() if name.startswith(("term_", "rollout_"))})
         gaps = gap.human_prefixes(after, target, human) + gap.own_text(after, tokenizer, target, human, 32, batch=32)
         for one in gaps:
             print(f"  {one.reading:14s} {one.statistic:32s} {one.value:8.4f}  {one.ratio:6.2f} floors", flush=True)
-            rows.append(
-                {"model": way, **vars(one), "ratio": one.ratio, "step_s": step, "cosine": cosine, "count": options.count,
-                 "length": options.length, "cross_entropy": found.cross_entropy, "entropy": found.entropy, **shared}
-            )  # fmt: skip
+            rows.append({"model": way, **vars(one), "ratio": one.ratio, **run})
     if options.csv is not None:
         with options.csv.open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
@@ -138,7 +137,12 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         names = list(dict.fromkeys(row["statistic"] for row in rows if row["reading"] == reading))
         for number, way in enumerate(dict.fromkeys(row["model"] for row in rows)):
             ratio = {row["statistic"]: row["ratio"] for row in rows if (row["model"], row["reading"]) == (way, reading)}
-            axis.barh([n + 0.2 * number for n in range(len(names))], [ratio[name] for name in names], 0.2, label=way)
+            axis.barh(
+                [n + 0.2 * number for n in range(len(names))],
+                [ratio.get(name) or math.nan for name in names],
+                0.2,
+                label=way,
+            )
         axis.set_yticks([n + 0.3 for n in range(len(names))], names)
         axis.axvline(1.0, color="black", linestyle=":")
         axis.set(title=reading, xlabel="distance / what human writing of this size is off by", xscale="log")

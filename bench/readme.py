@@ -2,7 +2,7 @@
 
 A table stands between two comments. The first says where it comes from: a file of `dft-kernels bench --csv`, a shape
 and a dtype; a summary.csv of `dft-kernels demo`; with "stores" after it, a file of bench/teachers.py; with "longest",
-one of bench/longest.py.
+one of bench/longest.py; with "terms", of bench/terms.py; with "target", of bench/targets.py.
 """
 
 from __future__ import annotations
@@ -92,6 +92,45 @@ def longest_table(path: Path) -> str:
     return f"{table}\n\n{first['machine']}; torch {first['torch']}; commit {first['commit']}."
 
 
+def terms_table(path: Path) -> str:
+    """Of bench/terms.py: a row a term, a column a shape."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    shapes = list(dict.fromkeys((row["n"], row["h"]) for row in rows))
+    names = list(dict.fromkeys(row["terms"] for row in rows))
+    over = {(row["terms"], row["n"], row["h"]): f"{100 * float(row['over_ce']) - 100:+.1f} %" for row in rows}
+    first = rows[0]
+    base = {(row["n"], row["h"]): f"{float(row['ms']):,.0f} ms" for row in rows if row["terms"] == names[0]}
+    lines = [["beside cross-entropy, delayed", *(f"N {n}, H {h}" for n, h in shapes)], ["---"] * (len(shapes) + 1)]
+    lines += [[f"{names[0]} alone", *(base[shape] for shape in shapes)]]
+    lines += [[name, *(over[name, *shape] for shape in shapes)] for name in names[1:]]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    where = f"{first['machine']}; torch {first['torch']}; commit {first['commit']}"
+    return f"{table}\n\nV {first['v']}, bfloat16; {where}; medians of {first['rounds']} interleaved rounds."
+
+
+def target_table(path: Path) -> str:
+    """Of bench/targets.py: a row a statistic, a column a model, in units of the floor."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    of = {name: next(row for row in rows if row["model"] == name) for name in models}
+    lines = [["distance to the target, in floors", "the floor", *models], ["---"] * (len(models) + 2)]
+    for reading, statistic in dict.fromkeys((row["reading"], row["statistic"]) for row in rows):
+        mine = {row["model"]: row for row in rows if (row["reading"], row["statistic"]) == (reading, statistic)}
+        floor = f"{float(next(iter(mine.values()))['floor']):.3g}"
+        cells = [f"{float(mine[name]['ratio']):.2f}" if name in mine else "" for name in models]
+        lines.append([f"{reading}: {statistic}", floor, *cells])
+    for title, name, digits in (("held-out cross-entropy, nats", "cross_entropy", 3), ("entropy there, nats", "entropy", 3),
+                                ("s a step", "step_s", 1), ("cosine of two halves' gradients", "cosine", 2)):  # fmt: skip
+        values = [float(of[model][name]) for model in models]
+        lines.append([title, "", *("" if value != value else f"{value:.{digits}f}" for value in values)])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    first = rows[0]
+    size = f"{first['steps']} steps of {first['tokens']} tokens; {first['count']} passages of {first['length']} tokens"
+    return f"{table}\n\n{size}; {first['machine']}; torch {first['torch']}; commit {first['commit']}."
+
+
 def table(source: str) -> str:
     """What belongs between the comments."""
     name, *rest = source.split()
@@ -102,6 +141,10 @@ def table(source: str) -> str:
         return stores_table(path)
     if rest == ["longest"]:
         return longest_table(path)
+    if rest == ["terms"]:
+        return terms_table(path)
+    if rest == ["target"]:
+        return target_table(path)
     shape, dtype = rest
     return tables.markdown(tables.read(path), Shape.parse(shape), dtype)
 

@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "divergence.h"
+#include "fold_cpu.h"
 #include "products_cpu.h"
 #include "sums_cpu.h"
 
@@ -24,14 +25,14 @@ class Step final : public CpuStep {
   explicit Step(StepArguments arguments) : a_(std::move(arguments)) {
     auto type = c10::CppTypeToScalarType<T>::value;
     if (a_.potential) {
-      table_ = a_.potential->to(type).t().contiguous();  // [V, G]
-      groups_ = table_.size(1);
+      tables_.potential = a_.potential->to(type).t().contiguous();
+      tables_.groups = tables_.potential.size(1);
     }
     if (a_.feature_entries) {
-      entries_ = a_.feature_entries->to(type).contiguous();
+      tables_.entries = a_.feature_entries->to(type).contiguous();
       const int64_t* start = a_.feature_rows->const_data_ptr<int64_t>();
       for (int64_t v = 0; v < a_.vocab; v++)
-        if (start[v + 1] > start[v]) filled_.push_back(v);
+        if (start[v + 1] > start[v]) tables_.filled.push_back(v);
     }
   }
 
@@ -48,8 +49,8 @@ class Step final : public CpuStep {
     const T inverse[2] = {T(hard ? 1.0 : 1.0 / a_.temperature), T(1.0 / a_.temperature)};
     const T target_inverse[2] = {T(1.0 / a_.teacher_temperature), T(0)};
     // entropy and potential come of the first sweep, where it sees all logits and rows share a potential
-    const bool pulls = wants(kPotential) && groups_ == 1, early = !sparse && (wants(kEntropy) || pulls);
-    const T* table = early && pulls ? table_.const_data_ptr<T>() : nullptr;
+    const bool pulls = wants(kPotential) && tables_.groups == 1, early = !sparse && (wants(kEntropy) || pulls);
+    const T* table = early && pulls ? tables_.potential.const_data_ptr<T>() : nullptr;
     std::vector<Online<T>> online(threads, Online<T>(c, wants(kCorrect) || wants(kAgreement), 1 + apart,
                                                      early && wants(kEntropy), early && pulls));
     std::vector<Online<T>> target_online(threads, Online<T>(c, taught && wants(kAgreement), 1));
@@ -113,7 +114,8 @@ class Step final : public CpuStep {
                 const optional<Tensor>& columns) override {
     const Source<T> model = source(a_.model, chunk.hidden, a_.logits, chunk.down, a_.up);
     const int64_t c = model.c, rows = chunk.hidden.size(0), threads = at::get_num_threads();
-    const auto constants = fold(chunk, statistics, features, cotangents, feature_cotangents, c, columns.has_value());
+    const auto constants =
+        fold<T>(a_, tables_, chunk, statistics, features, cotangents, feature_cotangents, c, columns.has_value());
     Gradient<T> shared = constants.kernel(a_);
     const Numbers<T> weight = columns ? weights_of(chunk, c) : Numbers<T>();
     const auto group = columns ? groups_of(chunk, c, columns->size(0)) : Numbers<int64_t>();
@@ -137,7 +139,7 @@ class Step final : public CpuStep {
         for (int64_t v = from; v < to; v += kTile) {
           const int64_t m = std::min(kTile, to - v);
           Gradient<T> at = shared;
-          if (at.table) at.table += v * groups_;
+          if (at.table) at.table += v * tables_.groups;
           if (at.row_start) at.row_start += v;
           if (at.teacher) at.teacher = teacher + v * c;
           std::fill(sums[t].begin(), sums[t].end(), 0.0);
@@ -171,10 +173,8 @@ class Step final : public CpuStep {
 
  private:
   StepArguments a_;
-  Tensor table_, entries_;
-  int64_t groups_ = 1;
-  std::vector<int64_t> filled_;  // vocabulary entries that have features
-  optional<Places> places_;      // of the chunk's sparse target
+  Tables tables_;
+  optional<Places> places_;  // of the chunk's sparse target
 
   // a tile's logits at the sparse target's tokens out of it, and -inf there
   void take(const Tile<T>& tile, T* to) const {
@@ -240,14 +240,14 @@ class Step final : public CpuStep {
                     const optional<Tensor>& columns, bool soft, bool early, const Merged<T>& lse,
                     const Merged<T>& soft_lse, const Merged<T>& target_lse, const Tensor& out) const {
     const int64_t c = model.c, rows = out.size(1), threads = at::get_num_threads();
-    const bool entropies = wants(kEntropy) && !early, potentials = wants(kPotential) && !(early && groups_ == 1);
+    const bool entropies = wants(kEntropy) && !early, potentials = wants(kPotential) && !(early && tables_.groups == 1);
     const bool moments = wants(kMeanLogProb) || entropies || potentials || columns;
     if (!soft && !moments) return;
     using Parts = std::vector<Numbers<double>>;
     auto parts = [&](bool needed, int64_t n) { return Parts(threads, Numbers<double>(needed ? n : 0)); };
     Parts value = parts(soft, c), slope = parts(soft, c), mean = parts(wants(kMeanLogProb), c),
           entropy = parts(entropies, c), potential = parts(potentials, c);
-    const int64_t groups = columns ? columns->size(0) : groups_;
+    const int64_t groups = columns ? columns->size(0) : tables_.groups;
     Parts column = parts(columns.has_value(), groups * kTile);
     const Numbers<T> weight = columns ? weights_of(chunk, c) : Numbers<T>();
     auto group = groups_of(chunk, c, groups);
@@ -264,9 +264,9 @@ class Step final : public CpuStep {
         Moments<T> at{};
         at.lse = lse.data();
         at.mean = data(mean[t]), at.entropy = data(entropy[t]), at.potential = data(potential[t]);
-        at.table = table_.defined() ? table_.const_data_ptr<T>() + v * groups_ : nullptr;
+        at.table = tables_.potential.defined() ? tables_.potential.const_data_ptr<T>() + v * tables_.groups : nullptr;
         at.group = group.empty() ? nullptr : group.data();
-        at.groups = groups_;
+        at.groups = tables_.groups;
         if (columns) {
           std::fill(column[t].begin(), column[t].end(), 0.0);
           at.columns = column[t].data(), at.columns_stride = kTile, at.weight = weight.data();
@@ -306,11 +306,11 @@ class Step final : public CpuStep {
       const Features<T> at{model.logits,
                            c,
                            lse.data(),
-                           filled_.data(),
-                           int64_t(filled_.size()),
+                           tables_.filled.data(),
+                           int64_t(tables_.filled.size()),
                            a_.feature_rows->const_data_ptr<int64_t>(),
                            a_.feature_columns->const_data_ptr<int64_t>(),
-                           entries_.const_data_ptr<T>(),
+                           tables_.entries.const_data_ptr<T>(),
                            k,
                            sum.data(),
                            out.data_ptr<T>()};
@@ -339,125 +339,6 @@ class Step final : public CpuStep {
       if (wants(kCorrect)) to[kCorrect * rows + r] = T(best[r] == label[r]);
       if (wants(kAgreement)) to[kAgreement * rows + r] = T(best[r] == target_best[r]);
     }
-  }
-
-  static Numbers<int64_t> ids_of(const Tensor& ids) {
-    Tensor flat = ids.contiguous();
-    return {flat.const_data_ptr<int64_t>(), flat.const_data_ptr<int64_t>() + flat.numel()};
-  }
-  // none where there is one group: rows then share their sums and their potential without looking
-  static Numbers<int64_t> groups_of(const ChunkArguments& chunk, int64_t c, int64_t groups) {
-    if (!chunk.group || groups == 1) return {};
-    Numbers<int64_t> out(c, 0);
-    Tensor group = chunk.group->contiguous();
-    std::copy_n(group.const_data_ptr<int64_t>(), group.numel(), out.begin());
-    return out;
-  }
-
-  // Everything of the gradient that does not depend on the vocabulary entry, [c] each
-  struct Constants {
-    Merged<T> lse, soft_lse, target_lse;
-    Numbers<T> factor, entropy, pull, label, mean, soft, slope, active, features;
-    Numbers<Integer<T>> target;
-    Numbers<int64_t> group;
-    const T *table = nullptr, *entry = nullptr, *teacher = nullptr;
-    int64_t groups = 1;
-
-    Gradient<T> kernel(const StepArguments& a) const {
-      auto data = [](const Numbers<T>& x) { return x.empty() ? nullptr : x.data(); };
-      Gradient<T> g{};
-      g.lse = lse.data(), g.factor = data(factor), g.entropy = data(entropy), g.pull = data(pull);
-      g.label = data(label), g.mean = data(mean), g.target = target.empty() ? nullptr : target.data();
-      g.table = table, g.group = group.empty() ? nullptr : group.data(), g.groups = groups;
-      if (!features.empty()) {
-        g.row_start = a.feature_rows->const_data_ptr<int64_t>();
-        g.column = a.feature_columns->const_data_ptr<int64_t>();
-        g.entry = entry, g.features = features.data();
-      }
-      g.soft_lse = soft_lse.data(), g.target_lse = target_lse.data(), g.soft = data(soft), g.slope = data(slope);
-      g.teacher = teacher;
-      g.inverse = T(1.0 / a.temperature), g.target_inverse = T(1.0 / a.teacher_temperature),
-      g.parameter = T(a.parameter);
-      g.active = active.data(), g.scale = T(a.model.scale), g.cap = T(a.model.cap);
-      return g;
-    }
-  };
-
-  Constants fold(const ChunkArguments& chunk, const Tensor& statistics, const Tensor& features,
-                 const Tensor& cotangents, const optional<Tensor>& feature_cotangents, int64_t c, bool columns) const {
-    const int64_t rows = chunk.hidden.size(0), k = a_.features;
-    auto known = [&](Row row) { return padded<T>(statistics[row], c); };
-    auto seed = [&](Row row) { return padded<T>(cotangents[row], c); };
-    Constants out;
-    out.active.assign(c, T(0));
-    for (int row = 0; row <= kPotential; row++) {
-      auto values = seed(Row(row));
-      for (int64_t r = 0; r < rows; r++)
-        if (values[r] != 0) out.active[r] = T(1);
-    }
-    const bool hard =
-        live(kLogProb) || live(kMeanLogProb) || live(kEntropy) || live(kLse) || live(kPotential) || feature_cotangents;
-    if (hard || columns) {
-      out.lse = {known(kLse), known(kLseLow)};
-      out.factor = seed(kLse);
-      auto subtract = [&](const Numbers<T>& x) {
-        for (int64_t r = 0; r < rows; r++) out.factor[r] -= x[r];
-      };
-      if (live(kLogProb)) {
-        out.label = seed(kLogProb);
-        subtract(out.label);
-        auto label = ids_of(*chunk.label);
-        out.target.assign(c, -1);
-        for (int64_t r = 0; r < rows; r++) {
-          if (label[r] >= 0 && label[r] < a_.vocab)
-            out.target[r] = Integer<T>(label[r]);
-          else
-            out.factor[r] = std::numeric_limits<T>::quiet_NaN();
-        }
-      }
-      if (live(kMeanLogProb)) {
-        out.mean = seed(kMeanLogProb);
-        subtract(out.mean);
-        for (auto& x : out.mean) x /= T(a_.vocab);
-      }
-      auto product = [&](Numbers<T> x, const Numbers<T>& y) {
-        for (int64_t r = 0; r < rows; r++) x[r] = x[r] == 0 ? T(0) : x[r] * y[r];
-        return x;
-      };
-      if (live(kEntropy)) {
-        out.entropy = seed(kEntropy);
-        subtract(product(out.entropy, known(kEntropy)));
-      }
-      if (live(kPotential)) {
-        out.pull = seed(kPotential);
-        subtract(product(out.pull, known(kPotential)));
-        out.table = table_.const_data_ptr<T>();
-        out.groups = groups_;
-        out.group = groups_of(chunk, c, groups_);
-      }
-      if (feature_cotangents) {
-        Tensor cotangent = feature_cotangents->to(options().dtype()).contiguous();
-        const T *from = cotangent.const_data_ptr<T>(), *found = features.const_data_ptr<T>();
-        out.features.assign(k * c, T(0));
-        out.entry = entries_.const_data_ptr<T>();
-        for (int64_t r0 = 0; r0 < rows; r0 += kLanes)  // in blocks that leave whole cache lines
-          for (int64_t j = 0; j < k; j++)
-            for (int64_t r = r0; r < std::min(rows, r0 + kLanes); r++) {
-              T x = from[r * k + j];
-              out.features[j * c + r] = x;
-              if (x != 0) out.active[r] = T(1), out.factor[r] -= x * found[r * k + j];
-            }
-      }
-    }
-    if (live(kDivergence) && (a_.target || places_)) {
-      out.soft_lse = {known(kSoftLse), known(kSoftLseLow)};
-      out.target_lse = {known(kTargetLse), known(kTargetLseLow)};
-      out.slope = known(kSlope);
-      out.soft = seed(kDivergence);
-      for (auto& x : out.soft) x /= T(a_.temperature);
-      out.teacher = a_.target ? a_.target->template const_data_ptr<T>() : nullptr;
-    }
-    return out;
   }
 };
 

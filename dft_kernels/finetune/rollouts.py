@@ -76,9 +76,9 @@ def roll_out(
 class Reference:
     """A model as it is now, whatever becomes of it: PEFT's with its adapters off, any other a frozen copy."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, device: Any = None) -> None:
         self.adapted = hasattr(model, "disable_adapter")
-        self.model = model if self.adapted else copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = model if self.adapted else copy.deepcopy(model).to(device).eval().requires_grad_(False)
         with self._as_it_was():
             self.head = head_of(self.model, adapted=True)
 
@@ -110,7 +110,7 @@ class OwnText:
 
     def __init__(self, model: Any, terms: OnPolicy, args: Any, end: int | None) -> None:
         self.terms, self.args, self.end = terms, args, end
-        self.reference = Reference(model) if terms.terms.divergence else None
+        self.reference = Reference(model, args.device) if terms.terms.divergence else None
         self.cosines: list[float] = []
         self.drawn = (-1, 0)  # the last step, and its batches so far
 
@@ -140,7 +140,8 @@ class OwnText:
             remedy = "Raise per_device_train_batch_size or rollout_samples"
             fail("DFTTrainer", "rollouts", "be 4 a batch or more, for two halves that have baselines", got, remedy)
         sampling = {"temperature": self.terms.temperature}
-        drawn = roll_out(plain, prompts, self.args.rollout_length, self.end, self._seed(trainer), **sampling)
+        with trainer.compute_loss_context_manager():
+            drawn = roll_out(plain, prompts, self.args.rollout_length, self.end, self._seed(trainer), **sampling)
         values: list[Tensor] = []
 
         def loss_of(half: Rollouts, apart: Any) -> Tensor:

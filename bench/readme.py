@@ -98,12 +98,12 @@ def terms_table(path: Path) -> str:
         rows = list(csv.DictReader(file))
     shapes = list(dict.fromkeys((row["n"], row["h"]) for row in rows))
     names = list(dict.fromkeys(row["terms"] for row in rows))
-    over = {(row["terms"], row["n"], row["h"]): f"{100 * float(row['over_ce']) - 100:+.1f} %" for row in rows}
+    over = {(row["terms"], (row["n"], row["h"])): f"{100 * float(row['over_ce']) - 100:+.1f} %" for row in rows}
     first = rows[0]
     base = {(row["n"], row["h"]): f"{float(row['ms']):,.0f} ms" for row in rows if row["terms"] == names[0]}
     lines = [["beside cross-entropy, delayed", *(f"N {n}, H {h}" for n, h in shapes)], ["---"] * (len(shapes) + 1)]
     lines += [[f"{names[0]} alone", *(base[shape] for shape in shapes)]]
-    lines += [[name, *(over[name, *shape] for shape in shapes)] for name in names[1:]]
+    lines += [[name, *(over[name, shape] for shape in shapes)] for name in names[1:]]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     where = f"{first['machine']}; torch {first['torch']}; commit {first['commit']}"
     return f"{table}\n\nV {first['v']}, bfloat16; {where}; medians of {first['rounds']} interleaved rounds."
@@ -121,8 +121,9 @@ def target_table(path: Path) -> str:
         floor = f"{float(next(iter(mine.values()))['floor']):.3g}"
         cells = [f"{float(mine[name]['ratio']):.2f}" if name in mine else "" for name in models]
         lines.append([f"{reading}: {statistic}", floor, *cells])
-    for title, name, digits in (("held-out cross-entropy, nats", "cross_entropy", 3), ("entropy there, nats", "entropy", 3),
-                                ("s a step", "step_s", 1), ("cosine of two halves' gradients", "cosine", 2)):  # fmt: skip
+    numbers = {"held-out cross-entropy, nats": ("cross_entropy", 3), "entropy there, nats": ("entropy", 3),
+               "s a step": ("step_s", 1), "cosine of the gradients of two halves": ("cosine", 2)}  # fmt: skip
+    for title, (name, digits) in numbers.items():
         values = [float(of[model][name]) for model in models]
         lines.append([title, "", *("" if value != value else f"{value:.{digits}f}" for value in values)])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)

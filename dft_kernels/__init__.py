@@ -4,7 +4,6 @@ from . import divergences, extension  # noqa: F401 - the import checks the build
 from .extension import release_scratch
 from .functional import (
     DistributionStatistics,
-    Metrics,
     cross_entropy,
     distribution_loss,
     linear_cross_entropy,
@@ -12,6 +11,7 @@ from .functional import (
     linear_distribution_statistics,
     shift_labels,
 )
+from .metrics import Metrics
 from .mixture import Labels, Mixture
 from .modules import LinearCrossEntropyLoss, LinearDistributionLoss
 from .streams import LogitStream

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import autograd, backends
+from . import autograd
 from .autograd import InplaceLoss
 from .backends.contract import Row
 from .checks import fail
+from .metrics import Metrics, metrics_of
 from .problem import Problem, build
-from .row_loss import hard_rows, loss_rows, soft_rows
+from .row_loss import loss_rows
 from .teachers import Source
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """What the loss's own pass knows of every token, detached, in hidden's leading shape; 0 or False for ignored
-    rows, None where the call had nothing to compute it from.
-
-    loss of a row = hard_weight * hard_loss + soft_weight * soft_loss + ...; entropy and lse are the model's at
-    T = 1; correct: argmax of the model is the label; teacher_agreement: both argmaxes agree.
-    """
-
-    hard_loss: Tensor | None
-    soft_loss: Tensor | None
-    entropy: Tensor
-    lse: Tensor
-    correct: Tensor | None
-    teacher_agreement: Tensor | None
-    log_prob: Tensor | None  # log q_n[target_n]
-    features: Tensor | None  # q @ features [..., K]
-    mean_probability: Tensor | None  # [num_groups, V], where a group was given
-    backend: str  # what served the call
 
 
 @dataclass(frozen=True)
@@ -88,7 +69,7 @@ def linear_distribution_loss(
     memory_budget: int | None = None,
     compact: bool = True,
     backend: str = "auto",
-    return_metrics: bool = False,
+    return_metrics: bool | Collection[str] = False,
 ) -> Any:
     """The loss of distribution fine-tuning, from hidden states, never holding the [N, V] logits.
 
@@ -123,7 +104,7 @@ def linear_distribution_loss(
         compact: leave ignored rows out of every product, at the price of one host synchronisation on a
             device. False: none; labels on a device are then not checked, a wrong one gives NaN.
         backend: "auto" or the name of one that is available.
-        return_metrics: also return `Metrics`, from the same pass.
+        return_metrics: also return `Metrics`, from the same pass: True, all of them, or the names of some.
 
     Returns:
         A scalar in fp32 (fp64 for fp64 inputs), [...] for reduction="none"; with return_metrics, (loss, metrics).
@@ -351,12 +332,12 @@ def _finish(problem: Problem, hidden: Tensor, teacher: Any, terms: dict[str, Any
 
 def _scalar_loss(problem: Problem, lead: torch.Size) -> tuple[Tensor, Metrics | None]:
     loss, _, rows, features, mean, *_ = autograd.loss(*problem)
-    return loss, _metrics(problem, rows, features, mean, lead)
+    return loss, metrics_of(problem, rows, features, mean, lead)
 
 
 def _inplace(problem: Problem, logits: Tensor, terms: dict[str, Any]) -> Any:
     loss, _, rows, features, mean, *_ = InplaceLoss.apply(logits, problem)
-    return (loss, _metrics(problem, rows, features, mean, logits.shape[:-1])) if terms.get("return_metrics") else loss
+    return (loss, metrics_of(problem, rows, features, mean, logits.shape[:-1])) if terms.get("return_metrics") else loss
 
 
 def _rows_loss(problem: Problem, lead: torch.Size) -> tuple[Tensor, Metrics | None]:
@@ -366,25 +347,7 @@ def _rows_loss(problem: Problem, lead: torch.Size) -> tuple[Tensor, Metrics | No
         weight = torch.where(problem.target != problem.ignore_index, weight, 0.0)
     loss = loss_rows(problem, rows, features, None if weight is None else weight.to(problem.dtype))
     known = [row.detach() for row in rows]
-    return loss.reshape(lead), _metrics(problem, known, features.detach(), mean.detach(), lead)
-
-
-def _metrics(problem: Problem, rows: Any, features: Tensor, mean: Tensor, lead: torch.Size) -> Metrics | None:
-    if not problem.reports:
-        return None
-    labelled, taught = problem.target is not None, problem.has_teacher
-    return Metrics(
-        hard_loss=hard_rows(problem, rows).reshape(lead) if labelled else None,
-        soft_loss=soft_rows(problem, rows).reshape(lead) if taught else None,
-        entropy=rows[Row.ENTROPY.value].reshape(lead),
-        lse=rows[Row.LSE.value].reshape(lead),
-        correct=rows[Row.CORRECT.value].bool().reshape(lead) if labelled else None,
-        teacher_agreement=rows[Row.AGREEMENT.value].bool().reshape(lead) if taught else None,
-        log_prob=rows[Row.LOG_PROB.value].reshape(lead) if labelled else None,
-        features=None if problem.features is None else features.reshape(*lead, problem.num_features),
-        mean_probability=mean if problem.columns else None,
-        backend=backends.choose(problem.backend, problem.hidden.device, problem.hidden.dtype).name,
-    )
+    return loss.reshape(lead), metrics_of(problem, known, features.detach(), mean.detach(), lead)
 
 
 def _statistics(problem: Problem, lead: torch.Size) -> DistributionStatistics:

@@ -20,6 +20,7 @@ from .divergences import Divergence
 from .gemm import accumulate_dtype
 from .streams import LogitStream
 from .teachers import Head, Source, TopK, source_of
+from .wanted import metric_names, wanted
 
 TENSORS = 20  # the leading fields of a Problem that are tensors
 
@@ -72,6 +73,7 @@ class Problem(NamedTuple):
     compact: bool
     backend: str
     wanted: int  # bit r: Row(r) is computed
+    reports: bool  # the row quantities are wanted for their own sake
     columns: bool  # accumulate the column sums
     need_hidden: bool
     need_weight: bool
@@ -115,11 +117,6 @@ class Problem(NamedTuple):
     def needs_gradient(self) -> bool:
         """Whether any gradient product is needed."""
         return any(self.needs)
-
-    @property
-    def reports(self) -> bool:
-        """Whether the row quantities are wanted for their own sake."""
-        return bool(self.wanted >> Row.ENTROPY & 1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -259,6 +256,7 @@ def build(
     entropy_weight = check.per_row("entropy_weight", entropy_weight, floating=True)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         check.fail("ignore_index", "be an int", repr(ignore_index), "The usual one is -100", TypeError)
+    metrics = metric_names(check, return_metrics)
     row_weight = _class_weight(check, class_weight, target, row_weight, vocab, label_smoothing)
     check.choice("reduction", reduction, ("mean", "sum", "none"))
     num_items = check.num_items(num_items, reduction)
@@ -321,7 +319,8 @@ def build(
         compact=bool(compact),
         backend=backend,
         wanted=0,
-        columns=statistics or bool(return_metrics and group is not None),
+        reports=statistics or bool(metrics),
+        columns=statistics or ("mean_probability" in metrics and group is not None),
         need_hidden=grad and hidden.requires_grad,
         need_weight=grad and weight is not None and weight.requires_grad,
         need_bias=grad and bias is not None and bias.requires_grad,
@@ -345,7 +344,10 @@ def build(
                 "a LogitStream over an iterator",
                 "Give LogitStream a callable rows -> logits",
             )
-    return problem._replace(wanted=_wanted(problem, statistics, bool(return_metrics)))
+    smoothed, known = problem.label_smoothing != 0, loss_terms(problem)
+    return problem._replace(
+        wanted=wanted(known, metrics, statistics, target is not None, problem.has_teacher, smoothed)
+    )
 
 
 def loss_terms(problem: Problem) -> frozenset[Row]:
@@ -359,19 +361,6 @@ def loss_terms(problem: Problem) -> frozenset[Row]:
         Row.POTENTIAL: problem.potential is not None,
     }
     return frozenset(row for row, present in parts.items() if present)
-
-
-def _wanted(problem: Problem, statistics: bool, metrics: bool) -> int:
-    wanted = set() if statistics else set(loss_terms(problem))
-    if statistics or metrics:
-        wanted |= {Row.LSE, Row.ENTROPY}
-        if problem.target is not None:
-            wanted |= {Row.LOG_PROB} if statistics else {Row.LOG_PROB, Row.CORRECT}
-            if problem.label_smoothing != 0:
-                wanted.add(Row.MEAN_LOG_PROB)
-        if problem.has_teacher:
-            wanted |= {Row.DIVERGENCE} if statistics else {Row.DIVERGENCE, Row.AGREEMENT}
-    return sum(1 << row for row in wanted)
 
 
 def _class_weight(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -420,3 +421,24 @@ def test_nan_is_never_silent(divergence: str, backend: str) -> None:
     leaf = hidden.requires_grad_()
     loss = dk.linear_distribution_loss(leaf, weight, teacher=logits, divergence=divergence, backend=backend)
     assert loss.isnan()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_some_metrics_are_those_of_all(smoothing: float) -> None:
+    draw = torch.Generator().manual_seed(4)
+    hidden, weight = torch.randn(9, 6, generator=draw), torch.randn(11, 6, generator=draw)
+    target, teacher = torch.randint(0, 11, (9,), generator=draw), torch.randn(9, 11, generator=draw)
+    more = {"hard_weight": 0.3, "features": torch.eye(11)[:, :2], "feature_weight": torch.ones(9, 2)}
+    more |= {"label_smoothing": smoothing, "group": torch.zeros(9, dtype=torch.int64)}
+    loss, known = dk.linear_distribution_loss(hidden, weight, target, teacher, return_metrics=True, **more)
+    names = [one.name for one in dataclasses.fields(known) if one.name != "backend"]
+    for name in names:
+        assert getattr(known, name) is not None, name
+        same, one = dk.linear_distribution_loss(hidden, weight, target, teacher, return_metrics={name}, **more)
+        assert torch.equal(same, loss)
+        assert torch.equal(getattr(one, name), getattr(known, name)), name
+    _, none = dk.linear_distribution_loss(hidden, weight, target, return_metrics=["lse"])
+    assert {name for name in names if getattr(none, name) is not None} == {"lse", "hard_loss", "log_prob"}
+    for wrong in ("entropy", {"perplexity"}, 3):
+        with pytest.raises(ValueError, match="return_metrics must be True, False, or some of hard_loss, soft_loss"):
+            dk.linear_distribution_loss(hidden, weight, target, return_metrics=wrong)

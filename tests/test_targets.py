@@ -592,3 +592,31 @@ def test_texts_of_presets(tmp_path: Path) -> None:
     (tmp_path / "nt.bzs").write_bytes(struct.pack("<III", 0, len(packed), len(text)))
     (tmp_path / "nt.bzz").write_bytes(packed)
     assert list(preset_texts._sword(tmp_path)) == ["T\n\nIn the beginning &\n\nend\n"]
+
+
+def test_a_dataset_is_a_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """hf:NAME[:SPLIT[:COLUMN]], by the library datasets where it is there."""
+    import sys
+    import types
+
+    from dft_kernels.finetune.sources import passages_of, texts_of
+
+    class Found(dict):  # type: ignore[type-arg]
+        column_names = ("text", "story")
+
+    asked = []
+
+    def load_dataset(name: str, split: str) -> Found:
+        asked.append((name, split))
+        return Found(text=["one.", "two."], story=["once."])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert texts_of(["hf:tales"], tmp_path) == ["one.", "two."]
+    assert texts_of(["hf:a/tales:test:story"], tmp_path) == ["once."]
+    assert list(passages_of(["hf:tales:train"], tmp_path)) == ["one.", "two."]
+    assert asked == [("tales", "train"), ("a/tales", "test"), ("tales", "train")]
+    with pytest.raises(ValueError, match=r"hf:tales must have a column 'words', got \('text', 'story'\)"):
+        texts_of(["hf:tales:train:words"], tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"hf:tales needs datasets, got none\. pip install datasets"):
+        texts_of(["hf:tales"], tmp_path)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..functional import Metrics, linear_distribution_loss, shift_labels
+from ..functional import linear_distribution_loss, shift_labels
+from ..metrics import Metrics
 from ..teachers import Head
 from .heads import head_of, output_layer, parted, projection, unwrapped
 
@@ -208,7 +209,7 @@ def _with_loss(model: Any, attachment: _Attachment, given: dict[str, Any], ours:
     if delayed is None:
         loss, metrics = linear_distribution_loss(hidden, **call, return_metrics=True)
     else:
-        loss, _, _, metrics = delayed.loss(hidden, input_ids=given.get("input_ids"), **call)
+        loss, _, _, metrics = delayed.loss(hidden, input_ids=given.get("input_ids"), return_metrics=True, **call)
     logits = None
     if ours["return_logits"]:
         keep = given.get("logits_to_keep") or 0

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..functional import Metrics
+from ..metrics import Metrics
 from ..mixture import Mixture
 from ..problem import build
 from ..targets.store import Store

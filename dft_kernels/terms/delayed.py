@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..checks import fail
-from ..functional import Metrics, linear_distribution_loss, linear_distribution_statistics
+from ..functional import linear_distribution_loss, linear_distribution_statistics
+from ..metrics import Metrics
 from .base import Statistics, as_sum
 from .constraint import AtMost
 from .pull import (
@@ -75,14 +76,17 @@ class Delayed:
         target: Tensor | None = None,
         *,
         input_ids: Tensor | None = None,
+        return_metrics: bool = False,
         **loss: Any,
     ) -> dict[str, Any]:
         """Keywords that `linear_distribution_loss` takes beside these: potentials of the running means, and what makes
-        its metrics hold the statistics that `collect` adds up."""
+        its metrics hold the statistics that `collect` adds up (return_metrics: and all others)."""
         terms, rows = checked("Delayed", self.terms, hidden, weight, target, input_ids, loss)
         lead, shape = hidden.shape[:-1], rows.weight.shape
-        out: dict[str, Any] = {"return_metrics": True}
         features = terms.features
+        there = {"features": features is not None, "mean_probability": terms.columns, "entropy": terms.entropy,
+                 "log_prob": terms.log_prob}  # fmt: skip
+        out: dict[str, Any] = {"return_metrics": return_metrics or {"lse", *(name for name in there if there[name])}}
         asked: Potentials | None = None
         known = self._known(hidden.device)
         if known is not None:
@@ -115,6 +119,7 @@ class Delayed:
     ) -> Statistics:
         """Add the statistics of a micro-batch, out of the metrics of its loss, to the step's; under no_grad, as in
         evaluation, they are left out of it."""
+        assert metrics.lse is not None
         rows = rows_of(metrics.lse, target, input_ids, row_weight, ignore_index)
         if metrics.mean_probability is not None:
             rows = replace(rows, columns=rows.weight.sum() * metrics.mean_probability[0].double())
@@ -133,10 +138,11 @@ class Delayed:
         teacher: Any = None,
         *,
         input_ids: Tensor | None = None,
+        return_metrics: bool = False,
         **loss: Any,
     ) -> TermLoss:
         """The fused loss plus J of the running means; the arguments are `exact`'s."""
-        given = self.arguments(hidden, weight, target, input_ids=input_ids, **loss)
+        given = self.arguments(hidden, weight, target, input_ids=input_ids, return_metrics=return_metrics, **loss)
         fused, metrics = linear_distribution_loss(hidden, weight, target, teacher, **{**loss, **given})
         seen = self.collect(metrics, target, input_ids=input_ids, **of_rows(loss))
         shape = seen.weight.shape
@@ -149,7 +155,15 @@ class Delayed:
         known = self._known(hidden.device)
         values = [seen.weight.new_zeros(())] * len(self.terms.parts) if known is None else known.values
         total = seen.weight.sum()
-        return joined(self.terms, fused, linear_part(asked, seen), values, total, loss.get("num_items"), metrics)
+        return joined(
+            self.terms,
+            fused,
+            linear_part(asked, seen),
+            values,
+            total,
+            loss.get("num_items"),
+            metrics if return_metrics else None,
+        )
 
     @torch.no_grad()
     def observe(

@@ -82,6 +82,7 @@ class OnPolicy(Delayed):
         teacher: Any = None,
         *,
         input_ids: Tensor | None = None,
+        return_metrics: bool = False,
         sampled_log_prob: Tensor | None = None,
         **loss: Any,
     ) -> TermLoss:
@@ -99,8 +100,9 @@ class OnPolicy(Delayed):
             loss: bias, low_rank, logit_scale, softcap, ignore_index, row_weight (above 0 where a token was drawn),
                 num_items, chunking and backend as in `linear_distribution_loss`; its other keywords say nothing here.
 
-        Returns: `TermLoss`; fused is 0. Raises ValueError or TypeError for a wrong argument before any work. Memory:
-        O(chunk x V), [V] and [B, T, K + 1]. FLOPs: 4 products, and with a ReferenceKL the reference's twice.
+        Returns: `TermLoss`; fused is 0, and there are no metrics. Raises ValueError or TypeError for a wrong argument
+        before any work. Memory: O(chunk x V), [V] and [B, T, K + 1]. FLOPs: 4 products, and with a ReferenceKL the
+        reference's twice.
         """
         terms, rows = checked("OnPolicy", self.terms, hidden, weight, target, input_ids, loss, own_text=True)
         asked = {name: loss[name] for name in STATISTICS if name in loss}

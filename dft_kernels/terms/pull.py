@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..checks import fail
-from ..functional import Metrics
+from ..metrics import Metrics
 from .base import Moments, Statistics, TermSum, as_sum
 
-_OURS = ("potential", "group", "num_groups", "features", "feature_weight", "entropy_weight", "return_metrics")
+_OURS = ("potential", "group", "num_groups", "features", "feature_weight", "entropy_weight")
 STATISTICS = (
     "bias", "low_rank", "logit_scale", "softcap", "ignore_index", "row_weight", "chunk_size", "memory_budget",
     "compact", "backend",
@@ -33,7 +33,7 @@ class TermLoss(NamedTuple):
     loss: Tensor
     fused: Tensor  # cross-entropy, divergence, ...
     terms: dict[str, Tensor]  # weight_i J_i by name, 0-d
-    metrics: Metrics | None
+    metrics: Metrics | None  # where they were asked for
 
 
 class Potentials(NamedTuple):
@@ -195,7 +195,7 @@ def linear_part(of: Potentials, rows: Statistics) -> Tensor:
 
 
 def joined(
-    terms: TermSum, loss: Tensor, linear: Any, values: list[Tensor], weight: Tensor, items: Any, metrics: Metrics
+    terms: TermSum, loss: Tensor, linear: Any, values: list[Tensor], weight: Tensor, items: Any, metrics: Any
 ) -> TermLoss:
     """The value of J in place of that of its potentials; under num_items this batch's share of it."""
     denominator = torch.where(weight == 0, 1.0, weight) if items is None else items

@@ -22,6 +22,7 @@ def exact(
     input_ids: Tensor | None = None,
     teacher: Any = None,
     cross_fit: bool = False,
+    return_metrics: bool = False,
     **loss: Any,
 ) -> TermLoss:
     """The fused loss plus J of this batch's own statistics, exactly differentiated.
@@ -81,8 +82,9 @@ def exact(
         given |= {"features": terms.features, "feature_weight": sum(kappa[1:], kappa[0]).reshape(*lead, -1)}
     if eta:
         given["entropy_weight"] = sum(eta[1:], eta[0]).reshape(lead)
-    fused, metrics = linear_distribution_loss(
-        hidden, weight, target, teacher, return_metrics=True, **{**loss, **cast(given, hidden)}
+    out = linear_distribution_loss(
+        hidden, weight, target, teacher, return_metrics=return_metrics, **{**loss, **cast(given, hidden)}
     )
+    fused, metrics = out if return_metrics else (out, None)
     of_potentials = sum(linear_part(each, part) for each, part in zip(pulls, seen, strict=True))
     return joined(terms, fused, of_potentials, values, rows.weight.sum(), loss.get("num_items"), metrics)

@@ -26,7 +26,7 @@ from ..terms import (
     noise_floor,
 )
 
-_NGRAMS = 2048  # bigrams, the most frequent ones: completions are features of every row
+_NGRAMS = 1024  # bigrams, the most frequent ones: completions are features of every row
 
 
 def _padded(values: Tensor, vocab: int) -> Tensor:

@@ -117,6 +117,17 @@ def _handbook(folder: Path) -> Iterator[str]:
             yield text
 
 
+def _copyright(folder: Path) -> Iterator[str]:
+    """The chapters: the blocks of a page that end as sentences do, which its links and headings do not."""
+    for number in range(1, 18):
+        page = (folder / f"usr/share/doc/cfi-en/html/ch{number}web.htm").read_text(encoding="cp1252", errors="replace")
+        page = re.sub(r"<title>.*?</title>", "", page, flags=re.S | re.I)
+        page = re.sub(r"</?(p|center|tr|td|table|div|ul|ol|li|h\d|blockquote)\b[^>]*>", "\n\n", page, flags=re.I)
+        parts = unwrapped(html.unescape(re.sub(r"<[^>]*>", "", page))).split("\n\n")
+        ended = [part for part in parts if len(part) > 60 and re.search(r"[.!?…][\"'”’)]*\s*$", part)]
+        yield "\n\n".join(ended) + "\n"
+
+
 RECIPES: dict[str, Recipe] = {
     "literary": Recipe("six novels of Jane Austen, 1811-1818", "public domain", "r-cran-janeaustenr", _austen),
     "sermon": Recipe(
@@ -129,6 +140,12 @@ RECIPES: dict[str, Recipe] = {
     "scripture-modern": Recipe("the World English Bible", "public domain", "sword-text-web", _sword),
     "satire": Recipe("The Devil's Dictionary, Ambrose Bierce, 1911", "public domain", "dict-devil", _devil),
     "reference": Recipe("the Jargon File 4.4.7, 2003", "public domain", "jargon-text", _jargon),
+    "reportage": Recipe(
+        "Copyright Does Not Exist, Linus Walleij, 1998: on the culture of hackers",
+        "public domain",
+        "cfi-en",
+        _copyright,
+    ),
     "technical": Recipe(
         "The Debian Administrator's Handbook, Raphaël Hertzog and Roland Mas",
         "GPL-2+ or CC-BY-SA-3.0 (the text; these are counts of it)",

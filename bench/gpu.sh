@@ -62,8 +62,8 @@ print(gpu + ", Python", platform.python_version() + ", torch", torch.__version__
 MAIN="--loss forward_kl cross_entropy jensen_shannon"
 if [[ -n "$DRY" ]]; then
     BUILD=("$PYTHON" -m dft_kernels.cli info)
-    TESTS=(tests/test_contract.py -k "cross_entropy and native and float32")
-    CHECKED=(tests/test_contract.py -k "cross_entropy and native and bfloat16")
+    TESTS=(tests/test_streams.py)
+    CHECKED=(tests/test_structure.py -k "table or small")
     SANITIZER="env TOOL="
     SMALL="--device cpu --dtype float32 --backend native --peer eager --rounds 2 --shape"
     BIG="$SMALL 32,16,64 --loss cross_entropy" ONE="$SMALL 32,16,64 --loss forward_kl"

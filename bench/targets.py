@@ -40,8 +40,14 @@ from dft_kernels.targets.corpus import passages
 
 LENGTH, BATCH, HELD_OUT = 128, 4, 0.125
 START, CE, TERMS, ROLLOUTS = "start", "cross-entropy", "terms", "terms and rollouts"
-OF_TEXT = ("token_l2=5", "sentence_length=0.05", "punctuation_rate=2", "punctuation_gap=0.5", "calibration=0.3")
-OF_OWN = ("token_l2=5", "sentence_length=0.05", "punctuation_rate=2", "punctuation_gap=0.5", "reference_kl=0.02")
+OF_TEXT = (
+    "token_l2=0.25",
+    "sentence_length=0.0025",
+    "punctuation_rate=0.1",
+    "punctuation_gap=0.05",
+    "calibration=0.05",
+)
+OF_OWN = (*OF_TEXT[:-1], "reference_kl=0.02")
 
 
 def texts_of(cache: Path) -> tuple[list[str], list[str]]:

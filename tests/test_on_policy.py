@@ -231,7 +231,7 @@ def test_dual_ascent_ends_at_the_bound() -> None:
     (term,) = constrained.bounded.values()
     assert term.ratio == pytest.approx(1.0, abs=0.02)
     assert term.dual > 0.01
-    free = Delayed(AtMost(TokenL2(P, squared=True), bound=10.0, start=0.3), decay=0.0)
+    free = Delayed(AtMost(TokenL2(P, squared=True), bound=10.0, rate=0.02, start=0.3), decay=0.0)
     for _ in range(30):
         free.loss(hidden, weight, target, bias=bias)
         free.update()

@@ -63,9 +63,10 @@ def attach(model: Any, **terms: Any) -> Any:
     teacher: any teacher of `linear_distribution_loss`, whose row (b, t) is its distribution over token t + 1, so that
     rows line up with input_ids; num_items_in_batch: what the sum is divided by (Trainer gives it under gradient
     accumulation); return_logits=True: the logits too; distribution_terms: a `dft_kernels.terms.Delayed`, which the
-    loss then has and is told of this batch; soft_weight, hard_weight: of this call, with a teacher, None:
-    those of `terms`. Without labels a teacher's rows count wherever the attention mask has a next token. The output's
-    `metrics` are the kernel's. In evaluation mode labels alone take the model's own path.
+    loss then has and is told of this batch, or an `OnPolicy`, which then is the loss, of labels that the model drew;
+    soft_weight, hard_weight: of this call, with a teacher, None: those of `terms`. Without labels a teacher's rows
+    count wherever the attention mask has a next token. The output's `metrics` are the kernel's. In evaluation mode
+    labels alone take the model's own path.
 
     Under data parallelism attach first and wrap then (DDP, FSDP2, accelerate's prepare), and call the wrapper: around
     it, as `ddp.module(**batch)`, gradients stay this process's, and no one says so. The loss reads the head after the

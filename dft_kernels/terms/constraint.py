@@ -25,7 +25,7 @@ class AtMost(DistributionTerm):
     the bound; start: lambda before the first step. Use it in `Delayed` or `OnPolicy`: `exact` leaves lambda as it is.
     """
 
-    def __init__(self, term: DistributionTerm, bound: float, rate: float = 0.02, start: float = 0.0) -> None:
+    def __init__(self, term: DistributionTerm, bound: float, rate: float = 0.002, start: float = 0.0) -> None:
         parts = getattr(term, "parts", None)
         if not isinstance(term, DistributionTerm) or isinstance(term, AtMost) or parts is not None:
             got = "a sum" if parts is not None else type(term).__name__

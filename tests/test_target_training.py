@@ -231,7 +231,8 @@ def test_train_towards_a_target(
     assert named == want
     capsys.readouterr()
     for wrong, message in (
-        (["--terms", "calibration=floor"], "calibration=floor must have a noise floor above 0, got none"),
+        (["--terms", "calibration=floor"], "calibration=floor must have a finite noise floor above 0, got none"),
+        (["--terms", "unigram_kl=floor"], "unigram_kl=floor must have a finite noise floor above 0, got inf"),
         (["--rollout_terms", "calibration=1"], "calibration must be one of token_l2, .* of the model's own text"),
         (["--terms", "token_l2=low"], "token_l2 must come as token_l2=WEIGHT or token_l2=floor"),
         ([], "target must be given together with terms or rollout_terms"),

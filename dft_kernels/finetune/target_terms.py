@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -138,7 +139,7 @@ def terms_of(
 
 def _at_floor(name: str, term: DistributionTerm, text: HumanText | None) -> AtMost:
     bound = None if text is None else noise_floor(term, *text)[term.name]
-    if not bound:
-        got = "none: it is not of the text alone" if bound is None else "0"
-        raise ValueError(f"terms: {name}={FLOOR} must have a noise floor above 0, got {got}. Give it a weight.")
+    if bound is None or not 0 < bound < math.inf:  # KL from a text that lacks what the target has is infinite
+        got = "none: it is not of the text alone" if bound is None else f"{bound:g}"
+        raise ValueError(f"terms: {name}={FLOOR} must have a finite noise floor above 0, got {got}. Give it a weight.")
     return AtMost(term, bound)

@@ -36,6 +36,8 @@ class DFTConfig(transformers.TrainingArguments):
     matching_ramp: steps from there on over which matching comes in. A step of matching has weights
 
         soft_weight r  and  hard_weight r + (1 - r),  r = min(1, (step - matching_from + 1) / matching_ramp)
+
+    rollout_...: how and how often the model writes for `rollout_terms`, from matching_from on.
     """
 
     divergence: str = field(default="forward_kl", metadata={"help": "a name of dft_kernels.divergences.TABLE"})

@@ -40,8 +40,9 @@ class Delayed:
     and the potential of a step is J's gradient at the running means of the steps before: independent of the rows it is
     applied to, so that it needs no cross-fitting, and as old as 1 / (1 - decay) steps. Until the first `update` the
     terms are 0 (`observe` fills them before training). With running means equal to this batch's, its gradient is
-    `exact`'s. Warning: a term pulls all rows one way, where cross-entropy's rows differ, so that a weight which makes J
-    a few percent of the loss may already lead; led by means that are late, a model swings about the target.
+    `exact`'s. Warning: a term pulls all rows one way in every step, where cross-entropy's rows differ, and an optimiser
+    like Adam follows that: a weight that makes J a percent of the loss may already lead. Led by means that are late, a
+    model swings about the target: choose weights at which J falls over more than 1 / (1 - decay) steps.
 
         delayed = Delayed(0.1 * TokenL2(t) + 0.02 * SentenceLength(ends, hazard), decay=0.95)
         for step in training:

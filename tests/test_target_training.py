@@ -21,11 +21,13 @@ from test_trainer import config, curve, store  # noqa: E402, F401 - a fixture
 
 from dft_kernels.finetune import gap, gap_command, train  # noqa: E402 - import transformers
 from dft_kernels.finetune.attach import attach  # noqa: E402
-from dft_kernels.finetune.target_terms import TERMS, terms_of  # noqa: E402
+from dft_kernels.finetune.heads import hidden_states, output_layer  # noqa: E402
+from dft_kernels.finetune.target_terms import TERMS, HumanText, terms_of  # noqa: E402
 from dft_kernels.finetune.trainer import DFTTrainer  # noqa: E402
+from dft_kernels.functional import shift_labels  # noqa: E402
 from dft_kernels.targets import corpus, target_file  # noqa: E402
 from dft_kernels.targets.target import Target  # noqa: E402
-from dft_kernels.terms import Delayed, Entropy, TokenL2  # noqa: E402
+from dft_kernels.terms import Delayed, Entropy, TokenL2, gains  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Trainer's own
 MARKS = (".", ",", "!", "?")
@@ -78,6 +80,21 @@ def test_every_name_is_a_term(target: Target) -> None:
             terms_of(target, names, vocab)
     with pytest.raises(ValueError, match="must be of at most the model's 50 tokens"):
         terms_of(target, ["token_l2=1"], 50)
+
+
+def test_a_weight_relative_to_cross_entropy_is_of_the_gain(target: Target) -> None:
+    """Of the model on the first rows of the text, each name by itself."""
+    model = far()
+    vocab = model.get_output_embeddings().weight.shape[0]
+    ids = torch.randint(0, vocab, (6, 20), generator=torch.Generator().manual_seed(2))
+    text = HumanText(ids, shift_labels(ids), 1)
+    given = ["punctuation_rate=0.5x", "token_l2=0.25", "unigram_kl=2x", "punctuation_rate=3x"]
+    found = terms_of(target, given, vocab, text, model=model)
+    with torch.no_grad():
+        hidden = hidden_states(model.eval(), ids)
+    for (by, term), times in zip(found.parts, (0.5, None, 2.0, 3.0), strict=True):
+        (gain,) = gains(term, hidden, output_layer(model).weight, shift_labels(ids), input_ids=ids).values()
+        assert by == pytest.approx(0.25 if times is None else times / gain, rel=1e-5)
 
 
 def frequencies() -> torch.Tensor:
@@ -205,7 +222,7 @@ def test_the_command(target: Target, tokenizer: Any, tmp_path: Path, capsys: pyt
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", ["constrained", "weighed"])
+@pytest.mark.parametrize("how", ["constrained", "weighed", "relative"])
 def test_train_towards_a_target(
     how: str, target: Target, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,7 +235,7 @@ def test_train_towards_a_target(
              str(tmp_path / "tiny.safetensors"), "--length", "24", "--use_cpu", "--logging_steps", "1",
              "--output_dir", str(tmp_path / "out"), "--held_out", "2", "--learning_rate", "1e-2"]  # fmt: skip
     run = ["--max_steps", "4", "--rollout_length", "6", "--rollout_prompt", "4", "--terms_decay", "0.5"]
-    by = "floor" if how == "constrained" else "0.5"
+    by = {"constrained": "floor", "weighed": "0.5", "relative": "0.5x"}[how]
     terms = ["--terms", f"token_l2={by}", "calibration=0.02"]
     own = ["--rollout_terms", f"punctuation_rate={by}", "reference_kl=0.05"]
     assert train.main([*fixed, *run, *terms, *own]) == 0
@@ -234,7 +251,8 @@ def test_train_towards_a_target(
         (["--terms", "calibration=floor"], "calibration=floor must have a finite noise floor above 0, got none"),
         (["--terms", "unigram_kl=floor"], "unigram_kl=floor must have a finite noise floor above 0, got inf"),
         (["--rollout_terms", "calibration=1"], "calibration must be one of token_l2, .* of the model's own text"),
-        (["--terms", "token_l2=low"], "token_l2 must come as token_l2=WEIGHT or token_l2=floor"),
+        (["--terms", "token_l2=low"], "token_l2 must come as token_l2=WEIGHT, token_l2=0.5x or token_l2=floor"),
+        (["--rollout_terms", "reference_kl=1x"], "reference_kl=0.5x must be of a term that pulls at the start"),
         ([], "target must be given together with terms or rollout_terms"),
     ):
         assert train.main([*fixed, "--output_dir", str(tmp_path / "none"), *wrong]) == 1

@@ -49,8 +49,9 @@ class Job:
     terms: list[str] | None = field(
         default=None,
         metadata={
-            "help": f"NAME=WEIGHT of the target's: {', '.join(TERMS)}; NAME=floor: at most what human text of the same "
-            "size is off by, by a dual weight"
+            "help": f"NAME=WEIGHT of the target's: {', '.join(TERMS)}; NAME=0.5x: the weight at which it pulls half as "
+            "hard as cross-entropy holds, measured; NAME=floor: at most what human text of the same size is off by, by "
+            "a dual weight"
         },
     )
     rollout_terms: list[str] | None = field(

@@ -24,7 +24,7 @@ from .heads import output_layer
 from .held_out import HeldOut, held_out
 from .materials import read_texts
 from .sources import model_of, texts_of
-from .target_terms import FLOOR, HumanText, terms_of
+from .target_terms import HumanText, asks_for_text, terms_of
 from .teaching import asked
 from .trainer import DFTConfig, DFTTrainer
 
@@ -109,7 +109,7 @@ def run(job: Job, options: DFTConfig) -> int:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         teacher, training, kept, collate = _materials(job, tokenizer, cache)
-    terms = _terms(job, options, tokenizer, output_layer(model).weight.shape[0], training)
+    terms = _terms(job, options, tokenizer, model, training)
     model = _adapted(model, job)
     trainer = DFTTrainer(
         model,
@@ -166,8 +166,9 @@ def _materials(job: Job, tokenizer: Any, cache: Path) -> tuple[Any, Any, Any, An
     return teacher, Subset(data, order[job.held_out :]), Subset(data, order[: job.held_out]), collate
 
 
-def _terms(job: Job, options: DFTConfig, tokenizer: Any, vocab: int, training: Any) -> dict[str, Any]:
-    """terms and rollout_terms of DFTTrainer. Noise floors are of as many rows as a running mean looks back on."""
+def _terms(job: Job, options: DFTConfig, tokenizer: Any, model: Any, training: Any) -> dict[str, Any]:
+    """terms and rollout_terms of DFTTrainer. Noise floors are of as many rows as a running mean looks back on; gains
+    are measured where the model is to be trained, if it fits there whole."""
     if job.target is None:
         return {}
     target, out = target_file.load(job.target, tokenizer), {}
@@ -177,14 +178,16 @@ def _terms(job: Job, options: DFTConfig, tokenizer: Any, vocab: int, training: A
         if given is None:
             continue
         text = None
-        if any(one.endswith(f"={FLOOR}") for one in given):
+        if asks_for_text(given):
+            if options.place_model_on_device and not options.fsdp:
+                model.to(options.device)
             some = [torch.as_tensor(training[number]["input_ids"]) for number in range(min(len(training), 8192))]
             labels = torch.nn.utils.rnn.pad_sequence(some, True, -100)
             target_of = shift_labels(labels)
             rows = int((target_of != -100).sum())
             each = rows / len(some) if not own else options.rollout_samples * options.rollout_length
             text = HumanText(labels.clamp(min=0), target_of, max(1, min(rows // 2, int(batch * each * steps))))
-        out[name] = terms_of(target, given, vocab, text, own)
+        out[name] = terms_of(target, given, output_layer(model).weight.shape[0], text, own, model)
     return out
 
 

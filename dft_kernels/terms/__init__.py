@@ -11,6 +11,7 @@ from .pull import TermLoss
 from .rates import Entropy, NGrams, PunctuationRate
 from .run import exact
 from .transport import EmbeddingTransport
+from .weighing import gains
 
 __all__ = [
     "AtMost",
@@ -33,6 +34,7 @@ __all__ = [
     "UnigramKL",
     "VocabularyMMD",
     "exact",
+    "gains",
     "noise_floor",
     "random_fourier_features",
 ]

@@ -99,7 +99,7 @@ def test_a_step_is_both_gradients(store: Any, tmp_path: Path) -> None:  # noqa: 
     assert len(draws) == 4
     plain, reference = sharp(), Reference(sharp())
     attach(plain)
-    own = OnPolicy(term, 0.95)
+    own = OnPolicy(term, 0.9)
     for step in range(2):
         some = batches[2 * step : 2 * step + 2]
         items = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in some)

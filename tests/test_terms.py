@@ -265,7 +265,7 @@ def test_value_and_gradient(name: str) -> None:
         close((seen.loss.detach(), *gradients(seen.loss, given)), truth)
         before = delayed.running
         delayed.update()  # the loss's own pass saw the same statistics
-        close([delayed.running], [1.95 * before])
+        close([delayed.running], [1.9 * before])
     else:
         with pytest.raises(ValueError, match="linear in the model's probabilities, got SentenceLength"):
             Delayed(term)
@@ -534,7 +534,7 @@ def test_what_is_left_out_of_the_running_means() -> None:
     assert delayed.pending is None
     delayed.loss(**of_loss(given | {"hidden": given["hidden"] * torch.nan}))
     delayed.update()
-    close([delayed.running], [0.95 * before])
+    close([delayed.running], [0.9 * before])
 
 
 def test_state_goes_on() -> None:

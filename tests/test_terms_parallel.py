@@ -78,7 +78,7 @@ def a_process_without_rows(folder: Path) -> None:
     if RANK == 0:
         delayed.loss(**called(batch))
     delayed.update()
-    close([delayed.running], [0.95 * before + before / 2])
+    close([delayed.running], [0.9 * before + before / 2])
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:

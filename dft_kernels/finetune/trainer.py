@@ -50,7 +50,7 @@ class DFTConfig(transformers.TrainingArguments):
     loss_backend: str = field(default="auto", metadata={"help": "auto, or the name of one that is available"})
     matching_every: int = field(default=1, metadata={"help": "one of so many steps matches the teacher"})
     matching_from: int = field(default=0, metadata={"help": "optimiser steps of cross-entropy before the first match"})
-    terms_decay: float = field(default=0.95, metadata={"help": "of the running statistics of distribution terms"})
+    terms_decay: float = field(default=0.9, metadata={"help": "of the running statistics of distribution terms"})
     matching_ramp: int = field(default=0, metadata={"help": "optimiser steps from cross-entropy to these weights"})
     rollout_every: int = field(
         default=1, metadata={"help": "one of so many steps has the terms of the model's own text"}

@@ -40,11 +40,10 @@ class Delayed:
     and the potential of a step is J's gradient at the running means of the steps before: independent of the rows it is
     applied to, so that it needs no cross-fitting, and as old as 1 / (1 - decay) steps. Until the first `update` the
     terms are 0 (`observe` fills them before training). With running means equal to this batch's, its gradient is
-    `exact`'s. Warning: a term pulls all rows one way in every step, where cross-entropy's rows differ, and an optimiser
-    like Adam follows that: a weight that makes J a percent of the loss may already lead. Led by means that are late, a
-    model swings about the target: choose weights at which J falls over more than 1 / (1 - decay) steps.
+    `exact`'s. Take weights from `gains`, and kinds of terms whose pull fades at the target (squares): beside a pull much
+    harder than cross-entropy's hold, means that are late make a model swing about the target.
 
-        delayed = Delayed(0.1 * TokenL2(t) + 0.02 * SentenceLength(ends, hazard), decay=0.95)
+        delayed = Delayed(0.1 * TokenL2(t) + 0.02 * SentenceLength(ends, hazard))
         for step in training:
             for batch in step:                                    # gradient accumulation
                 out = delayed.loss(hidden, weight, target, input_ids=ids, num_items=rows_of_the_step)
@@ -56,7 +55,7 @@ class Delayed:
     float64, twice; [rows, K] for terms with K features. FLOPs: those of the loss and its row operations.
     """
 
-    def __init__(self, term: Any, decay: float = 0.95) -> None:
+    def __init__(self, term: Any, decay: float = 0.9) -> None:
         self.terms = as_sum("Delayed", term)
         for name, (_, part) in zip(self.terms.names, self.terms.parts, strict=True):
             if not part.linear:
@@ -64,7 +63,7 @@ class Delayed:
                 fail("Delayed", "term", "have statistics linear in the model's probabilities", name, remedy)
         known: Any = decay
         if isinstance(known, bool) or not isinstance(known, (int, float)) or not 0 <= known < 1:
-            fail("Delayed", "decay", "lie in 0..1, below 1", repr(decay), "The default is 0.95")
+            fail("Delayed", "decay", "lie in 0..1, below 1", repr(decay), "The default is 0.9")
         self.decay = float(decay)
         self.steps = 0
         self.running: Tensor | None = None  # Moments.flat

@@ -65,7 +65,7 @@ class OnPolicy(Delayed):
     """
 
     def __init__(
-        self, term: Any, decay: float = 0.95, temperature: float = 1.0, biased_without_score: bool = False
+        self, term: Any, decay: float = 0.9, temperature: float = 1.0, biased_without_score: bool = False
     ) -> None:
         super().__init__(term, decay)
         known: Any = temperature

@@ -40,8 +40,8 @@ class Delayed:
     and the potential of a step is J's gradient at the running means of the steps before: independent of the rows it is
     applied to, so that it needs no cross-fitting, and as old as 1 / (1 - decay) steps. Until the first `update` the
     terms are 0 (`observe` fills them before training). With running means equal to this batch's, its gradient is
-    `exact`'s. Take weights from `gains`, and kinds of terms whose pull fades at the target (squares): beside a pull much
-    harder than cross-entropy's hold, means that are late make a model swing about the target.
+    `exact`'s. Take weights from `gains`, and kinds of terms whose pull fades at the target (squares): where they pull
+    much harder than cross-entropy holds, means that are late make a model swing about the target.
 
         delayed = Delayed(0.1 * TokenL2(t) + 0.02 * SentenceLength(ends, hazard))
         for step in training:

@@ -119,7 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
                "count": options.count, "length": options.length, **shared}  # fmt: skip
         for entry in logs:
             print({name: round(value, 4) for name, value in entry.items() if name.startswith(("term_", "rollout_"))})
-        gaps = gap.human_prefixes(after, target, human) + gap.own_text(after, tokenizer, target, human, 32, batch=32)
+        own = gap.native(after, tokenizer, human, 32, batch=32)
+        gaps = gap.human_prefixes(after, target, human) + gap.own_text(own, tokenizer, target, human, 32)
         for one in gaps:
             print(f"  {one.reading:14s} {one.statistic:32s} {one.value:8.4f}  {one.ratio:6.2f} floors", flush=True)
             rows.append({"model": way, **vars(one), "ratio": one.ratio, **run})

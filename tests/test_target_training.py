@@ -19,7 +19,7 @@ from test_capture import WORDS  # noqa: E402 - the same
 from test_capture import tiny as far  # noqa: E402
 from test_trainer import config, curve, store  # noqa: E402, F401 - a fixture
 
-from dft_kernels.finetune import gap, gap_command, train  # noqa: E402 - import transformers
+from dft_kernels.finetune import gap, gap_command, target_command, train  # noqa: E402 - import transformers
 from dft_kernels.finetune.attach import attach  # noqa: E402
 from dft_kernels.finetune.heads import hidden_states, output_layer  # noqa: E402
 from dft_kernels.finetune.target_terms import TERMS, HumanText, terms_of  # noqa: E402
@@ -203,16 +203,25 @@ def test_the_command(target: Target, tokenizer: Any, tmp_path: Path, capsys: pyt
     texts = [str(tmp_path / f"{number}.txt") for number in range(60)]
     fixed = [str(tmp_path / "model"), "--target", str(tmp_path / "tiny.safetensors"), "--text", *texts]
     more = ["--count", "12", "--prompt", "4", "--length", "16"]
-    out = ["--csv", str(tmp_path / "gap.csv"), "--plot", str(tmp_path / "gap.png")]
+    own = str(tmp_path / "own.safetensors")
+    out = ["--csv", str(tmp_path / "new" / "gap.csv"), "--plot", str(tmp_path / "gap.png"), "--own", own]
     assert gap_command.main([*fixed, *more, *out]) == 0
     said = capsys.readouterr().out
     assert "model / floor" in said
     assert "own text: " in said
-    with (tmp_path / "gap.csv").open() as file:
+    with (tmp_path / "new" / "gap.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["reading"] for row in rows} == {gap.OWN, gap.FORCED}
     assert float(rows[0]["ratio"]) == pytest.approx(float(rows[0]["value"]) / float(rows[0]["floor"]))
     assert (tmp_path / "gap.png").read_bytes().startswith(b"\x89PNG")
+    native, between = target_file.load(own, tokenizer), str(tmp_path / "half.safetensors")
+    assert native.about.name == "own"
+    assert "temperature 1, top-p 1, seed 0" in native.about.source
+    assert (
+        target_command.main(["blend", own, str(tmp_path / "tiny.safetensors"), "--gamma", "0.5", "--out", between]) == 0
+    )
+    half = 0.5 * native["unigram"] + 0.5 * target["unigram"]
+    torch.testing.assert_close(target_file.load(between)["unigram"], half)
     for wrong, message in (
         (["--count", "2"], "--count must be at least 4, got 2"),
         (["--temperature", "0"], "--temperature must be above 0"),

@@ -56,33 +56,40 @@ def windows(texts: Sequence[str], tokenizer: Any, prompt: int, length: int, coun
     )
 
 
-def own_text(
+def native(
     model: Any,
     tokenizer: Any,
-    target: Target,
     passages: Tensor,
     prompt: int,
     *,
     seed: int = 0,
     batch: int = 16,
     tick: Callable[[int], None] | None = None,
+    name: str = "model",
+    source: str = "",
     **sampling: Any,
-) -> list[Gap]:
-    """Distances between `target` and the model's continuations of human prompts [N, prompt + length], statistic by
-    statistic; the floor is the distance of the human continuations of the same prompts. sampling: `generate`'s
-    keywords; plain sampling at temperature 1 by default."""
+) -> Target:
+    """The statistics of the model's continuations of human prompts [N, prompt + length]: what a style vector leads
+    from. sampling: `generate`'s keywords; plain sampling at temperature 1 by default."""
     length, written = passages.shape[1] - prompt, []
     for number, some in enumerate(passages[:, :prompt].split(batch)):
         written += continuations(model, tokenizer, some.tolist(), length, seed + number, **sampling)
         if tick is not None:
             tick(len(some))
-    found = {}
-    for name, rows in (("model", written), ("human", passages[:, prompt:].tolist())):
-        texts = [tokenizer.decode(ids) for ids in rows]
-        counted = corpus.build([text for text in texts if text.strip()], tokenizer, name=name)
-        found[name] = between(target, counted)
-    shared = found["model"].keys() & found["human"].keys()
-    return [Gap(OWN, name, value, found["human"][name]) for name, value in found["model"].items() if name in shared]
+    return _counted(written, tokenizer, name, source)
+
+
+def own_text(found: Target, tokenizer: Any, target: Target, passages: Tensor, prompt: int) -> list[Gap]:
+    """Distances between `target` and what `native` counted, statistic by statistic; the floor is the distance of the
+    human continuations of the same prompts."""
+    own = between(target, found)
+    human = between(target, _counted(passages[:, prompt:].tolist(), tokenizer, "human", ""))
+    return [Gap(OWN, name, value, human[name]) for name, value in own.items() if name in human]
+
+
+def _counted(rows: list[list[int]], tokenizer: Any, name: str, source: str) -> Target:
+    texts = [tokenizer.decode(ids) for ids in rows]
+    return corpus.build([text for text in texts if text.strip()], tokenizer, name=name, source=source)
 
 
 @torch.no_grad()

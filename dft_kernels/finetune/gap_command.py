@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .gap import CLOSED, FORCED, OWN, Gap, human_prefixes, own_text, windows
+from .gap import CLOSED, FORCED, OWN, Gap, human_prefixes, native, own_text, windows
 from .materials import cache_folder
 from .sample import load
 from .sources import TEXT_HELP, texts_of
@@ -33,6 +33,12 @@ def parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
     add("--seed", type=int, default=0, help="of passages and draws")
     add("--base", default=None, help="of an adapter; by default what it was trained from")
+    add(
+        "--own",
+        type=Path,
+        metavar="FILE",
+        help="the model's own statistics as a target, for dft-kernels target blend --gamma; it wants a large --count",
+    )
     add("--csv", type=Path, default=None, metavar="FILE", help="the table as a file")
     add("--plot", type=Path, default=None, metavar="FILE.png", help="its picture")
     add("--cache", type=Path, default=cache_folder(), metavar="DIR", help="where models and texts of pip are kept")
@@ -67,6 +73,9 @@ def _run(options: argparse.Namespace) -> None:
     if not options.temperature > 0 or not 0 < options.top_p <= 1:
         got = f"{options.temperature}, {options.top_p}"
         raise ValueError(f"gap: --temperature must be above 0 and --top-p in (0, 1], got {got}. Change them.")
+    for file in (options.csv, options.plot):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
     target = target_file.load(options.target)
     texts = texts_of(options.text, options.cache)
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -76,10 +85,19 @@ def _run(options: argparse.Namespace) -> None:
     sampling = {"temperature": options.temperature, "top_p": options.top_p}
     with console.status(f"reading {passages.numel():,} tokens, writing {options.count * options.length:,}"):
         gaps = human_prefixes(model, target, passages)
-        gaps += own_text(model, tokenizer, target, passages, options.prompt, seed=options.seed, **sampling)
+        name = options.own.stem if options.own is not None else options.model
+        source = f"{options.model}, going on from {', '.join(options.text)}; {_sampled(options)}"
+        own = native(
+            model, tokenizer, passages, options.prompt, seed=options.seed, name=name, source=source, **sampling
+        )
+        gaps += own_text(own, tokenizer, target, passages, options.prompt)
     console.print(render(gaps, options, target.about.name))
     for line in verdict(gaps):
         console.print(line, highlight=False)
+    if options.own is not None:
+        target_file.save(own, options.own)
+        for warning in own.warnings:
+            print(f"dft-kernels gap: --own, too small for {warning}", file=sys.stderr)
     if options.csv is not None:
         _write(gaps, options)
     if options.plot is not None:
@@ -93,9 +111,12 @@ def render(gaps: list[Gap], options: argparse.Namespace, name: str) -> Any:
     table = Table("reading", "statistic", "model", "human floor", "model / floor", title=f"{options.model}, {name}")
     for gap in gaps:
         table.add_row(gap.reading, gap.statistic, f"{gap.value:.4g}", f"{gap.floor:.3g}", f"{gap.ratio:.2f}")
-    sampled = f"temperature {options.temperature:g}, top-p {options.top_p:g}, seed {options.seed}"
-    table.caption = f"{options.count} passages, {options.prompt} + {options.length} tokens; {sampled}"
+    table.caption = f"{options.count} passages, {options.prompt} + {options.length} tokens; {_sampled(options)}"
     return table
+
+
+def _sampled(options: argparse.Namespace) -> str:
+    return f"temperature {options.temperature:g}, top-p {options.top_p:g}, seed {options.seed}"
 
 
 def verdict(gaps: list[Gap]) -> list[str]:

@@ -50,9 +50,9 @@ struct Common {
   DFT_INLINE N select(I condition, N a, N b) { return condition ? a : b; }
   DFT_INLINE N max(N a, N b) { return a > b ? a : b; }
   DFT_INLINE T sum(N x) {
-    T total = 0;
-    for (int l = 0; l < size; l++) total += x[l];
-    return total;
+    T of[4] = {};  // so that no addition waits for all before it
+    for (int l = 0; l < size; l++) of[l % 4] += x[l];
+    return (of[0] + of[1]) + (of[2] + of[3]);
   }
   // f of every lane
   template <class F>

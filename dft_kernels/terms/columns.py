@@ -69,11 +69,13 @@ class UnigramKL(_OfMean):
         self.positive = direction == "reverse"
         super().__init__(target)
         self.direction = direction
+        self.known = torch.special.xlogy(self.target, self.target) - self.target  # what no step changes
 
     def value(self, mean: Tensor, share: Tensor) -> Tensor:
         """Of f [V]; its addends are never negative."""
-        p, q = (self.target, mean) if self.direction == "forward" else (mean, self.target)
-        return (torch.special.xlogy(p, p) - torch.special.xlogy(p, q) - p + q).sum()
+        if self.direction == "forward":
+            return (self.known - torch.special.xlogy(self.target, mean) + mean).sum()
+        return (torch.special.xlogy(mean, mean) - torch.special.xlogy(mean, self.target) - mean + self.target).sum()
 
 
 class VocabularyMMD(_OfMean):

@@ -19,7 +19,6 @@ where it is ended: the plot has it.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from torch import Tensor
 from dft_kernels import TeacherHead
 from dft_kernels.benchmarks.measure import give_back, is_out_of_memory
 from dft_kernels.benchmarks.runs import about
+from dft_kernels.benchmarks.tables import write_csv
 from dft_kernels.finetune.attach import attach
 from dft_kernels.finetune.heads import hidden_states
 from dft_kernels.finetune.materials import cache_folder, gemma3
@@ -271,10 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
                     **where,
                 })  # fmt: skip
     if chosen.csv is not None:
-        with chosen.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(chosen.csv, rows)
     if chosen.plot is not None:
         plot(rows, chosen.plot)
     return 0

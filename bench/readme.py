@@ -122,13 +122,14 @@ def target_table(path: Path) -> str:
         cells = [f"{float(mine[name]['ratio']):.2f}" if name in mine else "" for name in models]
         lines.append([f"{reading}: {statistic}", floor, *cells])
     numbers = {"held-out cross-entropy, nats": ("cross_entropy", 3), "entropy there, nats": ("entropy", 3),
-               "s a step": ("step_s", 1), "cosine of the gradients of two halves": ("cosine", 2)}  # fmt: skip
+               "cosine of the gradients of two halves": ("cosine", 2)}  # fmt: skip
     for title, (name, digits) in numbers.items():
         values = [float(of[model][name]) for model in models]
         lines.append([title, "", *("" if value != value else f"{value:.{digits}f}" for value in values)])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     first = rows[0]
-    size = f"{first['steps']} steps of {first['tokens']} tokens; {first['count']} passages of {first['length']} tokens"
+    size = f"{first['steps']} steps of {first['tokens']} tokens of {first['text']}"
+    size += f"; {first['count']} passages of {first['length']} tokens"
     return f"{table}\n\n{size}; {first['machine']}; torch {first['torch']}; commit {first['commit']}."
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import math
 import sys
 import tempfile
@@ -28,6 +27,7 @@ import torch
 import transformers
 
 from dft_kernels.benchmarks.runs import about
+from dft_kernels.benchmarks.tables import write_csv
 from dft_kernels.finetune import gap
 from dft_kernels.finetune.attach import detach
 from dft_kernels.finetune.held_out import held_out
@@ -125,10 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"  {one.reading:14s} {one.statistic:32s} {one.value:8.4f}  {one.ratio:6.2f} floors", flush=True)
             rows.append({"model": way, **vars(one), "ratio": one.ratio, **run})
     if options.csv is not None:
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
+        write_csv(options.csv, rows)
     if options.plot is not None:
         plot(rows, options.plot)
     return 0

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import statistics
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from dft_kernels import (
     shift_labels,
 )
 from dft_kernels.benchmarks.runs import about
+from dft_kernels.benchmarks.tables import write_csv
 from dft_kernels.finetune.capture import capture
 from dft_kernels.finetune.heads import hidden_states
 from dft_kernels.finetune.materials import cache_folder, lambada, smollm2
@@ -280,10 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
                 **about("cpu"),
             })  # fmt: skip
     if chosen.csv is not None:
-        with chosen.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(chosen.csv, rows)
     if chosen.plot is not None:
         plot(curves, chosen.plot)
     for line in rows:

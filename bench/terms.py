@@ -9,7 +9,6 @@ own. `exact` is for comparison: a product more.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ import torch
 
 from dft_kernels import linear_distribution_loss, shift_labels
 from dft_kernels.benchmarks.runs import about
+from dft_kernels.benchmarks.tables import write_csv
 from dft_kernels.finetune.materials import cache_folder, lambada
 from dft_kernels.finetune.sources import tokenizer_of
 from dft_kernels.finetune.target_terms import TERMS, terms_of
@@ -112,10 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
                  **{key: round(value, 4) for key, value in found.items()}, **shared}
             )  # fmt: skip
     if options.csv is not None:
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
+        write_csv(options.csv, rows)
     return 0
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import statistics
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import torch
 from . import extension
 from .benchmarks.command import positive
 from .benchmarks.runs import about
+from .benchmarks.tables import write_csv
 from .finetune import materials
 
 if TYPE_CHECKING:
@@ -168,21 +168,15 @@ def _write(out: Path, result: dict[str, Any]) -> None:
     from matplotlib import pyplot
 
     shared = {name: result[name] for name in ("steps", "tokens", "capture_tokens_s")} | result["about"]
-    with (out / "summary.csv").open("w", newline="") as file:
-        lines = []
-        for name, found in result["held_out"].items():
-            line = {"model": name, **asdict(found), "perplexity": found.perplexity}
-            distinct = result["distinct"].get(name, [""] * 3)
-            line |= {f"distinct_{n + 1}": value for n, value in enumerate(distinct)}
-            lines.append(line | {"step_s": result["seconds"].get(name, "")} | shared)
-        table = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(lines)
-    with (out / "curves.csv").open("w", newline="") as file:
-        rows = [{"way": way, "step": step, **asdict(found)} for way, c in result["curves"].items() for step, found in c]
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    lines = []
+    for name, found in result["held_out"].items():
+        line = {"model": name, **asdict(found), "perplexity": found.perplexity}
+        distinct = result["distinct"].get(name, [""] * 3)
+        line |= {f"distinct_{n + 1}": value for n, value in enumerate(distinct)}
+        lines.append(line | {"step_s": result["seconds"].get(name, "")} | shared)
+    write_csv(out / "summary.csv", lines)
+    rows = [{"way": way, "step": step, **asdict(found)} for way, c in result["curves"].items() for step, found in c]
+    write_csv(out / "curves.csv", rows)
     with (out / "continuations.txt").open("w", encoding="utf-8") as text:
         for number, prompt in enumerate(result["prompts"]):
             text.write(f"== {prompt}\n")

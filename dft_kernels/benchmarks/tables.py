@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -91,12 +91,17 @@ def write(path: Path, rows: Iterable[Row]) -> None:
             return "" if math.isnan(value) else f"{value:.6g}"
         return value
 
+    write_csv(path, [{name: text(value) for name, value in asdict(row).items()} for row in rows], HEADER)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], header: Sequence[str] | None = None) -> None:
+    """Write lines that are no `Row`s; header: by default the first line's names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, HEADER, lineterminator="\n")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if header is None else header, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: text(value) for name, value in asdict(row).items()} for row in rows)
+        writer.writerows(rows)
     os.replace(partial, path)
 
 

@@ -300,6 +300,15 @@ def test_gain_of_a_capped_and_adapted_head() -> None:
         assert found[name] == pytest.approx(value, rel=1e-9)
 
 
+def test_gain_in_bfloat16() -> None:
+    given = made()
+    terms = TokenL2(P, squared=True) + SentenceLength(ENDS, HAZARD, distance="cramer") + PunctuationRate(MARKS, RATE)
+    want = gains(**of_loss(given), term=terms)
+    narrow = {name: given[name].detach().bfloat16() for name in ("hidden", "weight")}
+    found = gains(**of_loss({**given, **narrow}), term=terms)
+    assert found == {name: pytest.approx(value, rel=0.03) for name, value in want.items()}
+
+
 @pytest.mark.parametrize("times", [0.25, 1.0, 3.0])
 def test_a_weight_of_x_over_gain_goes_x_of_1_plus_x_of_the_way(times: float) -> None:
     """Where the way is short: two tokens, one row, KL from where it was in place of cross-entropy."""

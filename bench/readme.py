@@ -105,7 +105,8 @@ def terms_table(path: Path) -> str:
     lines += [[f"{names[0]} alone", *(base[shape] for shape in shapes)]]
     lines += [[name, *(over[name, shape] for shape in shapes)] for name in names[1:]]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    where = f"{first['machine']}; torch {first['torch']}; commit {first['commit']}"
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    where = f"{first['machine']}; torch {first['torch']}; commit {commits}"
     return f"{table}\n\nV {first['v']}, bfloat16; {where}; medians of {first['rounds']} interleaved rounds."
 
 

@@ -111,8 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
                 {"n": count, "h": width, "v": vocab, "terms": name, "rounds": options.rounds,
                  **{key: round(value, 4) for key, value in found.items()}, **shared}
             )  # fmt: skip
-    if options.csv is not None:
-        write_csv(options.csv, rows)
+        if options.csv is not None:  # after every shape: they take minutes
+            write_csv(options.csv, rows)
     return 0
 
 

@@ -74,6 +74,9 @@ def test_every_name_is_a_term(target: Target) -> None:
     for names, said in (
         (["token_l1=1"], "Did you mean token_l2"),
         (["token_l2"], "must come as token_l2=WEIGHT"),
+        (["token_l2=nan"], "must come as token_l2=WEIGHT"),
+        (["token_l2=infx"], "must come as token_l2=WEIGHT"),
+        (["token_l2=0.5x"], "text and model must be given for token_l2=0.5x"),
         ([], "one term at least"),
     ):
         with pytest.raises(ValueError, match=said):

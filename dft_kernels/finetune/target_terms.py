@@ -149,17 +149,24 @@ def terms_of(
             continue
         try:
             by = float(weight.removesuffix(TIMES))
-        except ValueError as error:
+        except ValueError:
+            by = math.nan
+        if not math.isfinite(by):
             raise ValueError(
                 f"terms: {name} must come as {name}=WEIGHT, {name}=0.5{TIMES} or {name}={FLOOR}, got {given!r}. Write "
                 f"{name}=0.5{TIMES}."
-            ) from error
+            )
         if weight.endswith(TIMES):
             relative.append((len(found), name))
         found.append((by, known[name](target, vocab)))
     if not found:
         raise ValueError(f"terms: one term at least must be named, got none. There are {', '.join(known)}.")
     if relative:
+        if text is None or model is None:
+            raise ValueError(
+                f"terms: text and model must be given for {relative[0][1]}=0.5{TIMES}, got neither or one. Pass "
+                "both, or a weight."
+            )
         terms = [(name, found[at][1]) for at, name in relative]
         for (at, _), gain in zip(relative, _gains(terms, text, model), strict=True):
             found[at] = (found[at][0] / gain, found[at][1])
@@ -167,10 +174,10 @@ def terms_of(
 
 
 @torch.no_grad()
-def _gains(terms: list[tuple[str, DistributionTerm]], text: HumanText | None, model: Any) -> list[float]:
+def _gains(terms: list[tuple[str, DistributionTerm]], text: HumanText, model: Any) -> list[float]:
     """Of the first sequences of `text`, whatever the model writes itself."""
     found = [0.0] * len(terms)
-    if text is not None and not any(term.divergence for _, term in terms):
+    if not any(term.divergence for _, term in terms):
         count = int(torch.searchsorted((text.target != -100).sum(1).cumsum(0), _ROWS)) + 1
         head, layer, training = head_of(model, adapted=True), output_layer(model), model.training
         ids, labels = (some[:count].to(layer.weight.device) for some in text[:2])

@@ -36,14 +36,14 @@ def gains(
     where its curvature is V² / (2 J) and cross-entropy's V. So CE + w J is least w g / (1 + w g) of the way to the
     target, and **a weight of x / g asks for x / (1 + x) of it**. J's units do not matter. Terms of one direction (rates
     and gaps of the same marks) add up. A model that follows means which are late (`Delayed`) swings about its target
-    where x is large, the more the faster it learns: with Adam's momentum and means that look back on equally many
-    steps, an x of all terms together below 1 is calm at any learning rate, and at a low one a larger one too.
+    where x is large, the more the faster it learns: in a linear model of that, with Adam's momentum and means that look
+    back on equally many steps, it settles where the x of all terms together is below 1, at a low learning rate above.
 
     Of kinds whose pull does not fade (‖f - t‖, Wasserstein-1) g rises as J falls; take their squares (`squared=True`,
     distance="cramer"), or it holds for the gap at hand alone. 0 where nothing pulls.
 
-    The arguments are `Delayed.loss`'s; a few thousand rows of the text to be trained on tell it to some percent. The
-    weights of a sum do not count; an `AtMost` is its term. Cost: a pass of statistics, then logits [64, V] at a time in
+    The arguments are `Delayed.loss`'s; pass a few thousand rows of the text to be trained on: J's noise counts as J.
+    The weights of a sum do not count; an `AtMost` is its term. Cost: a pass of statistics, then logits [64, V] at a time in
     plain PyTorch. Raises what `exact` does.
     """
     terms, rows = checked("gains", term, hidden, weight, target, input_ids, loss)

@@ -43,8 +43,8 @@ def gains(
     distance="cramer"), or it holds for the gap at hand alone. 0 where nothing pulls.
 
     The arguments are `Delayed.loss`'s; pass a few thousand rows of the text to be trained on: J's noise counts as J.
-    The weights of a sum do not count; an `AtMost` is its term. Cost: a pass of statistics, then logits [64, V] at a time in
-    plain PyTorch. Raises what `exact` does.
+    The weights of a sum do not count; an `AtMost` is its term. Cost: a pass of statistics, then logits [64, V] at a
+    time in plain PyTorch. Raises what `exact` does.
     """
     terms, rows = checked("gains", term, hidden, weight, target, input_ids, loss)
     terms = TermSum([(1.0, part.term if isinstance(part, AtMost) else part) for _, part in terms.parts])

@@ -21,7 +21,7 @@ lint: $(STAMP)
 	$(PY) -m mypy
 
 demo: $(STAMP)
-	$(PY) -m dft_kernels.cli demo
+	$(PY) -m dft_kernels.commands.main demo
 
 install: $(STAMP)
 
@@ -33,12 +33,12 @@ sanitize: $(STAMP)
 	cd build/sanitize && DFT_KERNELS_SANITIZE=1 $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		$(abspath $(PY)) -m pytest tests/test_native.py tests/test_contract.py -k "native and not every_path"
+		$(abspath $(PY)) -m pytest tests/backends/test_native.py tests/backends/test_contract.py -k "native and not every_path"
 
 .venv/bin/python:
 	python3 -m venv .venv || { echo "make: python3 needs its venv module (Debian: apt-get install python3-venv)"; exit 1; }
 
-$(STAMP): setup.py pyproject.toml $(wildcard csrc/*) | $(if $(PYTHON),,.venv/bin/python)
+$(STAMP): setup.py pyproject.toml $(wildcard csrc/*/*) | $(if $(PYTHON),,.venv/bin/python)
 	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q '$(TORCH)'
 	$(PY) -m pip install -q setuptools wheel ninja
 	$(PY) -m pip install -q --no-build-isolation -e '.[dev]'

@@ -26,11 +26,11 @@ except ImportError:
     )
 from setuptools import setup
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 STAMP = HERE / "dft_kernels" / "_build.json"  # what the extensions were built against, or why there are none
-SOURCES = ["csrc/bindings.cpp", "csrc/memory.cpp", "csrc/ops.cpp", "csrc/step_cpu.cpp"]
-KERNELS = ["csrc/rows_cuda.cu", "csrc/rows_cluster.cu"]
-HEADERS = [str(path) for pattern in ("*.h", "*.inc", "*.cuh") for path in sorted((HERE / "csrc").glob(pattern))]
+SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("bindings", "memory", "ops", "step")]
+KERNELS = ["csrc/cuda/rows.cu", "csrc/cuda/rows_cluster.cu"]
+HEADERS = [str(path) for pattern in ("*.h", "*.inc", "*.cuh") for path in sorted((HERE / "csrc").rglob(pattern))]
 JOBS = int(os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1)))
 
 # One source, compiled for each instruction set, chosen at run time: a binary built on one x86-64 runs on any.
@@ -41,7 +41,15 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512")
     ]
 # -fno-math-errno, -fno-trapping-math let selects become vector selects; results and NaN stay as IEEE has them
-KERNEL_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+KERNEL_FLAGS = [
+    f"-I{HERE / 'csrc'}",
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+]
 SANITIZE = ["-fsanitize=address,undefined", "-g1"] if os.environ.get("DFT_KERNELS_SANITIZE") == "1" else []
 
 CUDA_FLAGS = ["-std=c++17", "--expt-relaxed-constexpr", "--extended-lambda", "-O3", "-Icsrc", "-Xcompiler", "-fPIC"]
@@ -170,7 +178,7 @@ class OptionalBuild(BuildExtension):
                 "depends": HEADERS,
                 "extra_postargs": [*KERNEL_FLAGS, *flags, *SANITIZE],
             }
-            cpu.extra_objects += self.compiler.compile([f"csrc/rows_{name}.cpp"], **options)
+            cpu.extra_objects += self.compiler.compile([f"csrc/cpu/rows_{name}.cpp"], **options)
         self.extensions = [cpu]
         super().build_extensions()
         self.extensions = [cpu, cuda]
@@ -211,7 +219,15 @@ def extension(name, sources):
         name,
         sources,
         depends=HEADERS,
-        extra_compile_args=["-std=c++20", "-O2", "-g0", "-fvisibility=hidden", "-fopenmp", *SANITIZE],
+        extra_compile_args=[
+            f"-I{HERE / 'csrc'}",
+            "-std=c++20",
+            "-O2",
+            "-g0",
+            "-fvisibility=hidden",
+            "-fopenmp",
+            *SANITIZE,
+        ],
         extra_link_args=["-fopenmp", *SANITIZE],
     )
     built.optional = True
@@ -219,6 +235,6 @@ def extension(name, sources):
 
 
 setup(
-    ext_modules=[extension("dft_kernels._C", SOURCES), extension("dft_kernels._cuda", ["csrc/bindings_cuda.cpp"])],
+    ext_modules=[extension("dft_kernels._C", SOURCES), extension("dft_kernels._cuda", ["csrc/cuda/bindings.cpp"])],
     cmdclass={"build_ext": OptionalBuild},
 )

@@ -51,7 +51,7 @@ part() {
 bench() { # NAME SECONDS OPTIONS...
     local name=$1 limit=$2
     shift 2
-    part "$name" "$limit" "$PYTHON" -m dft_kernels.benchmarks.command --commit "$COMMIT" "$@"
+    part "$name" "$limit" "$PYTHON" -m dft_kernels.commands.bench --commit "$COMMIT" "$@"
 }
 
 note "commit $COMMIT, $(date -u +%Y-%m-%dT%H:%MZ)"
@@ -61,8 +61,8 @@ print(gpu + ", Python", platform.python_version() + ", torch", torch.__version__
 
 MAIN="--loss forward_kl cross_entropy jensen_shannon"
 if [[ -n "$DRY" ]]; then
-    BUILD=("$PYTHON" -m dft_kernels.cli info)
-    TESTS=(tests/test_streams.py)
+    BUILD=("$PYTHON" -m dft_kernels.commands.main info)
+    TESTS=(tests/teachers/test_streams.py)
     CHECKED=(tests/test_structure.py -k "table or small")
     SANITIZER="env TOOL="
     SMALL="--device cpu --dtype float32 --backend native --peer eager --rounds 2 --shape"
@@ -74,10 +74,10 @@ major, minor = torch.cuda.get_device_capability()
 print(f"{major}.{minor}" + ("a" if major >= 9 else ""))')
     BUILD=(env DFT_KERNELS_CUDA=1 DFT_KERNELS_REQUIRE_EXTENSION=1 TORCH_CUDA_ARCH_LIST="$ARCH"
         "$PYTHON" setup.py -q build_ext --inplace)
-    TESTS=(tests/test_device.py --maxfail=20)
+    TESTS=(tests/backends/test_device.py --maxfail=20)
     # Triton's kernels are compiled by the tests that meet them: on many cores, if pytest can
     if "$PYTHON" -c 'import xdist' 2>/dev/null; then TESTS+=(-n 8); fi
-    CHECKED=(tests/test_device.py -k "on_a_gpu and everything and bfloat16 and cuda")
+    CHECKED=(tests/backends/test_device.py -k "on_a_gpu and everything and bfloat16 and cuda")
     SANITIZER="env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=dft --error-exitcode 9 --tool "
     BIG="--preset llama3-8b --rounds 10 $MAIN" ONE="--preset llama3-8b --loss forward_kl --backend cuda --peer --rounds 2"
     SWEEP="--sweep n --shape 8192,4096,128256 --loss forward_kl --backend cuda triton --peer eager TRL --rounds 3"
@@ -90,7 +90,7 @@ fi
         part wheels 60 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl
     fi
     part build 120 "${BUILD[@]}"
-    part info 20 "$PYTHON" -m dft_kernels.cli info
+    part info 20 "$PYTHON" -m dft_kernels.commands.main info
     part tests 120 "$PYTHON" -m pytest -p no:cacheprovider "${TESTS[@]}"
     for tool in memcheck racecheck; do
         part $tool 45 ${SANITIZER}$tool "$PYTHON" -m pytest -p no:cacheprovider "${CHECKED[@]}"
@@ -101,7 +101,7 @@ fi
     bench other 60 $OTHER --csv "$OUT/bench.csv"
 }
 
-timeout 20 "$PYTHON" -m dft_kernels.benchmarks.command --show "$OUT/bench.csv" --brief 2>&1 | tee -a "$OUT/summary.txt"
+timeout 20 "$PYTHON" -m dft_kernels.commands.bench --show "$OUT/bench.csv" --brief 2>&1 | tee -a "$OUT/summary.txt"
 if (($(stat -c %s "$OUT/log.txt") > 8 << 20)); then
     tail -c $((8 << 20)) "$OUT/log.txt" >"$OUT/log.tail" && mv "$OUT/log.tail" "$OUT/log.txt"
 fi

@@ -28,17 +28,17 @@ import transformers
 
 from dft_kernels.benchmarks.runs import about
 from dft_kernels.benchmarks.tables import write_csv
-from dft_kernels.finetune import gap
-from dft_kernels.finetune.attach import detach
-from dft_kernels.finetune.held_out import held_out
-from dft_kernels.finetune.materials import cache_folder, lambada, smollm2
-from dft_kernels.finetune.preset_texts import documents_of
-from dft_kernels.finetune.target_terms import HumanText, terms_of
-from dft_kernels.finetune.trainer import DFTConfig, DFTTrainer
-from dft_kernels.finetune.training import pack
-from dft_kernels.functional import shift_labels
+from dft_kernels.evaluation import gap
+from dft_kernels.evaluation.held_out import held_out
+from dft_kernels.loss.functional import shift_labels
+from dft_kernels.materials.models import cache_folder, lambada, smollm2
+from dft_kernels.materials.texts import documents_of
 from dft_kernels.targets import target_file
 from dft_kernels.targets.corpus import passages
+from dft_kernels.training.attach import detach
+from dft_kernels.training.students import pack
+from dft_kernels.training.target_terms import HumanText, terms_of
+from dft_kernels.training.trainer import DFTConfig, DFTTrainer
 
 LENGTH, BATCH, HELD_OUT = 128, 4, 0.125
 START, CE, TERMS, ROLLOUTS = "start", "cross-entropy", "terms", "terms and rollouts"

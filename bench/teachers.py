@@ -39,11 +39,11 @@ from dft_kernels import (
 )
 from dft_kernels.benchmarks.runs import about
 from dft_kernels.benchmarks.tables import write_csv
-from dft_kernels.finetune.capture import capture
-from dft_kernels.finetune.heads import hidden_states
-from dft_kernels.finetune.materials import cache_folder, lambada, smollm2
-from dft_kernels.finetune.training import every_second_layer, pack
-from dft_kernels.targets.store import Store
+from dft_kernels.materials.models import cache_folder, lambada, smollm2
+from dft_kernels.models.heads import hidden_states
+from dft_kernels.store.reader import Store
+from dft_kernels.training.capture import capture
+from dft_kernels.training.students import every_second_layer, pack
 
 KS = (16, 64, 128, 1024)
 LENGTH, BATCH, HELD_OUT = 128, 4, 32

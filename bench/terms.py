@@ -21,12 +21,12 @@ import torch
 from dft_kernels import linear_distribution_loss, shift_labels
 from dft_kernels.benchmarks.runs import about
 from dft_kernels.benchmarks.tables import write_csv
-from dft_kernels.finetune.materials import cache_folder, lambada
-from dft_kernels.finetune.sources import tokenizer_of
-from dft_kernels.finetune.target_terms import TERMS, terms_of
-from dft_kernels.finetune.training import pack
+from dft_kernels.materials.models import cache_folder, lambada
+from dft_kernels.materials.sources import tokenizer_of
 from dft_kernels.targets import target_file
 from dft_kernels.terms import Delayed, exact
+from dft_kernels.training.students import pack
+from dft_kernels.training.target_terms import TERMS, terms_of
 
 LENGTH = 512
 CE, ALL, EXACT = "cross-entropy", "all of them", "all of them, exact"

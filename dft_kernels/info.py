@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from . import __version__, extension
-from .backends import BACKENDS
-from .selection import SCRATCH_BYTES
+from . import __version__
+from .backends import BACKENDS, extension
+from .loss.selection import SCRATCH_BYTES
 
 _PACKAGES = ("transformers", "triton", "accelerate", "peft", "safetensors")
 

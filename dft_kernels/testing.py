@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from .divergences import TABLE, Divergence
-from .mixture import Labels, Mixture
-from .streams import LogitStream
-from .teachers import TeacherHead, TeacherLogits, TopK
+from .teachers.head import TeacherHead
+from .teachers.logits import TeacherLogits
+from .teachers.mixture import Labels, Mixture
+from .teachers.stream import LogitStream
+from .teachers.top_k import TopK
 
 
 def textbook_divergence(log_p: Tensor, log_q: Tensor, divergence: Any) -> Tensor:

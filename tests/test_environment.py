@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import dft_kernels
-from dft_kernels import cli, divergences, extension, info
+from dft_kernels import divergences, info
+from dft_kernels.backends import extension
+from dft_kernels.commands import main as cli
 
 ROOT = Path(dft_kernels.__file__).parent.parent
 README = (ROOT / "README.md").read_text()

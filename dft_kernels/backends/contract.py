@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..divergences import Divergence
-from ..teachers import Head, Target
+from ..teachers.contract import Head, Target
 
 
 class Row(IntEnum):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .. import extension
+from . import extension
 from .kernels import KernelOperations
 from .rows import RowBackend
 

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..gemm import accumulate_dtype
-from ..teachers import Head
+from ..dtypes import accumulate_dtype
+from ..teachers.contract import Head
+from . import gemm
 from .contract import Row, Terms
 
 
@@ -112,6 +113,19 @@ def finished(raw: Tensor, head: Head) -> Tensor:
     if head.logit_scale != 1.0:
         z = z * head.logit_scale
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+def head_logits(hidden: Tensor, head: Head, out: Tensor | None = None) -> Tensor:
+    """z [R, V] of a head and hidden states [R, H] (logits [R, V] where it has no weight), multiplied in hidden's
+    accumulation dtype, into `out` where given."""
+    if head.weight is None:
+        raw = hidden if out is None else out.copy_(hidden)
+    else:
+        wide, vocab = accumulate_dtype(hidden.dtype), head.weight.shape[0]
+        product = out if out is not None and out.dtype == wide else hidden.new_empty(len(hidden), vocab, dtype=wide)
+        raw = gemm.logits_(hidden, head.weight, head.bias, product)
+    z = finished(raw, head)
+    return z if out is None or z is out else out.copy_(z)
 
 
 def log_sum_exp(z: Tensor) -> tuple[Tensor, Tensor]:

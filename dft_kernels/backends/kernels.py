@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import gemm
-from ..teachers import Head, SparseTarget
+from ..dtypes import accumulate_dtype
+from ..teachers.contract import Head, SparseTarget
 from .contract import Chunk, Cotangents, Row, Terms
 
 
@@ -58,7 +58,7 @@ class KernelOperations:
             cap=terms.head.softcap,
             label=None if chunk.label is None else chunk.label.contiguous(),
             group=None if chunk.group is None else chunk.group.contiguous(),
-            potential=None if potential is None else potential.to(gemm.accumulate_dtype(logits.dtype)).contiguous(),
+            potential=None if potential is None else potential.to(accumulate_dtype(logits.dtype)).contiguous(),
             target=None if target is None else _along_rows(target),
             target_scale=head.logit_scale,
             target_cap=head.softcap,

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import extension
 from ..divergences import TABLE
-from ..gemm import accumulate_dtype
-from ..teachers import Head, SparseTarget
-from . import sparse
+from ..dtypes import accumulate_dtype
+from ..teachers.contract import Head, SparseTarget
+from . import extension, sparse
 from .contract import Chunk, Cotangents, Gradients, Row, Terms
 from .rows import tiles
 

@@ -9,19 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gemm import accumulate_dtype
-from ..teachers import DenseTarget
+from ..dtypes import accumulate_dtype
+from ..teachers.contract import DenseTarget
 from .contract import DIFFERENTIABLE, Chunk, Cotangents, Row, Terms
-from .formulas import (
-    PAIRS,
-    finished,
-    hard_gradient,
-    log_softmax,
-    log_sum_exp,
-    soft_gradient,
-    times,
-    unfinished_,
-)
+from .formulas import PAIRS, finished, hard_gradient, log_softmax, log_sum_exp, soft_gradient, times, unfinished_
 from .rows import RowBackend, rows_of, tiles
 
 

@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .. import gemm
-from ..teachers import DenseTarget, Head, SparseTarget
-from . import formulas, sparse
+from ..dtypes import accumulate_dtype
+from ..teachers.contract import DenseTarget, Head, SparseTarget
+from . import formulas, gemm, sparse
 from .contract import DIFFERENTIABLE, Chunk, Cotangents, Gradients, Row, Terms
 
 _ALIGN = 32  # logits: a row of a workspace starts on a cache line, so that products and loads are aligned for any V
@@ -112,7 +112,7 @@ class RowWorkspace:
 
 def _matrix(rows: int, vocab: int, like: Tensor) -> Tensor:
     """[rows, V or a little more] in the accumulation dtype of `like`."""
-    return like.new_empty(rows, -(-vocab // _ALIGN) * _ALIGN, dtype=gemm.accumulate_dtype(like.dtype))
+    return like.new_empty(rows, -(-vocab // _ALIGN) * _ALIGN, dtype=accumulate_dtype(like.dtype))
 
 
 class RowBackend:
@@ -125,7 +125,7 @@ class RowBackend:
 
     def chunk_bytes(self, dtype: torch.dtype, projected: bool, target: int) -> int:
         """Own logits, which the gradient is written over, and the teacher's."""
-        return max(1, gemm.accumulate_dtype(dtype).itemsize * projected + target)
+        return max(1, accumulate_dtype(dtype).itemsize * projected + target)
 
     def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> RowWorkspace:
         """Memory for `rows` rows."""
@@ -177,7 +177,7 @@ class RowBackend:
         )
         features = agreement = None
         if alone:
-            statistics = raw.new_zeros(len(Row), len(raw), dtype=gemm.accumulate_dtype(raw.dtype))
+            statistics = raw.new_zeros(len(Row), len(raw), dtype=accumulate_dtype(raw.dtype))
             label = None if chunk.label is None or Row.LOG_PROB not in terms.wanted else chunk.label
             if label is not None:
                 inside = (label >= 0) & (label < logits.shape[1])

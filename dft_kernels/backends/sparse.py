@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..teachers import SparseTarget
+from ..teachers.contract import SparseTarget
 from .contract import DIFFERENTIABLE, Chunk, Row, Terms
 from .formulas import PAIRS, hard_gradient, log_softmax, soft_gradient, unfinished_
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import backends
-from ..functional import linear_cross_entropy, linear_distribution_loss
-from ..teachers import TeacherHead, TeacherLogits
+from ..loss.functional import linear_cross_entropy, linear_distribution_loss
+from ..teachers.head import TeacherHead
+from ..teachers.logits import TeacherLogits
 from .problems import HARD_WEIGHT, LOSSES, Case, Inputs
 
 OURS = "dft_kernels "  # how our names begin

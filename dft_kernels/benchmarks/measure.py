@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..extension import release_scratch
+from ..backends.extension import release_scratch
 from ..testing import dense_loss, relative_error
 from .implementations import Call, Implementation, labels_and_teacher, terms
 from .problems import LOSSES, Case, Inputs, Shape

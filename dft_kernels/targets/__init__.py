@@ -1,1 +1,1 @@
-"""Target distributions that outlive a call: what a teacher said, and statistics of human writing, kept on disk."""
+"""Statistics of human writing as a target: counted, blended, kept on disk."""

@@ -19,7 +19,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from .ngram_blend import linear_ngrams, log_linear_ngrams
+from .ngram_blend import linear_ngrams, log_linear_ngrams, powers
 from .target import STATISTICS, About, Target
 
 KINDS = ("linear", "log_linear")
@@ -154,16 +154,6 @@ def hazard_of(ended: Tensor, oldest: float) -> Tensor:
     risk = ended.flip(0).cumsum(0).flip(0)
     risk[-1] = oldest
     return torch.where(risk > 0, ended / risk.clamp(min=1e-300), 0).clamp(0, 1)
-
-
-def powers(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """prod x_i^w_i, 0 where any x_i of w_i other than 0 is 0."""
-    out, there = torch.zeros_like(values[0]), torch.ones_like(values[0], dtype=torch.bool)
-    for value, weight in zip(values, weights, strict=True):
-        if weight:
-            there &= value > 0
-            out = out + weight * value.clamp(min=1e-300).log()
-    return torch.where(there, out.exp(), 0)
 
 
 def clipped(name: str, value: Tensor, max_clipped: float | None) -> Tensor:

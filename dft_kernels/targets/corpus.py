@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..store.fingerprint import tokenizer_fingerprint
 from .comparison import compare
-from .fingerprint import tokenizer_fingerprint
 from .ngrams import BLOCKS, NGramCounts, Tracked, entropies, tracked
 from .punctuation import CLASSES, marks, token_marks
 from .target import AGES, GAPS, LETTERS, WINDOW, WORDS, About, Target

@@ -10,6 +10,16 @@ from torch import Tensor
 from .target import Target
 
 
+def powers(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """prod x_i^w_i, 0 where any x_i of w_i other than 0 is 0."""
+    out, there = torch.zeros_like(values[0]), torch.ones_like(values[0], dtype=torch.bool)
+    for value, weight in zip(values, weights, strict=True):
+        if weight:
+            there &= value > 0
+            out = out + weight * value.clamp(min=1e-300).log()
+    return torch.where(there, out.exp(), 0)
+
+
 class _Trie:
     """A target's n-grams under integer keys: of contexts (ascending), and of contexts with what follows."""
 
@@ -44,8 +54,6 @@ def linear_ngrams(
 def log_linear_ngrams(targets: Sequence[Target], weights: Sequence[float]) -> dict[str, Tensor]:
     """prod P_i(completion | context)^w_i and prod P_i(context)^w_i of what all track, the rest of each being one more
     outcome, normalised (contexts: of one length among themselves)."""
-    from .blend import powers
-
     base = _base(targets)
     tries = [_Trie(one, base) for one in targets]
     keys, grams = (_common([getattr(trie, name) for trie in tries]) for name in ("keys", "grams"))

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .fingerprint import tokenizer_fingerprint
+from ..store.fingerprint import tokenizer_fingerprint
 from .target import About, Target
 
 FORMAT, VERSION = "dft_kernels target", 1

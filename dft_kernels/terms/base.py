@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import fail
+from ..errors import fail
 
 
 @dataclass(frozen=True)

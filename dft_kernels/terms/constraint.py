@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import fail
+from ..errors import fail
 from .base import DistributionTerm, Statistics
 
 

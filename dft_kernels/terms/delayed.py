@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import fail
-from ..functional import linear_distribution_loss, linear_distribution_statistics
-from ..metrics import Metrics
+from ..errors import fail
+from ..loss.functional import linear_distribution_loss, linear_distribution_statistics
+from ..loss.metrics import Metrics
 from .base import Statistics, as_sum
 from .constraint import AtMost
 from .pull import (

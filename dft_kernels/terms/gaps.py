@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import fail
+from ..errors import fail
 from .base import DistributionTerm, Statistics, membership, tensor
 
 DISTANCES = ("wasserstein", "cramer", "bernoulli_kl", "squared")

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import fail
-from ..functional import DistributionStatistics, linear_distribution_statistics
+from ..errors import fail
+from ..loss.functional import DistributionStatistics, linear_distribution_statistics
 from .base import DistributionTerm, Statistics
 from .delayed import Delayed
 from .pull import STATISTICS, Slopes, TermLoss, checked, filled, pull, wide

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import fail
-from ..metrics import Metrics
+from ..errors import fail
+from ..loss.metrics import Metrics
 from .base import Moments, Statistics, TermSum, as_sum
 
 _OURS = ("potential", "group", "num_groups", "features", "feature_weight", "entropy_weight")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import fail
+from ..errors import fail
 from .base import DistributionTerm, Statistics, membership, tensor
 
 _BITS = 21  # of a token id in the key of a context of up to three

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import fail
-from ..functional import linear_distribution_loss, linear_distribution_statistics
+from ..errors import fail
+from ..loss.functional import linear_distribution_loss, linear_distribution_statistics
 from .pull import STATISTICS, TermLoss, cast, checked, filled, joined, linear_part, pull, reduced, slopes
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import fail
+from ..errors import fail
 from .base import tensor
 from .columns import _OfMean
 

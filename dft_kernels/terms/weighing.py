@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import linear_distribution_statistics
+from ..loss.functional import linear_distribution_statistics
 from .base import TermSum
 from .constraint import AtMost
 from .pull import STATISTICS, Potentials, checked, filled, pull, slopes, wide

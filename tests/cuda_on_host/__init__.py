@@ -16,13 +16,14 @@ from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-SOURCES = [HERE / "control.cpp", *sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc" / "bindings_cuda.cpp"]
+CUDA = ROOT / "csrc" / "cuda"
+SOURCES = [HERE / "control.cpp", *sorted(CUDA.glob("*.cu")), CUDA / "bindings.cpp"]
 NAME = "_cuda_on_host"
 
 
 def build() -> Path:
     """Compile the module, once for each state of its sources."""
-    inputs = sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc").glob("*.cuh"), *HERE.glob("*.h"), *SOURCES])
+    inputs = sorted([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *HERE.glob("*.h"), *SOURCES])
     digest = hashlib.sha256(torch.__version__.encode() + b"".join(path.read_bytes() for path in inputs)).hexdigest()
     folder = ROOT / "build" / "cuda_on_host"
     module = folder / f"{digest[:16]}.so"
@@ -39,7 +40,7 @@ def _compile(folder: Path, module: Path, digest: str) -> None:
     # longjmp from fibre to fibre is what fortified libraries refuse
     flags = ["-std=c++20", "-O2", "-fPIC", "-U_FORTIFY_SOURCE", f"-DTORCH_EXTENSION_NAME={NAME}", "-DDFT_CUDA_ON_HOST"]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{HERE}", *(f"-isystem{path}" for path in paths)]
-    objects = [folder / f"{digest[:16]}-{source.stem}.o" for source in SOURCES]
+    objects = [folder / f"{digest[:16]}-{source.name}.o" for source in SOURCES]
     compilers = [
         subprocess.Popen(["g++", *flags, "-x", "c++", "-c", source, "-o", made], stderr=subprocess.PIPE, text=True)
         for source, made in zip(SOURCES, objects, strict=True)
@@ -66,7 +67,7 @@ def load() -> Any:
 
 def install() -> None:
     """Make it the backend "cuda" on CPU tensors."""
-    from dft_kernels import extension
+    from dft_kernels.backends import extension
     from dft_kernels.backends.cuda import CudaBackend
 
     real = CudaBackend.unavailable

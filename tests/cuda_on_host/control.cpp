@@ -1,5 +1,5 @@
 // What the tests ask of the machine in cuda_on_host.h.
-#include "gpu.h"
+#include "cuda/gpu.h"
 
 namespace dft::cuda {
 

@@ -1,0 +1,75 @@
+// The pybind11 module dft_kernels._C: what this binary was built from, and the CPU chunk step.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "memory.h"
+#include "products.h"
+
+namespace py = pybind11;
+using namespace dft;
+
+static py::dict build_info() {
+  py::dict info;
+  info["torch"] = TORCH_VERSION;
+  info["compiler"] =
+#if defined(__clang__)
+      "clang " __clang_version__;
+#elif defined(__GNUC__)
+      "gcc " __VERSION__;
+#else
+      "unknown";
+#endif
+  info["cxx_standard"] = static_cast<long>(__cplusplus);
+  return info;
+}
+
+using Optional = std::optional<at::Tensor>;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled room of dft_kernels.";
+  m.def("build_info", &build_info, "Compiler, C++ standard and torch version of this binary.");
+  m.def("instruction_set", &instruction_set, "The compiled instruction set that the CPU kernels run with.");
+  m.def("multiplies_bf16", &multiplies_bf16, "Whether this processor multiplies bf16 tile by tile.");
+  m.def(
+      "pooled", [](std::vector<int64_t> shape, at::ScalarType type) { return pooled(shape, type); },
+      "An uninitialised CPU tensor whose memory is kept between calls.");
+  m.def("release_pool", &release_pool, "Free the pool's memory that no tensor holds; its bytes.");
+  m.def("pool_bytes", &pool_bytes, "Bytes of the pool, held by tensors or free.");
+  m.def("repeats", &repeats, "Rows of ids [N, k] in which an id of 0..vocab-1 is found twice.");
+  m.def("evaluate", &evaluate, "exp (0), expm1 (1), log1p (2), tanh (3) or exp_any (4) as the CPU kernels compute it.");
+
+  py::class_<HeadArguments>(m, "Head").def(py::init([](Optional weight, Optional bias, double scale, double cap) {
+                                             return HeadArguments{std::move(weight), std::move(bias), scale, cap};
+                                           }),
+                                           py::arg("weight"), py::arg("bias"), py::arg("scale"), py::arg("cap"));
+
+  py::class_<ChunkArguments>(m, "Chunk")
+      .def(py::init([](at::Tensor hidden, Optional label, Optional group, Optional weight, Optional target,
+                       HeadArguments teacher, Optional index, Optional favourite, Optional down) {
+             return ChunkArguments{std::move(hidden), std::move(label),     std::move(group),
+                                   std::move(weight), std::move(target),    std::move(teacher),
+                                   std::move(index),  std::move(favourite), std::move(down)};
+           }),
+           py::arg("hidden"), py::arg("label"), py::arg("group"), py::arg("weight"), py::arg("target"),
+           py::arg("teacher"), py::arg("index"), py::arg("favourite"), py::arg("down"));
+
+  py::class_<CpuStep>(m, "CpuStep")
+      .def(py::init([](HeadArguments model, Optional up, int64_t vocab, int64_t wanted, int64_t differentiated,
+                       bool differentiates, int64_t divergence, double parameter, double temperature,
+                       double teacher_temperature, Optional potential, Optional feature_rows, Optional feature_columns,
+                       Optional feature_entries, int64_t features, at::Tensor logits, Optional target) {
+             return make_step({std::move(model), std::move(up), vocab, wanted, differentiated, differentiates,
+                               divergence, parameter, temperature, teacher_temperature, std::move(potential),
+                               std::move(feature_rows), std::move(feature_columns), std::move(feature_entries),
+                               features, std::move(logits), std::move(target)});
+           }),
+           py::kw_only(), py::arg("model"), py::arg("up"), py::arg("vocab"), py::arg("wanted"),
+           py::arg("differentiated"), py::arg("differentiates"), py::arg("divergence"), py::arg("parameter"),
+           py::arg("temperature"), py::arg("teacher_temperature"), py::arg("potential"), py::arg("feature_rows"),
+           py::arg("feature_columns"), py::arg("feature_entries"), py::arg("features"), py::arg("logits"),
+           py::arg("target"))
+      .def("statistics", &CpuStep::statistics, py::call_guard<py::gil_scoped_release>())
+      .def("gradient", &CpuStep::gradient, py::call_guard<py::gil_scoped_release>());
+}

@@ -1,0 +1,280 @@
+// The products of the CPU chunk step: which of the compiled kernels run here, packed operands, threads, and where a
+// chunk's logits come from.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <cstring>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "rows.h"
+#include "step.h"
+#include "common/tensors.h"
+
+namespace dft {
+
+using at::Tensor;
+using std::optional;
+
+// A vector that starts on a cache line: a product whose packed operand does not is a quarter slower.
+template <class X>
+struct OnCacheLine {
+  using value_type = X;
+  OnCacheLine() = default;
+  template <class Y>
+  OnCacheLine(const OnCacheLine<Y>&) {}
+  X* allocate(size_t n) { return static_cast<X*>(::operator new(n * sizeof(X), std::align_val_t(64))); }
+  void deallocate(X* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const OnCacheLine&) const { return true; }
+};
+template <class X>
+using Numbers = std::vector<X, OnCacheLine<X>>;
+
+// bench/LOG.md says how these were found
+constexpr int64_t kTile = 64;     // vocabulary rows a tile: with 512 tokens 128 KB of logits
+constexpr int64_t kBlock = 2048;  // vocabulary rows an ATen product
+constexpr int64_t kTokens = 64;   // columns of a tile's logits a brgemm call
+constexpr int64_t kHidden = 256;  // columns of a tile's dweight a brgemm call
+
+inline std::string instruction_set() {
+#if defined(__x86_64__)
+  const std::string level = at::get_cpu_capability();  // ATEN_CPU_CAPABILITY may have lowered it
+  if (level.rfind("AVX512", 0) == 0) return "avx512";
+  if (level == "AVX2") return "avx2";
+#endif
+  return "baseline";
+}
+
+template <class T>
+const Kernels<T>& kernels() {
+  static const Kernels<T>& chosen = []() -> const Kernels<T>& {
+    const std::string level = instruction_set();
+    if constexpr (sizeof(T) == 4) {
+#if defined(__x86_64__)
+      if (level == "avx512") return avx512_float();
+      if (level == "avx2") return avx2_float();
+#endif
+      return baseline_float();
+    } else {
+#if defined(__x86_64__)
+      if (level == "avx512") return avx512_double();
+      if (level == "avx2") return avx2_double();
+#endif
+      return baseline_double();
+    }
+  }();
+  return chosen;
+}
+
+// Whether the tile product (bf16 x bf16 -> fp32) runs here: brgemm throws where the processor lacks it.
+inline bool has_tile_product() {
+  static const bool works = [] {
+    Numbers<at::BFloat16> a(2 * 32), b(2 * 32);
+    Numbers<float> c(32 * 32);
+    try {
+      at::native::cpublas::brgemm(32, 32, 2, 2, 32, 32, false, a.data(), b.data(), c.data(), true);
+      at::native::cpublas::brgemm_release(true);
+    } catch (const std::exception&) {
+      return false;
+    }
+    return true;
+  }();
+  return works;
+}
+
+// c [m, n] (+)= a [m, k] b [k, n], b packed in pairs of k
+inline void tile_product(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const uint32_t* b,
+                         float* c, bool add, int64_t width) {
+  for (int64_t j = 0; j < n; j += width)
+    at::native::cpublas::brgemm(m, std::min(width, n - j), k, lda, n, n, add, a,
+                                reinterpret_cast<const at::BFloat16*>(b + j), c + j, true);
+}
+
+// [h / 2][c][2] of x [rows, h], tokens beyond `rows` zero: the right operand of logits
+inline Numbers<uint32_t> pack_hidden(const Tensor& x, int64_t c) {
+  int64_t rows = x.size(0), pairs = x.size(1) / 2, stride = x.stride(0);
+  const auto* in = x.const_data_ptr<at::BFloat16>();
+  Numbers<uint32_t> out(pairs * c);
+  at::parallel_for(0, pairs, 32, [&](int64_t begin, int64_t end) {
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t k = begin; k < end; k++) std::memcpy(&out[k * c + r], in + r * stride + 2 * k, 4);
+  });
+  return out;
+}
+
+// [c / 2][h][2] of x [rows, h]: the right operand of dweight
+inline Numbers<uint32_t> pack_tokens(const Tensor& x, int64_t c) {
+  int64_t rows = x.size(0), h = x.size(1), stride = x.stride(0);
+  const auto* in = reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>());
+  Numbers<uint32_t> out(c / 2 * h);
+  at::parallel_for(0, (rows + 1) / 2, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++)
+      for (int64_t k = 0; k < h; k++) {
+        uint32_t low = in[2 * p * stride + k], high = 2 * p + 1 < rows ? in[(2 * p + 1) * stride + k] : 0;
+        out[p * h + k] = low | high << 16;
+      }
+  });
+  return out;
+}
+
+// Runs f(thread, first row, end row) over rows [begin, end), each thread a run of whole tiles.
+template <class F>
+void share(int64_t begin, int64_t end, F f) {
+  int64_t threads = at::get_num_threads(), tiles = (end - begin + kTile - 1) / kTile;
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t++)
+      f(t, begin + tiles * t / threads * kTile, std::min(end, begin + tiles * (t + 1) / threads * kTile));
+  });
+}
+
+template <class T>
+Numbers<T> padded(const Tensor& row, int64_t c) {
+  Numbers<T> out(c, T(0));
+  Tensor values = row.to(c10::CppTypeToScalarType<T>::value).contiguous();
+  std::memcpy(out.data(), values.const_data_ptr(), values.numel() * sizeof(T));
+  return out;
+}
+
+// One product of a chunk's logits, left [R, K] (hidden states) times the transpose of right [V, K] (a head), and the
+// two products that lead back from dlogits.
+template <class T>
+struct Factor {
+  Tensor left, right, wide;  // wide: left in T, where ATen multiplies
+  bool tiles;                // multiplied tile by tile
+  Numbers<uint32_t> packed;
+
+  Factor(Tensor x, const Tensor& w, int64_t c, bool tiles) : left(std::move(x)), right(w), tiles(tiles) {
+    if (left.stride(1) != 1) left = left.contiguous();
+    if (!tiles) {
+      wide = left.to(c10::CppTypeToScalarType<T>::value);
+      return;
+    }
+    const bool odd = left.size(1) % 2;  // operands are packed in pairs
+    if (odd) right = at::constant_pad_nd(right, {0, 1});
+    if (right.stride(1) != 1) right = right.contiguous();
+    packed = pack_hidden(odd ? at::constant_pad_nd(left, {0, 1}) : left, c);
+  }
+
+  Tensor block(int64_t v, int64_t n) const { return right.narrow(0, v, n).to(wide.scalar_type()); }
+  // out [n, R] (+)= the logits of vocabulary rows [v, v + n)
+  void multiply_block(Tensor out, int64_t v, int64_t n, bool add) const {
+    if (add)
+      at::addmm_out(out, out, block(v, n), wide.t());
+    else
+      at::mm_out(out, block(v, n), wide.t());
+  }
+  void multiply_tile(float* out, int64_t v, int64_t m, int64_t c, bool add) const {
+    tile_product(m, c, right.size(1), right.const_data_ptr<at::BFloat16>() + v * right.stride(0), right.stride(0),
+                 packed.data(), out, add, kTokens);
+  }
+};
+
+// Where the gradients of a factor go, and what they pass through on the way: dleft [R, K], dright [V, K]
+template <class T>
+class FactorGradient {
+ public:
+  FactorGradient(const Factor<T>& factor, const optional<Tensor>& dleft, const optional<Tensor>& dright, int64_t c,
+                 bool first)
+      : factor_(factor), dleft_(dleft), dright_(dright), c_(c), k_(factor.left.size(1)), first_(first) {
+    rounds_ = dright && dright->scalar_type() != c10::CppTypeToScalarType<T>::value;
+    if (factor.tiles) {
+      if (dright) packed_ = pack_tokens(factor.left, c);
+      if (rounds_) rounding_.assign(at::get_num_threads(), Numbers<float>(kTile * k_));
+    } else if (dleft) {
+      wide_ =
+          dleft->scalar_type() == factor.wide.scalar_type() ? *dleft : at::empty(dleft->sizes(), factor.wide.options());
+    }
+  }
+
+  // dright of vocabulary rows [v, v + m), from dlogits as the sweep left them: rounded, over half of their logits
+  void tile(int64_t thread, int64_t v, int64_t m, const T* logits) {
+    if constexpr (sizeof(T) == 4) {
+      if (!factor_.tiles || !dright_) return;
+      float* to = rounds_ ? rounding_[thread].data() : dright_->template data_ptr<float>() + v * k_;
+      tile_product(m, k_, c_, reinterpret_cast<const at::BFloat16*>(logits), 2 * c_, packed_.data(), to,
+                   !rounds_ && !first_, kHidden);
+      if (rounds_) kernels<T>().round(to, dright_->template data_ptr<at::BFloat16>() + v * k_, Element::bf16, m * k_);
+    }
+  }
+  // both, of dlogits [n, R] of vocabulary rows [v, v + n), where ATen multiplies
+  void block(int64_t v, int64_t n, const Tensor& dlogits) {
+    if (dright_) {
+      Tensor out = dright_->narrow(0, v, n);
+      if (rounds_)
+        out.copy_(at::mm(dlogits, factor_.wide));
+      else
+        at::addmm_out(out, out, dlogits, factor_.wide, first_ ? 0.0 : 1.0);
+    }
+    if (dleft_) at::addmm_out(wide_, wide_, dlogits.t(), factor_.block(v, n), v == 0 ? 0.0 : 1.0);
+  }
+  // dleft, of all of the tiles' dlogits [R, V]
+  void finish(T* logits, int64_t vocab) {
+    if (!dleft_) return;
+    Tensor out = *dleft_;
+    if (!factor_.tiles) {
+      if (!wide_.is_same(out)) out.copy_(wide_);
+      return;
+    }
+    Tensor dlogits = at::from_blob(logits, {out.size(0), vocab}, {1, 2 * c_}, out.options());
+    at::mm_out(out, dlogits, factor_.right.narrow(1, 0, k_));
+  }
+
+ private:
+  const Factor<T>& factor_;
+  optional<Tensor> dleft_, dright_;
+  int64_t c_, k_;
+  bool first_, rounds_;
+  Numbers<uint32_t> packed_;
+  std::vector<Numbers<float>> rounding_;  // of each thread
+  Tensor wide_;
+};
+
+// One matrix of logits of the chunk: where they come from, and where they are kept, [V, c]
+template <class T>
+struct Source {
+  const HeadArguments& head;
+  Tensor hidden;  // [R, H], or [R, V] where the head has no weight
+  T* logits;
+  int64_t vocab, c;
+  std::vector<Factor<T>> factors;  // of a head: hidden and weight, and a low-rank pair
+  Numbers<T> bias;
+
+  Source(const HeadArguments& head, Tensor x, T* logits, int64_t vocab, int64_t c, const optional<Tensor>& down = {},
+         const optional<Tensor>& up = {})
+      : head(head), hidden(std::move(x)), logits(logits), vocab(vocab), c(c) {
+    if (hidden.stride(1) != 1) hidden = hidden.contiguous();
+    if (head.weight) {
+      const bool tiles = hidden.scalar_type() == at::kBFloat16 && hidden.size(1) % 2 == 0 && hidden.size(1) > 0 &&
+                         head.weight->stride(1) == 1 && has_tile_product();
+      factors.emplace_back(hidden, *head.weight, c, tiles);
+      if (down) factors.emplace_back(*down, *up, c, tiles);
+    }
+    if (head.bias) bias = padded<T>(*head.bias, vocab);
+  }
+
+  bool tiles() const { return !factors.empty() && factors[0].tiles; }
+  bool blocks() const { return !factors.empty() && !factors[0].tiles; }
+  Finish<T> finish(int64_t v) const { return {bias.empty() ? nullptr : bias.data() + v, T(head.scale), T(head.cap)}; }
+  // the logits of vocabulary rows [v, v + n) as a tensor [n, R]
+  Tensor view(int64_t v, int64_t n) const {
+    return at::from_blob(logits + v * c, {n, hidden.size(0)}, {c, 1}, factors[0].wide.options());
+  }
+  void multiply_block(int64_t v, int64_t n) const {
+    for (size_t i = 0; i < factors.size(); i++) factors[i].multiply_block(view(v, n), v, n, i > 0);
+  }
+  void fill_tile(int64_t v, int64_t m) const {
+    if constexpr (sizeof(T) == 4)
+      if (tiles())
+        for (size_t i = 0; i < factors.size(); i++) factors[i].multiply_tile(logits + v * c, v, m, c, i > 0);
+    if (!head.weight)
+      kernels<T>().load(logits + v * c, m, c, hidden.const_data_ptr(), element_of(hidden.scalar_type()), hidden.size(0),
+                        hidden.stride(0), v);
+  }
+};
+
+}  // namespace dft

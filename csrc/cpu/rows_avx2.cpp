@@ -1,0 +1,2 @@
+#define DFT_ISA avx2
+#include "rows.inc"

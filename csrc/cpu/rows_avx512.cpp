@@ -1,0 +1,2 @@
+#define DFT_ISA avx512
+#include "rows.inc"

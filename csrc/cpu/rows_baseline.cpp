@@ -1,0 +1,2 @@
+#define DFT_ISA baseline
+#include "rows.inc"

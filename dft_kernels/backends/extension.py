@@ -1,0 +1,119 @@
+"""The compiled rooms: whether `dft_kernels._C` (the CPU's) and `dft_kernels._cuda` are there and fit the running torch,
+and if not, why."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STAMP = Path(__file__).parent.with_name("_build.json")
+_LARGE = 1 << 20  # bytes
+REBUILD = "Rebuild with: pip install --no-build-isolation -e ."
+
+
+def read_stamp(path: Path = STAMP) -> dict[str, Any] | None:
+    """What setup.py wrote about its build: torch, cuda, built, reason. None where it never ran."""
+    try:
+        stamp = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return stamp if isinstance(stamp, dict) else None
+
+
+def mismatch(stamp: dict[str, Any] | None) -> str | None:
+    """Why an extension with this stamp must not be loaded into the running torch, None if it may be."""
+    if stamp is None:
+        return f"the C++ extension was never built. {REBUILD}"
+    if not stamp.get("built"):
+        return f"the C++ extension could not be built ({stamp.get('reason')}). Install a C++ compiler. {REBUILD}"
+    if stamp.get("torch") != torch.__version__ or stamp.get("cuda") != torch.version.cuda:
+        return (
+            f"the C++ extension was built for torch {stamp.get('torch')} (CUDA {stamp.get('cuda')}), this is torch "
+            f"{torch.__version__} (CUDA {torch.version.cuda}). {REBUILD}"
+        )
+    return None
+
+
+def load() -> tuple[Any, str | None]:
+    """The CPU's extension module and None, or None and the reason. A stamp that does not fit is also warned about."""
+    stamp = read_stamp()
+    module, reason = _imported("_C", mismatch(stamp))
+    if reason is not None and stamp is not None and stamp.get("built"):
+        warnings.warn(f"dft_kernels: {reason}", RuntimeWarning, stacklevel=2)
+    return module, reason
+
+
+def load_cuda() -> tuple[Any, str | None]:
+    """The same of the CUDA kernels, which are their own module: neither is lost with the other."""
+    stamp = (read_stamp() or {}).get("cuda_kernels")
+    if stamp is None:
+        return None, f"the CUDA kernels were never built. {REBUILD}"
+    if not stamp.get("built"):
+        return None, f"the CUDA kernels were not built: {stamp.get('reason')}"
+    return _imported("_cuda", mismatch({**stamp, "built": True}))
+
+
+def _imported(name: str, reason: str | None) -> tuple[Any, str | None]:
+    if reason is not None:
+        return None, reason
+    try:
+        return importlib.import_module(f"dft_kernels.{name}"), None
+    except ImportError as error:
+        return None, f"the extension {name} does not load ({error}). {REBUILD}"
+
+
+def not_compiled_for(capability: tuple[int, int], stamp: dict[str, Any] | None = None) -> str | None:
+    """Why the CUDA kernels do not run on a GPU of this capability, None if they do: machine code runs on its own and
+    higher minor versions of its major one (with an "a" on its own alone), PTX on all that are as new as it."""
+    built = (stamp if stamp is not None else (read_stamp() or {}).get("cuda_kernels") or {}).get("architectures", [])
+    for name in built:
+        digits, ptx = name.removesuffix("+PTX"), name.endswith("+PTX")
+        exact = digits.endswith("a")
+        version = tuple(int(part) for part in digits.rstrip("a").split("."))
+        if version == capability or (not exact and version[0] == capability[0] and version <= capability):
+            return None
+        if ptx and not exact and version <= capability:
+            return None
+    wanted = ".".join(map(str, capability))
+    return (
+        f"the CUDA kernels were compiled for {', '.join(built) or 'no GPU'}, this one has capability {wanted}. Rebuild "
+        f"with: TORCH_CUDA_ARCH_LIST={wanted} pip install --no-build-isolation -e ."
+    )
+
+
+MODULE, REASON = load()
+CUDA, CUDA_REASON = load_cuda()
+
+
+def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor for a large result. On a CPU its memory is kept for the next call when the tensor is
+    gone, until `release_scratch`: touching fresh memory costs as much as a sweep over it."""
+    if MODULE is None or device.type != "cpu" or math.prod(shape) * dtype.itemsize < _LARGE:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return MODULE.pooled(list(shape), dtype)
+
+
+def repeats(ids: Tensor, vocab: int) -> Tensor:
+    """Rows of ids [N, k] in which one of 0..vocab-1 is found twice, [N] bool."""
+    if MODULE is not None and ids.device.type == "cpu":
+        found: Tensor = MODULE.repeats(ids, vocab)
+        return found
+    ordered = ids.sort(-1).values
+    return (ordered[:, 1:] == ordered[:, :-1]).any(-1)
+
+
+def release_scratch() -> int:
+    """Give the scratch that the CPU kernels keep between calls back to the system; returns its bytes.
+
+    Kept are the logits of a chunk (4 bytes each, 8 with a teacher), dweight's fp32 accumulator [V, H] once its graph
+    is gone, and the gradients that backward returned once nobody refers to them; what a tensor holds is left alone.
+    """
+    return 0 if MODULE is None else MODULE.release_pool()

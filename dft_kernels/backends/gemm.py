@@ -1,0 +1,81 @@
+"""The three matrix products of a chunk, all accumulated in fp32 (fp64 for fp64 inputs).
+
+    logits  [R, V] = hidden [R, H] @ weight.T [H, V] + bias     kept in the accumulation dtype
+    dhidden [R, H] = dlogits [R, V] @ weight [V, H]             rounded once, to the input dtype
+    dweight [V, H] += dlogits.T [V, R] @ hidden [R, H]          kept in the accumulation dtype
+
+2 R H V FLOP each. A low-rank pair, down [R, r] and up [V, r], is a second hidden and weight of width r. On CUDA a
+16-bit product is asked for its fp32 accumulator. Elsewhere the operands are upcast one block of the vocabulary at a
+time, so the extra memory is a block and never a second weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_UPCAST_BYTES = 8 << 20  # fp32 copy of one vocabulary block
+
+
+def _narrow(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    """Slices of the vocabulary [V] whose fp32 copy [block, H] stays within `_UPCAST_BYTES`."""
+    step = max(1, _UPCAST_BYTES // (4 * max(1, weight.shape[1])))
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, start + step)
+
+
+def logits_(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """out [R, V] = hidden [R, H] @ weight.T + bias, `out` in the accumulation dtype."""
+    if not _narrow(hidden):
+        torch.mm(hidden, weight.t(), out=out)
+    elif hidden.is_cuda:
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        wide = hidden.to(out.dtype)
+        for block in _blocks(weight):
+            torch.mm(wide, weight[block].to(out.dtype).t(), out=out[:, block])
+    return out if bias is None else out.add_(bias)
+
+
+def add_product_(down: Tensor, up: Tensor, out: Tensor) -> Tensor:
+    """out [R, V] += down [R, r] @ up.T, `out` in the accumulation dtype."""
+    if not _narrow(down):
+        return out.addmm_(down, up.t())
+    if down.is_cuda:
+        return torch.addmm(out, down, up.t(), out_dtype=out.dtype, out=out)
+    wide = down.to(out.dtype)
+    for block in _blocks(up):
+        out[:, block].addmm_(wide, up[block].to(out.dtype).t())
+    return out
+
+
+def dhidden_(dlogits: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """out [R, H] = dlogits [R, V] @ weight [V, H], `out` in the input dtype."""
+    if dlogits.dtype != torch.float16 or dlogits.is_cuda:  # bf16 products accumulate in fp32 on every device
+        return torch.mm(dlogits, weight, out=out)
+    wide = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for block in _blocks(weight):
+        wide.addmm_(dlogits[:, block].float(), weight[block].float())
+    return out.copy_(wide)
+
+
+def dweight_(dlogits: Tensor, hidden: Tensor, out: Tensor, *, accumulate: bool) -> Tensor:
+    """out [V, H] (+)= dlogits.T [V, R] @ hidden [R, H]; `out` in the accumulation dtype, or in the input dtype
+    where a single chunk makes the accumulator unnecessary."""
+    if out.dtype == hidden.dtype:
+        return torch.addmm(out, dlogits.t(), hidden, beta=1.0 if accumulate else 0.0, out=out)
+    if hidden.is_cuda:
+        if accumulate:
+            return torch.addmm(out, dlogits.t(), hidden, out_dtype=out.dtype, out=out)
+        return torch.mm(dlogits.t(), hidden, out_dtype=out.dtype, out=out)
+    wide = hidden.to(out.dtype)
+    for block in _blocks(out):
+        product = dlogits[:, block].to(out.dtype).t()
+        out[block].addmm_(product, wide, beta=1.0 if accumulate else 0.0)
+    return out

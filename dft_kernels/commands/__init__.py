@@ -1,0 +1,1 @@
+"""`dft-kernels`: one file a command, arguments and printing."""

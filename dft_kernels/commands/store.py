@@ -1,0 +1,66 @@
+"""`dft-kernels store`: what a teacher store holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..store.reader import Store
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `dft-kernels store`."""
+    made = argparse.ArgumentParser(prog="dft-kernels store", description="What a teacher store holds.")
+    made.add_argument("what", choices=("info", "verify"), help="info: contents and sizes; verify: read all of it")
+    made.add_argument("folder", type=Path, help="what `dft-kernels capture --out` made")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 1 where the store is not whole."""
+    options = parser().parse_args(arguments)
+    from ..store.reader import Store
+
+    try:
+        store = Store(options.folder, verify=False)
+        if options.what == "verify":
+            _verify(store)
+    except ValueError as error:
+        print(f"dft-kernels {error}", file=sys.stderr)
+        return 1
+    print(describe(store), end="")
+    if options.what == "verify":
+        print("every checksum, shape and row is as it was written")
+    return 0
+
+
+def describe(store: Store) -> str:
+    """A few lines, one for each thing there is to know."""
+    held, rows = store.contents, max(1, store.rows)
+    what = f"last hidden states, H {held.width}, and the head"
+    if held.kind == "topk":
+        what = f"the {held.width} likeliest tokens and the rest's mass, at temperature {held.temperature:g}"
+    lines = {
+        "store": store.folder,
+        "kind": f"{held.kind}: {what}",
+        "teacher": f"{held.model}, sha256 {held.model_sha256[:16]}",
+        "tokenizer": f"vocabulary {held.vocab_size}, sha256 {held.tokenizer_sha256[:16]}",
+        "holds": f"{len(store):,} sequences, {store.rows:,} tokens in {len(store.parts)} shards",
+        "size": f"{store.bytes / 1e6:,.1f} MB, {store.bytes / rows:,.0f} bytes a token"
+        + (f", head {store.head_part.bytes / 1e6:,.1f} MB" if store.head_part else ""),
+    }
+    return "".join(f"{name:10} {text}\n" for name, text in lines.items())
+
+
+def _verify(store: Store) -> None:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    total = store.bytes + (store.head_part.bytes if store.head_part else 0)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress("checksums", *columns, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        store.check_sums(lambda count: bar.advance(task, count))
+    store.check_values()

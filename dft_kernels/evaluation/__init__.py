@@ -1,0 +1,1 @@
+"""How far a model's distributions and writing lie from human writing."""

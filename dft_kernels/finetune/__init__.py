@@ -1,1 +1,0 @@
-"""Fine-tuning transformers models: real models and texts that come by pip alone, and the step that trains them."""

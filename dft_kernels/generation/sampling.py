@@ -1,0 +1,74 @@
+"""Text of a model's own, drawn by transformers' `generate`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.heads import output_layer, unwrapped
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Texts [B, T]: prompts, aligned to end together at column `width`, and what the model drew after them."""
+
+    input_ids: Tensor
+    attention_mask: Tensor  # 0 before a shorter prompt and after the end of a text
+    target: Tensor  # the token drawn after each row, -100 where none was
+    width: int
+
+    def __getitem__(self, rows: slice) -> Rollouts:
+        return Rollouts(self.input_ids[rows], self.attention_mask[rows], self.target[rows], self.width)
+
+    def inputs(self, model: Any) -> dict[str, Tensor]:
+        """Of the model's forward: as `generate` has read them."""
+        out = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if "position_ids" in inspect.signature(unwrapped(model).base_model.forward).parameters:
+            out["position_ids"] = (self.attention_mask.cumsum(-1) - 1).clamp_min(0)
+        return out
+
+
+@torch.no_grad()
+def roll_out(
+    model: Any, prompts: Sequence[Sequence[int]], length: int, end: int | None, seed: int | None = None, **sampling: Any
+) -> Rollouts:
+    """Draw `length` tokens at most after each prompt (token ids) by `model.generate`, up to the token `end`.
+
+    sampling: `generate`'s keywords; plain sampling at temperature 1 by default. seed: the same one gives the same
+    draws, and torch's own random state is left as it was; None: that is drawn from. The mode of the model is left.
+    """
+    device, training = output_layer(model).weight.device, model.training
+    width, pad = max(map(len, prompts)), 0 if end is None else end
+    ids = torch.tensor([[pad] * (width - len(one)) + list(one) for one in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=device)
+    chosen = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, **sampling}
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            made = model.generate(
+                ids, attention_mask=mask, max_new_tokens=length, pad_token_id=pad, eos_token_id=end, **chosen
+            )
+    finally:
+        model.train(training)
+    new = made[:, width:]
+    ended = (new == end) if end is not None else torch.zeros_like(new, dtype=torch.bool)
+    drawn = ended.cumsum(1) - ended.long() == 0  # up to the end, with it
+    target = torch.full_like(made, -100)
+    target[:, width - 1 : -1] = torch.where(drawn, new, -100)
+    return Rollouts(made, torch.cat([mask, drawn.long()], 1), target, width)
+
+
+def continuations(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], length: int, seed: int = 0, **sampling: Any
+) -> list[list[int]]:
+    """New token ids after each prompt, `length` at most and none after the end of text: `roll_out`, as lists."""
+    drawn = roll_out(model, prompts, length, tokenizer.eos_token_id, seed, **sampling)
+    rows = [[token for token in row if token >= 0] for row in drawn.target.tolist()]
+    return [row[:-1] if row[-1:] == [tokenizer.eos_token_id] else row for row in rows]

@@ -1,0 +1,1 @@
+"""The loss call: checked into a `Problem`, run by the chunk loop, under autograd."""

@@ -1,0 +1,74 @@
+"""Room for the gradients of a call: of the first fields of a `Problem`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends.extension import scratch
+from ..teachers.contract import Rows
+from .problem import Problem
+from .selection import Selection, dweight_dtype
+
+GRADIENTS = 5  # hidden, weight, bias, down, up
+
+
+class RowGradient:
+    """Where the gradient of a tensor of rows [N, .] is written, chunk by chunk: where it belongs, or, if a chunk's rows
+    do not lie side by side there, apart."""
+
+    def __init__(self, whole: Tensor | None, selection: Selection, size: int) -> None:
+        self.whole = whole
+        self.apart: Tensor | None = None
+        if whole is not None and selection.index is not None:
+            self.apart = whole.new_empty(size, whole.shape[1])
+
+    def of(self, rows: Rows) -> Tensor | None:
+        """Room for a chunk."""
+        if self.apart is not None:
+            return self.apart[: rows.stop - rows.start]
+        return None if self.whole is None else self.whole[rows.start : rows.stop]
+
+    def settle(self, rows: Rows) -> None:
+        """Put a chunk that was written apart where it belongs."""
+        if self.apart is not None and self.whole is not None:
+            rows.put(self.whole, self.apart[: rows.stop - rows.start])
+
+
+def allocate(problem: Problem, selection: Selection, chunks: int, dhidden: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Room for the gradients of the sum; rows that no chunk visits are zero."""
+    dweight = dbias = ddown = dup = None
+    if problem.need_hidden and dhidden is None:
+        dhidden = torch.empty_like(problem.hidden, memory_format=torch.contiguous_format)
+    if dhidden is not None and selection.index is not None:
+        assert problem.target is not None
+        if dhidden is problem.hidden:
+            dhidden.masked_fill_((problem.target == problem.ignore_index)[:, None], 0.0)
+        else:
+            dhidden.zero_()
+    if problem.down is not None and problem.need_down:
+        make = torch.empty_like if selection.index is None else torch.zeros_like
+        ddown = make(problem.down, memory_format=torch.contiguous_format)
+    if problem.up is not None and problem.need_up:
+        dup = scratch(problem.up.shape, dweight_dtype(problem), problem.up.device)
+    if problem.need_weight:
+        assert problem.weight is not None
+        dweight = scratch(problem.weight.shape, dweight_dtype(problem), problem.weight.device)
+    if problem.need_bias:
+        assert problem.bias is not None
+        dbias = problem.bias.new_empty(problem.bias.shape, dtype=problem.dtype)
+    if chunks == 0:
+        for gradient in (dweight, dbias, dup):
+            if gradient is not None:
+                gradient.zero_()
+    return dhidden, dweight, dbias, ddown, dup
+
+
+def shapes(problem: Problem, weight_dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What an operator returns of them while it is traced; weight_dtype: of what is summed over chunks."""
+    new, narrow = problem.hidden.new_empty, problem.hidden.dtype
+    dtypes = (narrow, weight_dtype, problem.dtype, narrow, weight_dtype)
+    return tuple(
+        new(of.shape, dtype=dtype) if need and isinstance(of, Tensor) else new(0)
+        for of, need, dtype in zip(problem[:GRADIENTS], problem.needs, dtypes, strict=True)
+    )

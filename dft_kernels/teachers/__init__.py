@@ -1,0 +1,9 @@
+"""Where target distributions come from, chunk by chunk."""
+
+from .head import TeacherHead
+from .logits import TeacherLogits
+from .mixture import Labels, Mixture
+from .stream import LogitStream
+from .top_k import TopK
+
+__all__ = ["Labels", "LogitStream", "Mixture", "TeacherHead", "TeacherLogits", "TopK"]

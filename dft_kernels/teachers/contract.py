@@ -1,0 +1,116 @@
+"""Where target distributions come from: one question, "the target of these rows", answered chunk by chunk.
+
+The chunk loop opens a teacher once for the blocks of rows it is going to visit (ignored rows are never asked
+for) and receives one target per block. A teacher that is tensors gives it on the spot; a `Source` (stream.py,
+mixture.py) answers in Python.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Head(NamedTuple):
+    """Hidden states to logits: cap(logit_scale * (hidden @ weight.T + bias)), cap(x) = softcap * tanh(x / softcap).
+
+    weight [V, H], or None where `hidden` [.., V] already holds what the product would give.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+class DenseTarget(NamedTuple):
+    """The target distribution of a chunk: softmax over what `head` makes of `hidden`, any floating dtype.
+
+    hidden [R, Ht] with a head's weight, whose product is the backend's to do; logits [R, V] without one.
+    """
+
+    hidden: Tensor
+    head: Head
+
+
+@dataclass(frozen=True)
+class SparseTarget:
+    """The target distribution of a chunk over k tokens of each row and the bucket of all others."""
+
+    index: Tensor  # [R, k] int64, distinct in a row
+    log_prob: Tensor  # [R, k] in the accumulation dtype
+    tail: Tensor | None  # [R], log p of the bucket; None: no such outcome
+
+
+Target = DenseTarget | SparseTarget
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A chunk's rows: positions start..stop of the compacted problem, and their original indices (int64,
+    ascending, on the problem's device), None where nothing was compacted away."""
+
+    start: int
+    stop: int
+    index: Tensor | None
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """These rows of `tensor` [N, ...]: a view where they are contiguous, else a copy."""
+        return tensor[self.start : self.stop] if self.index is None else tensor.index_select(0, self.index)
+
+    def put(self, tensor: Tensor, value: Tensor, dim: int = 0) -> None:
+        """Write `value` to these rows of `tensor`, rows counted along `dim`."""
+        if self.index is None:
+            tensor.narrow(dim, self.start, self.stop - self.start).copy_(value)
+        else:
+            tensor.index_copy_(dim, self.index, value)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a `Source` is asked for: targets of `blocks` of a problem of `rows` rows and `vocab` columns."""
+
+    blocks: Sequence[Rows]
+    rows: int
+    vocab: int
+    device: torch.device
+    dtype: torch.dtype  # of logits as they are computed
+    temperature: float  # the target is softmax(logits / temperature)
+    target: Tensor | None  # [rows] labels
+    logits: Callable[[Tensor, Head, Tensor], Tensor]  # of hidden states [R, H] and their head, into [R, V]
+
+
+class Source(ABC):
+    """A teacher that answers in Python: an operator's schema, which has no room for it, holds its handle."""
+
+    buffers = 1  # logits [chunk, V] that it holds at a time
+
+    def __init__(self) -> None:
+        self.handle = next(_handles)
+        _living[self.handle] = self
+
+    @property
+    @abstractmethod
+    def replayable(self) -> bool:
+        """Whether the same rows can be asked for twice."""
+
+    @abstractmethod
+    def open(self, request: Request) -> AbstractContextManager[Iterator[DenseTarget]]:
+        """The targets of the request's blocks, in order."""
+
+
+_handles = itertools.count(1)
+_living: weakref.WeakValueDictionary[int, Source] = weakref.WeakValueDictionary()
+
+
+def source_of(handle: int) -> Source:
+    """The living source of this handle."""
+    return _living[handle]

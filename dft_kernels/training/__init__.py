@@ -1,0 +1,1 @@
+"""Fine-tuning transformers models: the fused loss in their forward, in a Trainer, or in any loop."""

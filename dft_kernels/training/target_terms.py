@@ -1,0 +1,207 @@
+"""The distribution terms that a Target of human writing gives, by name.
+
+In kinds whose pull fades at the target, so that running means do not make a model swing about it: squares of
+distances, Cramér's for lengths.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..models.heads import head_of, hidden_states, output_layer, projection
+from ..targets.target import Target
+from ..terms import (
+    AtMost,
+    ChiSquared,
+    DistributionTerm,
+    Entropy,
+    NGrams,
+    PunctuationGap,
+    PunctuationRate,
+    ReferenceKL,
+    SentenceLength,
+    TermSum,
+    TokenL2,
+    UnigramKL,
+    gains,
+    noise_floor,
+)
+
+_NGRAMS = 1024  # bigrams, the most frequent ones: completions are features of every row
+
+
+def _padded(values: Tensor, vocab: int) -> Tensor:
+    """[V, ...] of the tokenizer as [V, ...] of a head with padded ids."""
+    return torch.cat([values, values.new_zeros(vocab - len(values), *values.shape[1:])])
+
+
+def _smoothed(target: Target, vocab: int) -> Tensor:
+    """Frequencies above 0: half a count more for every token of the vocabulary."""
+    count = target.about.tokens or 1
+    p = _padded(target["unigram"], vocab).double() * count + 0.5
+    return p / p.sum()
+
+
+def _classes(target: Target, vocab: int) -> tuple[Tensor, Tensor]:
+    """[V, K] membership of the punctuation classes that the corpus has, and which of all K these are."""
+    token, kind = target["punctuation_features"].long().T
+    whole = torch.zeros(vocab, len(target["punctuation_rate"]))
+    whole[token, kind] = 1.0
+    there = (target["punctuation_rate"] > 0) & (whole != 0).any(0)
+    return whole[:, there], there
+
+
+def _rates(target: Target, vocab: int) -> DistributionTerm:
+    classes, there = _classes(target, vocab)
+    return PunctuationRate(classes, target["punctuation_rate"][there])
+
+
+def _gaps(target: Target, vocab: int) -> DistributionTerm:
+    classes, there = _classes(target, vocab)
+    found = target["punctuation_gap"][there]
+    known = found.sum(1) > 0
+    return PunctuationGap(classes[:, known], lengths=found[known], distance="squared")
+
+
+def _sentences(target: Target, vocab: int) -> DistributionTerm:
+    return SentenceLength(_padded(target["sentence_end"], vocab), hazard=target["soft_hazard"], distance="cramer")
+
+
+def _bigrams(target: Target, vocab: int) -> DistributionTerm:
+    sizes = target["ngram_starts"].diff().long()
+    contexts = target["ngram_contexts"].repeat_interleave(sizes, 0)
+    joint = target["ngram_context_probability"].repeat_interleave(sizes) * target["ngram_probability"]
+    joint = torch.where(contexts[:, 0] < 0, joint, -1.0)
+    kept = joint.topk(min(_NGRAMS, int((joint >= 0).sum()))).indices
+    return NGrams(contexts[kept, 1].long(), target["ngram_completions"][kept].long(),
+                  target["ngram_probability"][kept], vocab)  # fmt: skip
+
+
+TERMS: dict[str, Callable[[Target, int], DistributionTerm]] = {
+    "token_l2": lambda target, vocab: TokenL2(_padded(target["unigram"], vocab), squared=True),
+    "chi_squared": lambda target, vocab: ChiSquared(_smoothed(target, vocab)),
+    "unigram_kl": lambda target, vocab: UnigramKL(_smoothed(target, vocab)),
+    "sentence_length": _sentences,
+    "punctuation_rate": _rates,
+    "punctuation_gap": _gaps,
+    "ngrams": _bigrams,
+    "calibration": lambda target, vocab: Entropy(calibration=True),
+}
+
+
+FLOOR = "floor"  # in place of a weight
+TIMES = "x"  # after a number, in place of a weight
+_ROWS = 2048  # that gains are measured on
+
+
+class HumanText(NamedTuple):
+    """What noise floors and gains are taken of: input_ids and labels [S, T], and for floors the rows that a running
+    mean looks back on."""
+
+    input_ids: Tensor
+    target: Tensor
+    rows: int
+
+
+def asks_for_text(weights: Sequence[str]) -> bool:
+    """Whether `terms_of` needs a text, and a model."""
+    return any(given.endswith((f"={FLOOR}", TIMES)) for given in weights)
+
+
+def terms_of(
+    target: Target,
+    weights: Sequence[str],
+    vocab: int,
+    text: HumanText | None = None,
+    own_text: bool = False,
+    model: Any = None,
+) -> TermSum:
+    """NAME=WEIGHT, ... as a sum of terms for a head of `vocab` tokens. NAME=0.5x: at a weight of 0.5 / g, g its gain
+    (`dft_kernels.terms.gains`) of `model` on `text`, so that it pulls half as hard as cross-entropy holds; NAME=floor:
+    a constraint (`AtMost`) at the `noise_floor` of `text`. own_text: for the model's own, where there is reference_kl,
+    and no calibration. ValueError for another name or weight, a statistic that the target lacks, or a vocabulary
+    smaller than its."""
+    if target.vocab_size is not None and target.vocab_size > vocab:
+        raise ValueError(
+            f"terms: the target must be of at most the model's {vocab} tokens, got {target.vocab_size}. Build it with "
+            "the model's tokenizer."
+        )
+    known = {**TERMS, "reference_kl": lambda target, vocab: ReferenceKL()} if own_text else TERMS
+    known = {name: make for name, make in known.items() if not (own_text and name == "calibration")}
+    found: list[tuple[float, DistributionTerm]] = []
+    relative: list[tuple[int, str]] = []
+    for given in weights:
+        name, _, weight = given.partition("=")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+            where = " of the model's own text" if own_text else ""
+            raise ValueError(
+                f"terms: {name} must be one of {', '.join(known)}{where}, got another. Did you mean {near}?"
+            )
+        if weight == FLOOR:
+            found.append((1.0, _at_floor(name, known[name](target, vocab), text)))
+            continue
+        try:
+            by = float(weight.removesuffix(TIMES))
+        except ValueError:
+            by = math.nan
+        if not math.isfinite(by):
+            raise ValueError(
+                f"terms: {name} must come as {name}=WEIGHT, {name}=0.5{TIMES} or {name}={FLOOR}, got {given!r}. Write "
+                f"{name}=0.5{TIMES}."
+            )
+        if weight.endswith(TIMES):
+            relative.append((len(found), name))
+        found.append((by, known[name](target, vocab)))
+    if not found:
+        raise ValueError(f"terms: one term at least must be named, got none. There are {', '.join(known)}.")
+    if relative:
+        if text is None or model is None:
+            raise ValueError(
+                f"terms: text and model must be given for {relative[0][1]}=0.5{TIMES}, got neither or one. Pass "
+                "both, or a weight."
+            )
+        terms = [(name, found[at][1]) for at, name in relative]
+        for (at, _), gain in zip(relative, _gains(terms, text, model), strict=True):
+            found[at] = (found[at][0] / gain, found[at][1])
+    return TermSum(found)
+
+
+@torch.no_grad()
+def _gains(terms: list[tuple[str, DistributionTerm]], text: HumanText, model: Any) -> list[float]:
+    """Of the first sequences of `text`, whatever the model writes itself."""
+    found = [0.0] * len(terms)
+    if not any(term.divergence for _, term in terms):
+        count = int(torch.searchsorted((text.target != -100).sum(1).cumsum(0), _ROWS)) + 1
+        head, layer, training = head_of(model, adapted=True), output_layer(model), model.training
+        ids, labels = (some[:count].to(layer.weight.device) for some in text[:2])
+        model.eval()
+        try:
+            hidden = torch.cat([hidden_states(model, each) for each in ids.split(4)])
+        finally:
+            model.train(training)
+        given = {**projection(layer, hidden), "logit_scale": head.logit_scale, "softcap": head.softcap}
+        together = TermSum([(1.0, term) for _, term in terms])
+        found = list(gains(together, hidden, target=labels, input_ids=ids, **given).values())
+    for (name, term), gain in zip(terms, found, strict=True):
+        if term.divergence or not 0 < gain < math.inf:
+            got = "the divergence from where the model starts" if term.divergence else f"a gain of {gain:g}"
+            remedy = f"Give it a weight: {name}=0.02"
+            raise ValueError(
+                f"terms: {name}=0.5{TIMES} must be of a term that pulls at the start, got {got}. {remedy}."
+            )
+    return found
+
+
+def _at_floor(name: str, term: DistributionTerm, text: HumanText | None) -> AtMost:
+    bound = None if text is None else noise_floor(term, *text)[term.name]
+    if bound is None or not 0 < bound < math.inf:  # KL from a text that lacks what the target has is infinite
+        got = "none: it is not of the text alone" if bound is None else f"{bound:g}"
+        raise ValueError(f"terms: {name}={FLOOR} must have a finite noise floor above 0, got {got}. Give it a weight.")
+    return AtMost(term, bound)

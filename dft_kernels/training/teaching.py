@@ -1,0 +1,147 @@
+"""What `DFTTrainer` calls a teacher, and what makes the `teacher` of a loss of it and a batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..errors import fail
+from ..models.heads import head_of, hidden_states, unwrapped
+from ..store.reader import Store
+from ..teachers.head import TeacherHead
+from ..teachers.mixture import Labels, Mixture
+from ..teachers.top_k import TopK
+from .collators import PROMPTED
+
+# how a packed batch says where its sequences begin; a teacher that is not told would look across
+_PACKED = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+class Running:
+    """A causal LM, run without gradient on every batch: on its input_ids, or on teacher_input_ids where it has them,
+    whose last columns are those."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.head = head_of(model)
+        self.positions = "position_ids" in inspect.signature(unwrapped(model).base_model.forward).parameters
+
+    @torch.no_grad()
+    def __call__(self, inputs: dict[str, Any]) -> TeacherHead:
+        """Its rows, one for each of input_ids [B, T]."""
+        head = self.head
+        assert head.weight is not None
+        if PROMPTED[0] in inputs:
+            hidden = self._prompted(inputs)
+        else:
+            more = {name: inputs[name] for name in _PACKED if inputs.get(name) is not None}
+            hidden = hidden_states(self.model, inputs["input_ids"], inputs.get("attention_mask"), **more)
+        return TeacherHead(hidden, head.weight, head.bias, head.logit_scale, head.softcap)
+
+    def _prompted(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Row P + t of P + T: padded on the right, as principles of P tokens stand before; on the left, as both end
+        together."""
+        ids, whole = inputs["input_ids"], inputs[PROMPTED[0]]
+        mask = inputs.get(PROMPTED[1], torch.ones_like(whole))
+        before = whole.shape[1] - ids.shape[1]
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and whole.shape[1] > most:
+            got = f"{before} of principles + {ids.shape[1]} of the sequence = {whole.shape[1]} tokens"
+            _fail(PROMPTED[0], f"fit into the teacher's {most} positions", got, "Shorten one of the two")
+        own = inputs.get("attention_mask", torch.ones_like(ids)) != 0
+        if before < 0 or bool(((whole[:, before:] != ids) & own).any()):
+            got = f"{list(whole.shape)} for {list(ids.shape)}, other tokens"
+            _fail(PROMPTED[0], "end with the columns of input_ids", got, "Pad both on one side, as PrinciplesCollator")
+        # of learned positions: those of a sequence that nothing pads
+        more = {"position_ids": (mask.long().cumsum(-1) - 1).clamp_min(0)} if self.positions else {}
+        return hidden_states(self.model, whole, mask, **more)[:, before:]
+
+
+def parts_of(teacher: Any) -> list[Any]:
+    """A mixture's parts, or the teacher alone; every one of them of a kind that is served."""
+    mixed = isinstance(teacher, Mixture)
+    parts = list(teacher.teachers) if mixed else [] if teacher is None else [teacher]
+    for part in parts:
+        if isinstance(part, Mixture):
+            _fail("teacher", "be a Mixture of teachers that are not", "a Mixture in it", "Multiply the weights out")
+        if isinstance(part, torch.nn.Module) and not hasattr(part, "get_output_embeddings"):
+            remedy = "Pass a function of the batch that calls it and returns logits [B, T, V]"
+            _fail(
+                "teacher", "be a causal LM of transformers where it is a module", type(part).__name__, remedy, TypeError
+            )
+        if not (isinstance(part, Store) or callable(part) or (mixed and isinstance(part, Labels))):
+            remedy = "Wrap what does not depend on the batch as a function of it"
+            which = "be a Store, a model, a function of the batch, or a Mixture of these and Labels()"
+            _fail("teacher", which, type(part).__name__, remedy, TypeError)
+        if mixed and isinstance(part, Store) and part.contents.kind == "topk":
+            remedy = (
+                "Keep hidden states, or put lambda batch: dataclasses.replace(store.teacher(batch), "
+                'tail="renormalise") in its place, with train_dataset=store and data_collator=store.collate'
+            )
+            _fail("teacher", "hold no store of a top k as such in a Mixture, which has no bucket", "one", remedy)
+    if sum(isinstance(part, Store) for part in parts) > 1:
+        _fail("teacher", "hold one Store at most, which gives the batches", "more", "Run the other teachers")
+    return parts
+
+
+def stand_in(teacher: Any, device: torch.device) -> Any:
+    """The teacher of one row over two tokens, for the checks of a call before there is a batch."""
+    if isinstance(teacher, Mixture):
+        parts = [part if isinstance(part, Labels) else stand_in(part, device) for part in teacher.teachers]
+        return Mixture(parts, teacher.weights, teacher.kind)
+    if isinstance(teacher, Store) and teacher.contents.kind == "topk":
+        half = torch.tensor([0.5], device=device).log()
+        index = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        return TopK(index, half[None], half, teacher.contents.temperature)
+    return None if teacher is None else torch.zeros(1, 2, device=device)
+
+
+def asked(teacher: Any, device: torch.device) -> Callable[[dict[str, Any]], Any] | None:
+    """inputs -> `teacher` of `linear_distribution_loss`, [B, T, ...] as input_ids; None of None."""
+    if teacher is None:
+        return None
+    if isinstance(teacher, Store):
+        return _stored(teacher)
+    if isinstance(teacher, torch.nn.Module):
+        return Running(teacher, device)
+    if not isinstance(teacher, Mixture):
+        return teacher  # type: ignore[no-any-return]
+    parts = [part if isinstance(part, Labels) else asked(part, device) for part in teacher.teachers]
+
+    def mixed(inputs: dict[str, Any]) -> Mixture:
+        return Mixture(
+            [part if isinstance(part, Labels) else part(inputs) for part in parts],  # type: ignore[misc]
+            teacher.weights,
+            teacher.kind,
+        )
+
+    return mixed
+
+
+def _stored(store: Store) -> Callable[[dict[str, Any]], Any]:
+    def rows(inputs: dict[str, Any]) -> Any:
+        if not inputs.keys() >= set(store.contents.names):
+            remedy = "Leave train_dataset and data_collator to the store, or collate its items with store.collate"
+            which = f"have the store's rows ({', '.join(store.contents.names)})"
+            _fail("batches", which, f"only {', '.join(inputs)}", remedy)
+        return store.teacher(inputs)
+
+    return rows
+
+
+def check_prompted(teacher: Any) -> None:
+    """Refuse teacher_input_ids that nobody, or a store, would be given."""
+    parts = parts_of(teacher)
+    stored = any(isinstance(part, Store) for part in parts)
+    if stored or not any(callable(part) for part in parts):
+        got = "a Store, whose rows are there already" if stored else "none that could be run"
+        _fail(
+            "teacher", "be a model, or a function of the batch, with principles before its sequences", got, "Pass one"
+        )
+
+
+def _fail(argument: str, relation: str, got: object, remedy: str, kind: type[Exception] = ValueError) -> None:
+    fail("DFTTrainer", argument, relation, got, remedy, kind)

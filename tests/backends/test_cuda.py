@@ -1,0 +1,316 @@
+"""The CUDA backend without a GPU: what its kernels compile to, their execution on the CPU, the build and its errors."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, compare
+
+import dft_kernels as dk
+from dft_kernels import divergences
+from dft_kernels.backends import BACKENDS, extension
+from dft_kernels.backends.contract import Row
+from dft_kernels.backends.cuda import CudaBackend
+
+ROOT = Path(__file__).parent.parent.parent
+NVCC = shutil.which("nvcc")
+emulated = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run on")
+compiles = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+
+
+@emulated
+def test_names_are_the_tables() -> None:
+    assert [divergences.TABLE[name].id for name in extension.CUDA.DIVERGENCES] == list(range(len(divergences.TABLE)))
+    assert len(Row) == extension.CUDA.STATISTICS
+    names = re.search(r"enum Row \{(.*?)\}", (ROOT / "csrc/common/element.h").read_text(), re.S)
+    assert names is not None
+    listed = [name.strip().removeprefix("k").lower() for name in names[1].split(",") if name.strip()]
+    assert listed[:-1] == [row.name.replace("_", "").lower() for row in Row]
+
+
+@pytest.fixture
+def reversed_threads() -> Iterator[None]:
+    extension.CUDA.reverse_threads(True)
+    yield
+    extension.CUDA.reverse_threads(False)
+
+
+@pytest.fixture(params=["generic", "cluster"])
+def design(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(BACKENDS, request.param, CudaBackend(request.param))
+    return request.param
+
+
+@emulated
+@pytest.mark.usefixtures("reversed_threads")
+@pytest.mark.parametrize("case", CASES)
+def test_the_order_of_threads_changes_nothing(case: str, design: str) -> None:
+    aligned = CASES[case]._replace(shape=(*CASES[case].shape[:2], 16 * -(-CASES[case].shape[2] // 16)))
+    compare(aligned if design == "cluster" else CASES[case], torch.bfloat16, design)
+
+
+@pytest.fixture
+def little_memory() -> Iterator[Callable[[int], None]]:
+    """Blocks with room for so many steps of a row and of its target's: small rows then need a cluster."""
+    yield lambda steps: extension.CUDA.limit_arena((8192 + 8192) * steps + 6144)
+    extension.CUDA.limit_arena(0)
+
+
+SHARED = [name for name, case in CASES.items() if case.shape == (29, 12, 101)]
+
+
+@emulated
+@pytest.mark.parametrize(("steps", "blocks"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("case", SHARED)
+def test_rows_in_clusters(case: str, reverse: bool, steps: int, blocks: int, little_memory, monkeypatch) -> None:
+    """5 rows of 5008 logits through two clusters: several blocks a row, several rows a cluster."""
+    monkeypatch.setitem(BACKENDS, "cluster", CudaBackend("cluster"))
+    little_memory(steps)
+    extension.CUDA.reverse_threads(reverse)
+    try:
+        compare(CASES[case]._replace(shape=(5, 12, 5008)), torch.bfloat16, "cluster")
+    finally:
+        extension.CUDA.reverse_threads(False)
+    one_launch = "features" not in CASES[case].tensors and CASES[case].options.get("reduction") != "none"
+    if CASES[case].teacher == "head" and one_launch:
+        assert extension.CUDA.cluster_blocks() == blocks
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", divergences.TABLE)
+def test_logits_in_clusters(name: str, dtype: torch.dtype, little_memory, monkeypatch) -> None:
+    """The row kernel alone, statistics and gradients, for a vocabulary of uneven parts."""
+    monkeypatch.setitem(BACKENDS, "cluster", CudaBackend("cluster"))
+    little_memory(1)
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(5, 7240, generator=g).to(dtype).requires_grad_()
+    teacher, target = torch.randn(5, 7240, generator=g).bfloat16(), torch.tensor([0, 7239, 7, -100, 3000])
+    arguments = {"divergence": name, "hard_weight": 0.5, "temperature": 1.3}
+    loss, metrics = dk.distribution_loss(
+        logits, target, teacher, backend="cluster", return_metrics=True, compact=False, **arguments
+    )
+    exact = dk.testing.dense_loss(logits, None, target, teacher, **arguments)
+    tolerance = {torch.float32: 3e-7, torch.bfloat16: 2e-3, torch.float16: 3e-4}[dtype]
+    assert dk.testing.relative_error(loss, exact) < 1e-6
+    wanted, ours = torch.autograd.grad(exact, logits)[0], torch.autograd.grad(loss, logits)[0]
+    assert dk.testing.relative_error(ours, wanted) < tolerance
+    valid = target != -100
+    assert torch.equal(metrics.correct, (logits.argmax(-1) == target) & valid)
+    assert torch.equal(metrics.teacher_agreement, (logits.argmax(-1) == teacher.argmax(-1)) & valid)
+
+
+@emulated
+def test_statistics_in_clusters(little_memory, monkeypatch) -> None:
+    """Without a gradient: the last sweep is then another one, and the next row's steps follow it."""
+    monkeypatch.setitem(BACKENDS, "cluster", CudaBackend("cluster"))
+    little_memory(1)
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(7, 8, generator=g), torch.randn(7240, 8, generator=g)
+    for teacher in (None, dk.TeacherHead(hidden + 0.1, weight)):
+        ours, exact = (
+            dk.linear_distribution_statistics(hidden, weight, None, teacher, backend=name)
+            for name in ("cluster", "reference")
+        )
+        torch.testing.assert_close(ours.entropy, exact.entropy)
+        torch.testing.assert_close(ours.lse, exact.lse)
+        if teacher is not None:
+            torch.testing.assert_close(ours.divergence, exact.divergence)
+
+
+@emulated
+def test_rows_that_no_cluster_takes(monkeypatch) -> None:
+    monkeypatch.setitem(BACKENDS, "cluster", CudaBackend("cluster"))
+    with pytest.raises(RuntimeError, match="these rows do not fit the cluster design"):
+        dk.distribution_loss(torch.randn(2, 101), torch.tensor([1, 2]), backend="cluster")
+    dk.distribution_loss(torch.randn(2, 101), torch.tensor([1, 2]), backend="cuda")  # takes the other design
+
+
+@emulated
+def test_a_divergent_barrier_is_found() -> None:
+    assert "wait at different barriers" in extension.CUDA.run_divergent_barrier()
+
+
+@emulated
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_on_and_off_16_bytes(dtype: torch.dtype, shift: int) -> None:
+    """The wide loads and stores and the others, for a vocabulary that ends inside a group."""
+    g = torch.Generator().manual_seed(0)
+    wide = [torch.randn(3, 2064, generator=g).to(dtype) for _ in range(2)]
+    logits, teacher = (x[:, shift : shift + 2053].requires_grad_(i == 0) for i, x in enumerate(wide))
+    target = torch.tensor([0, 2052, 7])
+    arguments = {"divergence": "reverse_kl", "hard_weight": 0.5}
+    loss = dk.distribution_loss(logits, target, teacher, backend="cuda", **arguments)
+    exact = dk.testing.dense_loss(logits, None, target, teacher, **arguments)
+    for ours, want in zip(
+        (loss, *torch.autograd.grad(loss, logits)), (exact, *torch.autograd.grad(exact, logits)), strict=True
+    ):
+        assert dk.testing.relative_error(ours, want) < (4e-3 if dtype == torch.bfloat16 and ours.ndim else 1e-3)
+
+
+@emulated
+def test_offsets_are_64_bit() -> None:
+    """Two rows 2^31 numbers apart, of which only the pages that are touched exist."""
+    kernels, apart, vocab = extension.CUDA, 2**31, 700
+    logits = torch.empty(apart + vocab, dtype=torch.bfloat16).as_strided((2, vocab), (apart, 1))
+    out = torch.empty(apart + vocab, dtype=torch.bfloat16).as_strided((2, vocab), (apart, 1))
+    logits.copy_(torch.randn(2, vocab))
+    cotangents = torch.zeros(6, 2)
+    cotangents[Row.LSE] = 1.0  # whose gradient is q
+    rows = kernels.Rows(logits=logits)
+    statistics = kernels.row_step(rows, 1 << Row.LSE, 1 << Row.LSE, cotangents, None, out)
+    exact = logits.float().softmax(-1)
+    torch.testing.assert_close(out.float(), exact, rtol=8e-3, atol=0)
+    torch.testing.assert_close(kernels.probabilities(rows, statistics), exact)
+    columns = torch.zeros(1, vocab)
+    kernels.accumulate_columns(rows, statistics, None, columns)
+    torch.testing.assert_close(columns[0], exact.sum(0))
+
+
+@emulated
+def test_the_binding_checks_what_it_is_given() -> None:
+    kernels = extension.CUDA
+    rows = kernels.Rows(logits=torch.randn(3, 5))
+    with pytest.raises(RuntimeError, match="label must be given"):
+        kernels.row_statistics(rows, 1 << Row.LOG_PROB, 0)
+    with pytest.raises(RuntimeError, match="target must be given"):
+        kernels.row_statistics(rows, 1 << Row.DIVERGENCE, 0)
+    with pytest.raises(RuntimeError, match=r"out must be \[R, V\] like logits \[3, 5\], got \[3, 4\]"):
+        kernels.row_gradient(rows, torch.zeros(14, 3), 8, torch.zeros(6, 3), None, torch.empty(3, 4))
+    with pytest.raises(RuntimeError, match=r"cotangents must be \[6, R\]"):
+        kernels.row_gradient(rows, torch.zeros(14, 3), 8, torch.zeros(6, 2), None, torch.empty(3, 5))
+    with pytest.raises(RuntimeError, match="divergence must be one of its table, got kl"):
+        kernels.row_statistics(kernels.Rows(logits=torch.randn(3, 5), divergence="kl"), 8, 0)
+
+
+@compiles
+@pytest.mark.parametrize("architecture", ["75", "80", "90a", "100"])
+def test_kernels_compile_alone_without_warnings_and_spills(architecture: str, tmp_path: Path) -> None:
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        command = (
+            f"nvcc -std=c++17 --expt-relaxed-constexpr --extended-lambda -Icsrc -gencode=arch=compute_{architecture}"
+        )
+        command += f",code=sm_{architecture} -Xptxas -v,-Werror -Werror all-warnings -c {source} -o {tmp_path}/kernel.o"
+        done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        entries = done.stderr.count("Compiling entry function")
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+        assert len(frames) == entries
+        assert entries >= len(divergences.TABLE) + 1
+        assert set(frames) == {("0", "0", "0")}
+        assert max(map(int, re.findall(r"Used (\d+) registers", done.stderr))) <= 168
+
+
+def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    for name in ("csrc", "dft_kernels"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    merged = {**os.environ, "DFT_KERNELS_CUDA": "1", **environment}
+    return subprocess.run(command, cwd=folder, env=merged, capture_output=True, text=True)
+
+
+@compiles
+def test_the_extension_builds_links_and_loads(tmp_path: Path) -> None:
+    """On any machine with nvcc, GPU or not, CUDA in torch or not."""
+    done = build(tmp_path, TORCH_CUDA_ARCH_LIST="9.0a 10.0+PTX")
+    assert done.returncode == 0, done.stderr[-3000:]
+    code = (
+        "from dft_kernels.backends import BACKENDS, extension as e; import torch\n"
+        "print(e.CUDA.DIVERGENCES, e.read_stamp()['cuda_kernels']['architectures'])\n"
+        "print(BACKENDS['cuda'].unavailable(torch.device('cpu'), torch.float32))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert f"{list(divergences.TABLE)} ['9.0a', '10.0+PTX']" in ran.stdout
+    assert "its kernels run on NVIDIA GPUs, not on cpu" in ran.stdout
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("environment", "nvcc", "text"),
+    [
+        ({"DFT_KERNELS_CUDA": "yes"}, None, "DFT_KERNELS_CUDA must be 0, 1 or unset, got 'yes'"),
+        ({"CUDA_HOME": "/nowhere"}, None, "there is no nvcc in CUDA_HOME=/nowhere. Install the CUDA toolkit"),
+        ({}, "echo nothing", "says nothing of a release. Set CUDA_HOME"),
+        ({}, "echo release 11.8", r"nvcc must be 12.0 or newer, .* is 11.8. Install one, or set CUDA_HOME"),
+        (
+            {"TORCH_CUDA_ARCH_LIST": "Hopper"},
+            'case $1 in --version) echo release 13.0;; *) echo compute_80;; esac',
+            r"entries like 8.0, 9.0a or 10.0\+PTX, got 'Hopper'",
+        ),
+        (
+            {"TORCH_CUDA_ARCH_LIST": "8.0;7.0"},
+            'case $1 in --version) echo release 13.0;; *) echo compute_80;; esac',
+            r"GPUs from 7.5 on that nvcc compiles for \(8.0\), got 7.0. Take it out",
+        ),
+        (
+            {},
+            'case $1 in --version) echo release 13.0;; --list*) echo compute_80;; --dryrun) exit 0;; '
+            '*) echo "host_config.h: error: unsupported GNU version! gcc versions later than 12" >&2; exit 1;; esac',
+            r"nvcc failed: .*unsupported GNU version.*Set NVCC_PREPEND_FLAGS",
+        ),
+    ],
+    ids=["variable", "no_nvcc", "no_version", "old_nvcc", "arch_form", "arch_old", "host_compiler"],
+)  # fmt: skip
+def test_what_stops_the_build_says_what_to_do(
+    environment: dict[str, str], nvcc: str | None, text: str, tmp_path: Path
+) -> None:
+    if torch.version.cuda is not None and nvcc is not None:
+        nvcc = nvcc.replace("13.0", torch.version.cuda)
+    if nvcc is not None:
+        home = tmp_path / "toolkit"
+        script(home / "bin" / "nvcc", nvcc)
+        (home / "lib64").mkdir()
+        (home / "lib64" / "libcudart_static.a").touch()
+        environment = {"CUDA_HOME": str(home), **environment}
+    folder = tmp_path / "source"
+    folder.mkdir()
+    done = build(folder, **environment)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(rf"^dft_kernels: DFT_KERNELS_CUDA=1, but .*{text}", last), done.stderr
+
+
+def test_a_toolkit_that_is_not_torchs_stops_the_build(tmp_path: Path) -> None:
+    script(tmp_path / "toolkit" / "bin" / "nvcc", "echo release 12.4")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("import torch.version\ntorch.version.cuda = '13.0'\n")
+    (tmp_path / "source").mkdir()
+    places = {"CUDA_HOME": str(tmp_path / "toolkit"), "PYTHONPATH": str(tmp_path / "site")}
+    done = build(tmp_path / "source", **places)
+    assert done.returncode != 0
+    text = r"nvcc must be of torch's CUDA 13.0, .*nvcc is 12.4. Install that toolkit and set CUDA_HOME to it"
+    assert re.search(text, done.stderr), done.stderr
+
+
+def test_gpus_that_the_kernels_were_not_compiled_for() -> None:
+    stamp = {"architectures": ["8.0", "9.0a", "10.0+PTX"]}
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)):
+        assert extension.not_compiled_for(capability, stamp) is None
+    reason = extension.not_compiled_for((7, 5), stamp)
+    assert reason is not None
+    assert (
+        "compiled for 8.0, 9.0a, 10.0+PTX, this one has capability 7.5. Rebuild with: TORCH_CUDA_ARCH_LIST=7.5"
+        in reason
+    )
+    assert extension.not_compiled_for((9, 0), {"architectures": ["9.0a"]}) is None
+    assert extension.not_compiled_for((9, 1), {"architectures": ["9.0a"]}) is not None

@@ -1,0 +1,157 @@
+"""What devices ask for: no host synchronisation, checked anywhere; and on a GPU the shared suite, streams, graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, compare, leaves, make, present
+
+import dft_kernels as dk
+from dft_kernels.backends import BACKENDS
+from dft_kernels.backends.cuda import CudaBackend
+from dft_kernels.loss import autograd
+from dft_kernels.loss.problem import build
+from dft_kernels.testing import relative_error
+
+CUDA = torch.cuda.is_available()
+DESIGNS = ("cuda_generic", "cuda_cluster")
+ON_GPU = present(device="cuda") if CUDA else []
+ON_GPU += DESIGNS if "cuda" in ON_GPU else ()
+gpu = pytest.mark.skipif(not CUDA, reason="no GPU")
+
+
+@pytest.fixture(autouse=True)
+def designs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in DESIGNS:
+        monkeypatch.setitem(BACKENDS, name, CudaBackend(name.removeprefix("cuda_")))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("case", ["everything", "no_compact", "no_compact_none", "cross_entropy_bias"])
+def test_no_synchronisation_without_compaction(case: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without data: a loop that asks one for a value, as a synchronisation would, raises."""
+    launches = []
+    if backend == "triton":
+        pytest.importorskip("triton")
+        for room in ("rows", "columns"):
+            monkeypatch.setattr(f"triton_ops.{room}.launch", lambda kernel, *_, **__: launches.append(kernel))
+        monkeypatch.setattr(dk.backends.TritonBackend, "unavailable", lambda *_: None)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no such device
+
+    def empty(value: Any) -> Any:
+        if isinstance(value, dk.TeacherHead):
+            return dataclasses.replace(value, **{k: empty(getattr(value, k)) for k in ("hidden", "weight", "bias")})
+        return value.detach().to("meta") if isinstance(value, torch.Tensor) else value
+
+    arguments = {name: empty(value) for name, value in make(CASES[case], torch.bfloat16).items()}
+    given = [arguments.pop(name, None) for name in ("hidden", "weight", "target", "teacher")]
+    arguments |= {"compact": False, "chunk_size": 11, "backend": backend}
+    problem = build("test", *given, **arguments, return_metrics=True)
+    needs = {"need_hidden": True, "need_weight": True, "need_bias": problem.bias is not None}
+    loss, *_, dhidden, dweight, _, _, _ = autograd.compute_loss(problem._replace(**needs))
+    assert loss.device.type == "meta"
+    assert (dhidden.shape, dweight.shape) == (given[0].shape, given[1].shape)
+    assert len(launches) >= (3 if backend == "triton" else 0)
+    with pytest.raises((RuntimeError, NotImplementedError)):  # the test can fail: compaction does synchronise
+        autograd.compute_loss(problem._replace(compact=True, **needs))
+
+
+@gpu
+@pytest.mark.parametrize("backend", ON_GPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", CASES)
+def test_case_on_a_gpu(case: str, dtype: torch.dtype, backend: str) -> None:
+    n, h, v = CASES[case].shape
+    sizes = [16 * -(-v // 16)] if backend == "cuda_cluster" else [v, 16 * -(-v // 16)]  # whose rows are aligned
+    for vocab in sizes:
+        aligned = CASES[case]._replace(shape=(n, h, vocab))
+        compare(aligned, dtype, backend, device="cuda")
+        compare(aligned, dtype, backend, device="cuda", chunk_size=7)
+
+
+@gpu
+@pytest.mark.parametrize("backend", ON_GPU)
+@pytest.mark.parametrize("vocab", [32_000, 128_256])
+def test_large_vocabularies_on_a_gpu(vocab: int, backend: str) -> None:
+    for name in ("everything", "forward_kl", "reverse_kl", "skew_kl", "none"):
+        compare(CASES[name]._replace(shape=(300, 64, vocab)), torch.bfloat16, backend, device="cuda", chunk_size=128)
+
+
+def fixed(backend: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    arguments = make(CASES["everything"]._replace(shape=(96, 64, 2048)), torch.bfloat16, "cuda")
+    arguments |= {"backend": backend, "compact": False, "chunk_size": 40}
+    return arguments, leaves(arguments)
+
+
+def step(arguments: dict[str, Any], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    loss = dk.linear_distribution_loss(**arguments)
+    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+@gpu
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_another_stream_and_the_same_bits(backend: str) -> None:
+    arguments, inputs = fixed(backend)
+    plain = step(arguments, inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)  # whatever ran on the default stream would be ahead of what it needs
+        arguments["hidden"] = arguments["hidden"].detach().clone().requires_grad_()
+        elsewhere = step(arguments, [arguments["hidden"], *inputs[1:]])
+    torch.cuda.synchronize()
+    for a, b in zip(plain, elsewhere, strict=True):
+        assert torch.equal(a, b)
+
+
+@gpu
+@pytest.mark.parametrize("backend", ON_GPU)
+@pytest.mark.filterwarnings("ignore")
+def test_opcheck_on_a_gpu(backend: str) -> None:
+    arguments = make(CASES["everything"], torch.float32, "cuda") | {"backend": backend}
+    given = [arguments.pop(name, None) for name in ("hidden", "weight", "target", "teacher")]
+    problem = build("test", *given, chunk_size=11, **arguments)
+    torch.library.opcheck(autograd.loss._opoverload, tuple(problem), rtol=1e-2, atol=1e-3)
+
+
+@gpu
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_graph_capture(backend: str) -> None:
+    arguments, inputs = fixed(backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(arguments, inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(arguments, inputs)
+    with torch.no_grad():
+        arguments["hidden"].normal_()
+        arguments["target"].random_(0, 2048)
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(captured, step(arguments, inputs), strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+@gpu
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_more_than_2_to_the_31_logits(backend: str) -> None:
+    n, v = 17_000, 131_072
+    logits = torch.randn(n, v, device="cuda", dtype=torch.bfloat16)
+    last = logits[-4:].float().requires_grad_()
+    target = torch.randint(0, v, (n,), device="cuda")
+    exact = torch.nn.functional.cross_entropy(last, target[-4:], reduction="sum")
+    (want,) = torch.autograd.grad(exact, last)
+    loss = dk.cross_entropy(
+        logits.requires_grad_(), target, reduction="sum", inplace_gradient=True, backend=backend, compact=False
+    )
+    loss.backward()
+    assert logits.grad is not None
+    assert relative_error(logits.grad[-4:], want) < 1e-2

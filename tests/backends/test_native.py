@@ -1,0 +1,196 @@
+"""The CPU kernels: their functions to the ulp, every instruction set, threads, and the scratch that they keep."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import dft_kernels as dk
+from dft_kernels.backends import extension
+from dft_kernels.testing import relative_error
+
+pytestmark = pytest.mark.skipif(extension.MODULE is None, reason=str(extension.REASON))
+NATIVE = extension.MODULE
+TESTS = Path(__file__).parent
+
+
+def spread(low: float, high: float) -> torch.Tensor:
+    """Numbers of both signs and of every size between low and high."""
+    size = torch.logspace(-12, 2.2, 1 << 15)
+    return torch.cat([torch.linspace(low, high, 1 << 16), size, -size]).clamp(low, high)
+
+
+@pytest.mark.parametrize(
+    ("function", "exact", "low", "high", "ulps"),
+    [
+        (0, torch.exp, -86.0, 87.9, 2.0),
+        (1, torch.expm1, -100.0, 87.0, 3.0),
+        (2, torch.log1p, -1 + 2**-24, 0.0, 3.0),
+        (3, torch.tanh, -30.0, 30.0, 4.0),
+        (4, torch.exp, -86.0, 88.7, 4.0),
+    ],
+)
+def test_functions_are_good_to_a_few_ulp(function, exact, low, high, ulps):
+    x = spread(low, high)
+    want = exact(x.double())
+    got = NATIVE.evaluate(function, x).double()
+    unit = torch.finfo(torch.float32).eps * torch.exp2(torch.floor(torch.log2(want.abs().clamp(min=1e-37))))
+    assert float(((got - want) / unit).abs().max()) <= ulps
+    assert relative_error(NATIVE.evaluate(function, x.double()), want) < 1e-15
+
+
+def test_functions_at_the_edges():
+    inf, nan = torch.inf, torch.nan
+
+    def at(function, *values):
+        return NATIVE.evaluate(function, torch.tensor([*values, *[0.0] * (32 - len(values))]))[: len(values)].tolist()
+
+    assert at(0, -inf, 0.0, -200.0) == [0.0, 1.0, 0.0]
+    assert at(4, -inf, inf, 0.0, 100.0, -200.0) == [0.0, inf, 1.0, inf, 0.0]
+    assert at(1, -inf, 0.0, -1e-20) == [-1.0, 0.0, pytest.approx(-1e-20)]
+    assert at(2, -1.0, 0.0, -1e-20) == [-inf, 0.0, pytest.approx(-1e-20)]
+    assert at(3, -inf, 0.0, inf) == [-1.0, 0.0, 1.0]
+    for function in range(5):
+        (value,) = at(function, nan)
+        assert value != value
+
+
+def gradients(dtype=torch.bfloat16, **options):
+    g = torch.Generator().manual_seed(3)
+    hidden = torch.randn(150, 34, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(1000, 34, generator=g).to(dtype).requires_grad_()
+    teacher = dk.TeacherHead(torch.randn(150, 18, generator=g).to(dtype), torch.randn(1000, 18, generator=g).to(dtype))
+    target = torch.randint(0, 1000, (150,), generator=g)
+    options = {"hard_weight": 0.3, "divergence": "jensen_shannon", "chunk_size": 70, "backend": "native", **options}
+    loss = dk.linear_distribution_loss(hidden, weight, target, teacher, **options)
+    return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_threads_change_nothing_but_rounding(dtype):
+    before = torch.get_num_threads()
+    try:
+        results = {}
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results[count] = gradients(dtype)
+            assert all(torch.equal(a, b) for a, b in zip(results[count], gradients(dtype), strict=True))
+    finally:
+        torch.set_num_threads(before)
+    for count in (2, 3):
+        for a, b in zip(results[count], results[1], strict=True):
+            assert relative_error(a, b) <= 2 * torch.finfo(dtype).eps
+
+
+def test_calls_on_several_threads_do_not_share_scratch():
+    want, found = gradients(), []
+    threads = [threading.Thread(target=lambda: found.append([gradients() for _ in range(5)])) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    for many in found:
+        for one in many:
+            assert all(relative_error(a, b) < 1e-2 for a, b in zip(one, want, strict=True))
+
+
+def test_scratch_is_kept_and_released():
+    dk.release_scratch()
+    start = NATIVE.pool_bytes()
+    hidden, weight = torch.randn(256, 8), torch.randn(9000, 8)
+    target = torch.randint(0, 9000, (256,))
+    loss = dk.linear_cross_entropy(hidden, weight, target, backend="native")
+    kept = NATIVE.pool_bytes() - start
+    assert 4 * 256 * 9000 <= kept <= 4 * 256 * 9000 + (2 << 20)
+    again = dk.linear_cross_entropy(hidden, weight, target, backend="native")
+    assert NATIVE.pool_bytes() - start == kept  # taken again, not added to
+    assert dk.release_scratch() == kept
+    assert NATIVE.pool_bytes() == start
+    assert torch.equal(loss, again)
+
+
+@pytest.mark.parametrize("megabytes", [4, 24])
+def test_memory_budget_is_kept(megabytes):
+    dk.release_scratch()
+    start = NATIVE.pool_bytes()
+    hidden, weight = torch.randn(512, 8), torch.randn(20000, 8)
+    teacher = dk.TeacherHead(torch.randn(512, 8), torch.randn(20000, 8))
+    options = {"backend": "native", "memory_budget": megabytes << 20}
+    dk.linear_distribution_loss(hidden, weight, None, teacher, **options)
+    kept = NATIVE.pool_bytes() - start
+    pages = 2 * (2 << 20)  # either buffer is rounded up to large pages, and to 32 rows
+    assert max(megabytes << 20, 2 * 32 * 4 * 20000) / 2 < kept <= max(megabytes << 20, 2 * 32 * 4 * 20000) + pages
+    dk.release_scratch()
+
+
+def test_gradients_outlive_the_release_of_scratch():
+    weight = torch.randn(40000, 16).bfloat16().requires_grad_()
+    hidden, target = torch.randn(64, 16).bfloat16(), torch.randint(0, 40000, (64,))
+    dk.linear_cross_entropy(hidden, weight, target, backend="native").backward()
+    before = weight.grad.clone()
+    dk.release_scratch()
+    dk.linear_cross_entropy(hidden + 1, weight.detach(), target, backend="native")
+    assert torch.equal(weight.grad, before)
+
+
+@pytest.mark.parametrize("teacher_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_logits_of_any_dtype(dtype, teacher_dtype):
+    g = torch.Generator().manual_seed(4)
+    logits = (4 * torch.randn(37, 203, generator=g, dtype=torch.float64)).to(dtype).requires_grad_()
+    teacher = (4 * torch.randn(37, 203, generator=g, dtype=torch.float64)).to(teacher_dtype)
+    both = []
+    for backend in ("native", "reference"):
+        loss = dk.distribution_loss(logits, None, teacher, divergence="reverse_kl", chunk_size=33, backend=backend)
+        both.append([loss.detach(), *torch.autograd.grad(loss, logits)])
+    for ours, theirs in zip(*both, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert relative_error(ours, theirs) <= max(1e-6, torch.finfo(dtype).eps) if dtype != torch.float64 else 1e-12
+
+
+def test_every_half_survives_the_way_through():
+    """exp and the products aside: a row's gradient of sum q * G at G = one-hot shows the logits' own rounding."""
+    halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    halves = halves[torch.isfinite(halves)][None]  # [1, 63488], all finite values, subnormals included
+    lse = dk.linear_distribution_statistics(
+        torch.ones(1, 1).half(), halves.t().contiguous(), row_weight=None, backend="native"
+    ).lse
+    assert float(lse) == pytest.approx(float(halves.double().logsumexp(-1)), rel=1e-6)
+    small = halves[:, halves[0].abs() < 1.0].clone()
+    found = dk.distribution_loss(small, torch.tensor([5]), backend="native")
+    assert float(found) == pytest.approx(float(-small.double().log_softmax(-1)[0, 5]), rel=1e-6)
+
+
+SETTINGS = {
+    "baseline": {"ATEN_CPU_CAPABILITY": "default"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2"},
+    "no_bf16_products": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+}
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one instruction set on this processor")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_path_that_other_processors_take(name):
+    """The shared cases once more in a process that is told to use less than this processor has."""
+    environment = {**os.environ, **SETTINGS[name]}
+    code = (
+        "from dft_kernels.backends import extension as e; print(e.MODULE.instruction_set(), e.MODULE.multiplies_bf16())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    chosen, multiplies = ran.stdout.split()
+    if name == "no_bf16_products":
+        assert multiplies == "False"
+    else:
+        assert chosen in (name, "baseline")  # a processor without AVX2 has only the latter
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "test_contract.py", "test_native.py"]
+    chosen_tests = "native and not every_path and not no_rows or functions"
+    ran = subprocess.run([*command, "-k", chosen_tests], cwd=TESTS, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-3000:]

@@ -1,0 +1,223 @@
+"""A teacher run over texts, into a store, and training from it: as with the teacher itself."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dft_kernels
+from dft_kernels.commands import capture as command
+from dft_kernels.models.heads import head_of, hidden_states
+from dft_kernels.store.reader import Store
+from dft_kernels.testing import relative_error
+from dft_kernels.training.capture import capture, sequences_of
+
+transformers = pytest.importorskip("transformers")
+WORDS = [f"word{n}" for n in range(90)]
+SMALL = {
+    "vocab_size": 100, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+
+
+def tiny(name: str = "Llama", **more: Any) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, **more})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from uniform
+            parameter.normal_(std=0.3)
+    return model.eval()
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: n for n, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="<pad>")
+
+
+def texts(count: int = 9) -> list[str]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 30, (count,), generator=generator).tolist()
+    return [" ".join(WORDS[i] for i in torch.randint(0, 90, (n,), generator=generator)) for n in lengths]
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("Llama", {}),
+        ("Gemma2", {"final_logit_softcapping": 5.0}),
+        ("Cohere", {"logit_scale": 0.3}),
+        ("Granite", {"logits_scaling": 4.0}),
+        ("Phi", {}),  # a head with a bias
+        ("GPT2", {"n_embd": 16, "n_layer": 2, "n_head": 2}),
+    ],
+)
+def test_head_of(name: str, more: dict[str, Any]) -> None:
+    model = tiny(name, **more)
+    head, ids = head_of(model), torch.arange(5, 25).view(2, 10)
+    with torch.no_grad():
+        exact = model(input_ids=ids).logits
+        hidden = hidden_states(model, ids)
+        teacher = dft_kernels.TeacherHead(hidden, head.weight, head.bias, head.logit_scale, head.softcap)
+        loss = dft_kernels.distribution_loss(exact, teacher=teacher)
+    assert float(loss) < 1e-9
+    assert not model.training
+
+
+def test_a_head_that_does_more_is_refused() -> None:
+    model = tiny()
+    forward = model.forward
+
+    def shifted(*arguments: Any, **named: Any) -> Any:
+        out = forward(*arguments, **named)
+        out.logits = out.logits + torch.arange(100)
+        return out
+
+    model.forward = shifted
+    with pytest.raises(ValueError, match="head_of: LlamaForCausalLM must have the logits that its hidden states"):
+        head_of(model)
+
+
+@pytest.mark.parametrize("kind", ["hidden", "topk"])
+def test_the_store_is_the_live_teacher(kind: str, tmp_path: Path, tokenizer: Any) -> None:
+    """The same loss and gradients, for a student trained from the store, as from the running teacher."""
+    teacher = tiny().to(torch.bfloat16)
+    sequences = sequences_of(texts(), tokenizer, 12)
+    assert max(map(len, sequences)) == 12
+    store = capture(teacher, tokenizer, sequences, tmp_path / "s", kind, k=100, batch_tokens=40, shard_rows=50)
+    assert len(store.parts) > 2
+    head, student = head_of(teacher), torch.randn(100, 8, requires_grad=True)
+    for numbers in ([0, 5, 3], [len(store) - 1]):
+        batch = store.batch(numbers)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        labels = dft_kernels.shift_labels(batch["labels"])
+        hidden = torch.randn(*ids.shape, 8, requires_grad=True)
+        with torch.no_grad():
+            live = dft_kernels.TeacherHead(hidden_states(teacher, ids, mask), head.weight)
+        gradients = []
+        for given in (live, store.teacher(batch)):
+            loss = dft_kernels.linear_distribution_loss(hidden, student, labels, given)
+            gradients.append([loss.detach(), *torch.autograd.grad(loss, (hidden, student))])
+        for kept, true in zip(reversed(gradients[1]), reversed(gradients[0]), strict=True):
+            # batches of other shapes round otherwise in bf16; log-probabilities are stored in bf16
+            assert relative_error(kept, true) < 2e-2
+
+
+def test_temperature_and_tail(tmp_path: Path, tokenizer: Any) -> None:
+    teacher, sequences = tiny(), sequences_of(texts(), tokenizer, 64)
+    store = capture(teacher, tokenizer, sequences, tmp_path / "s", "topk", k=7, temperature=2.5)
+    item = store[3]
+    with torch.no_grad():
+        log_p = (teacher(input_ids=item["input_ids"][None]).logits[0] / 2.5).log_softmax(-1)
+    torch.testing.assert_close(item["log_probs"].float(), log_p.gather(1, item["indices"]), rtol=1e-2, atol=1e-2)
+    exact = log_p.scatter(1, item["indices"], -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(item["tail"], exact, rtol=1e-3, atol=1e-3)
+    assert store.teacher(store.batch([0])).temperature == 2.5  # type: ignore[union-attr]
+
+
+def test_interrupted_it_goes_on(tmp_path: Path, tokenizer: Any) -> None:
+    teacher, sequences = tiny(), sequences_of(texts(), tokenizer, 12)
+    options: dict[str, Any] = {"kind": "topk", "k": 3, "batch_tokens": 30, "shard_rows": 30}
+    whole = capture(teacher, tokenizer, sequences, tmp_path / "whole", **options)
+    done = []
+
+    def tick(tokens: int) -> None:
+        done.append(tokens)
+        if sum(done) > whole.rows // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        capture(teacher, tokenizer, sequences, tmp_path / "part", **options, tick=tick)
+    begun = len(Store(tmp_path / "part"))
+    assert 0 < begun < len(sequences)
+    ticks: list[int] = []
+    capture(teacher, tokenizer, sequences, tmp_path / "part", **options, tick=ticks.append)
+    assert ticks[0] == sum(map(len, sequences[:begun]))
+    assert sum(ticks) == whole.rows
+    assert (tmp_path / "part/manifest.json").read_text() == (tmp_path / "whole/manifest.json").read_text()
+
+    with pytest.raises(ValueError, match=r"tokens must hold .* sequence 0 has"):
+        capture(teacher, tokenizer, [ids.flip(0) for ids in sequences], tmp_path / "part", **options)
+    with pytest.raises(ValueError, match="differ in length"):
+        capture(teacher, tokenizer, [ids[:-1] for ids in sequences], tmp_path / "part", **options)
+    with pytest.raises(ValueError, match="must hold the beginning of these 1 sequences"):
+        capture(teacher, tokenizer, sequences[:1], tmp_path / "part", **options)
+    other = copy.deepcopy(teacher)
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+    with pytest.raises(ValueError, match=r"manifest.json: model_sha256 must be"):
+        capture(other, tokenizer, sequences, tmp_path / "part", **options)
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    capture(tiny(), tokenizer, sequences_of(texts(), tokenizer, 12), tmp_path / "s")
+    Store(tmp_path / "s", tokenizer)
+    tokenizer.add_tokens(["another"])
+    with pytest.raises(ValueError, match=r"manifest.json: tokenizer_sha256 must be this tokenizer's"):
+        Store(tmp_path / "s", tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["hidden", "topk"])
+def test_a_padded_vocabulary_is_sliced_where_it_is_said(kind: str, tmp_path: Path, tokenizer: Any) -> None:
+    teacher, sequences = tiny(), sequences_of(texts(), tokenizer, 64)
+    store = capture(teacher, tokenizer, sequences, tmp_path / "s", kind, k=80, vocab_size=94)
+    batch = store.batch([2])
+    with torch.no_grad():
+        logits = teacher(input_ids=batch["input_ids"]).logits[..., :94]
+        loss = dft_kernels.distribution_loss(logits.contiguous(), teacher=store.teacher(batch))
+    assert float(loss) < 1e-3
+    with pytest.raises(ValueError, match=r"vocab_size must lie in 1\.\.100"):
+        capture(teacher, tokenizer, sequences, tmp_path / "t", kind, vocab_size=101)
+    with pytest.raises(ValueError, match=r"k must lie in 1\.\.94"):
+        capture(teacher, tokenizer, sequences, tmp_path / "t", "topk", k=95, vocab_size=94)
+    assert not (tmp_path / "t").exists()
+
+
+def test_the_readmes_loop(tmp_path: Path, tokenizer: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands there, from a store to an optimiser's steps."""
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
+    (loop,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "DataLoader" in block]
+    capture(tiny(), tokenizer, sequences_of(texts(24), tokenizer, 20), tmp_path / "teacher", "topk", k=20)
+    tiny(num_hidden_layers=1).save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(loop, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert said.count("loss ") >= 3
+
+
+def test_the_command(tmp_path: Path, tokenizer: Any, capsys: Any) -> None:
+    tiny().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "a.txt").write_text(" ".join(texts()))
+    out = tmp_path / "store"
+    line = ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "a.txt"), "--out", str(out), "--length", "16"]
+    assert command.main([*line, "--kind", "topk", "--k", "4", "--dtype", "float32", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "topk: the 4 likeliest tokens" in said
+    assert "tokens/s" in said
+    assert len(Store(out)) > 3
+    assert command.main([*line, "--kind", "topk", "--k", "4", "--dtype", "float32", "--device", "cpu"]) == 0  # done
+    assert "tokens/s" not in capsys.readouterr().out
+    for wrong, reason in (
+        (["--kind", "hidden"], "manifest.json: kind must be 'hidden' as in this capture"),
+        (["--k", "0"], "--k must be positive"),
+        (["--length", "1"], "--length must be positive"),
+        (["--temperature", "0"], "--temperature must be above 0"),
+        (["--text", str(tmp_path / "none.txt")], "must name readable UTF-8 files"),
+        (["--model", str(tmp_path / "none")], "--model must be a folder or name that transformers loads"),
+        (["--text", str(tmp_path / "a.txt"), "--limit", "0"], "--limit must be positive"),
+    ):
+        assert command.main([*line, *wrong]) == 1
+        assert reason in capsys.readouterr().err

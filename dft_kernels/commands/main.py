@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     if command in ("-h", "--help"):
         return 0
     print(
-        f"dft-kernels: COMMAND must be one of {', '.join(_COMMANDS)}, got {command!r}. See the list above.",
+        f"dft-kernels: COMMAND must be one of {', '.join(sorted(_COMMANDS))}, got {command!r}. See the list above.",
         file=sys.stderr,
     )
     return 2

@@ -138,7 +138,8 @@ def test_interrupted_it_goes_on(folder: Path) -> None:
     """SIGINT in the middle: a checkpoint where it stopped; the same command ends where an undisturbed one does."""
     whole, parts = folder / "whole", folder / "parts"
     fixed = [
-        sys.executable, "-m", "dft_kernels.commands.main", "train", "--model", str(folder / "student"), "--text", *texts(folder),
+        sys.executable, "-m", "dft_kernels.commands.main", "train", "--model", str(folder / "student"),
+        "--text", *texts(folder),
         "--length", "16", "--use_cpu", "--max_steps", "60", "--logging_steps", "1", "--held_out", "0",
         "--learning_rate", "1e-2",
     ]  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 
 from . import __version__
 from .backends import BACKENDS, extension
-from .loss.selection import SCRATCH_BYTES
+from .loss.planning import SCRATCH_BYTES
 
 _PACKAGES = ("transformers", "triton", "accelerate", "peft", "safetensors")
 

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from ..backends.extension import scratch
 from ..teachers.contract import Rows
-from .problem import Problem
-from .selection import Selection, dweight_dtype
-
-GRADIENTS = 5  # hidden, weight, bias, down, up
+from .planning import dweight_dtype
+from .problem import GRADIENTS, Problem
+from .selection import Selection
 
 
 class RowGradient:
@@ -72,3 +71,18 @@ def shapes(problem: Problem, weight_dtype: torch.dtype) -> tuple[Tensor, ...]:
         new(of.shape, dtype=dtype) if need and isinstance(of, Tensor) else new(0)
         for of, need, dtype in zip(problem[:GRADIENTS], problem.needs, dtypes, strict=True)
     )
+
+
+def scaled(gradient: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """gradient * factor (0-d; None: 1), multiplied in the accumulation dtype and rounded once to `dtype`; blockwise, so
+    that no second full-size tensor in the accumulation dtype appears."""
+    if factor is None and gradient.dtype == dtype:
+        return gradient
+    out = scratch(gradient.shape, dtype, gradient.device)
+    if factor is None:
+        return out.copy_(gradient)
+    factor = factor.reshape(1)
+    step = max(1, (1 << 18) // max(1, gradient[:1].numel())) if gradient.device.type == "cpu" else max(1, len(gradient))
+    for start in range(0, gradient.shape[0], step):
+        torch.mul(gradient[start : start + step], factor, out=out[start : start + step])
+    return out

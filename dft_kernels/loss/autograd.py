@@ -63,7 +63,7 @@ def _has_tangents(problem: Problem) -> bool:
 
 
 def _traced(tensor: Tensor) -> bool:
-    """Whether a call is to be a node of a graph, or has no values. An operator knows no transforms of torch.func."""
+    """Whether a call is to be a node of a graph, or has no values. The operators have no rules for torch.func."""
     traced = torch.compiler.is_compiling() or tensor.is_meta or torch._C._len_torch_dispatch_stack() > 0
     traced = traced or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
     if traced and torch._C._are_functorch_transforms_active():

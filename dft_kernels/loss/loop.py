@@ -1,4 +1,4 @@
-"""THE chunk loop: rows in play, one chunk after the other."""
+"""THE chunk loop, over the rows that are not ignored, and the loss, statistics and gradients computed by it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Seed = Callable[[Chunk, Rows], Cotangents]  # a chunk and its rows -> its cotang
 
 @dataclass
 class Outcome:
-    """What the loop leaves: row quantities [REPORTED, N] (0 for ignored rows), q @ features [N, K], column sums
+    """The loop's results: row quantities [REPORTED, N] (0 for ignored rows), q @ features [N, K], column sums
     [G, V], and unscaled gradients of hidden, weight, bias, down, up; None where not asked for."""
 
     selection: Selection

@@ -1,4 +1,4 @@
-"""Potentials, groups, features and entropy weights of a call: what distribution terms ask of the loss."""
+"""Potentials, groups, features and entropy weights of a call: what distribution terms pass to the loss."""
 
 from __future__ import annotations
 

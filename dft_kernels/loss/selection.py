@@ -1,7 +1,7 @@
 """The rows of a call that are in play, and how they are cut into chunks.
 
-The only place that looks at the values of labels and groups, at the one host synchronisation there is, before
-any product.
+The only module that reads the values of labels and groups, at the one host synchronisation there is, before any
+product.
 """
 
 from __future__ import annotations

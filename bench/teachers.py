@@ -1,7 +1,7 @@
 """What a stored teacher costs and what it is worth: python bench/teachers.py [--steps 20] [--csv FILE] [--plot FILE]
 
-SmolLM2-135M, in bf16, over LAMBADA passages (pip brings both), captured as hidden states and as top k; then a student
-of every second layer, trained by the running teacher and from each store, the same steps. For every teacher:
+SmolLM2-135M in bf16 over LAMBADA passages (both from pip), captured as hidden states and as top k; then a student of
+every second layer, trained by the running teacher and from each store for the same steps. For every teacher:
 
     bytes_a_token, capture_tokens_s    of the store; read_mb_s: sequences in random order, files in the page cache
     tail                               mean mass that the teacher has outside of the k tokens

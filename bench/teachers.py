@@ -30,8 +30,10 @@ import torch
 from torch import Tensor
 
 from dft_kernels import (
+    Store,
     TeacherHead,
     TopK,
+    capture,
     linear_cross_entropy,
     linear_distribution_loss,
     linear_distribution_statistics,
@@ -41,8 +43,6 @@ from dft_kernels.benchmarks.runs import about
 from dft_kernels.benchmarks.tables import write_csv
 from dft_kernels.materials.models import cache_folder, lambada, smollm2
 from dft_kernels.models.heads import hidden_states
-from dft_kernels.store.reader import Store
-from dft_kernels.training.capture import capture
 from dft_kernels.training.students import every_second_layer, pack
 
 KS = (16, 64, 128, 1024)

@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 
-from dft_kernels import linear_distribution_loss, shift_labels
+from dft_kernels import linear_distribution_loss, shift_labels, targets
 from dft_kernels.benchmarks.runs import about
 from dft_kernels.benchmarks.tables import write_csv
 from dft_kernels.materials.models import cache_folder, lambada
 from dft_kernels.materials.sources import tokenizer_of
-from dft_kernels.targets import target_file
 from dft_kernels.terms import Delayed, exact
 from dft_kernels.training.students import pack
 from dft_kernels.training.target_terms import TERMS, terms_of
@@ -96,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     shapes = [tuple(map(int, shape.split(","))) for shape in options.shapes]
     tokenizer = tokenizer_of("smollm2", options.cache)
     passages = pack(lambada(options.cache), tokenizer, LENGTH)
-    target = target_file.load("literary", tokenizer)
+    target = targets.load("literary", tokenizer)
     rows: list[dict[str, Any]] = []
     shared, vocab = about("cpu"), len(tokenizer)
     for count, width in shapes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from importlib import import_module
 from pathlib import Path
@@ -70,9 +71,42 @@ def test_the_api_page_is_the_api(module: str) -> None:
     assert sorted(names_below(f"`{module}`")) == sorted(import_module(module).__all__)
 
 
-def test_the_api_page_has_every_command_and_no_other_section() -> None:
-    assert sorted(names_below("Commands")) == sorted(commands._COMMANDS)
+def command_names(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    assert commands.main(["?"]) == 2
+    return re.findall(r"\w+", re.findall(r"must be one of (.*), got", capsys.readouterr().err)[0])
+
+
+def test_the_api_page_has_every_command_and_no_other_section(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sorted(names_below("Commands")) == command_names(capsys)
     assert re.findall(r"^## (.*)$", DOCS["api"], re.M) == [*(f"`{module}`" for module in PUBLIC), "Commands"]
+
+
+def help_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        commands.main([*words, "--help"])
+    assert not ended.value.code
+    return capsys.readouterr().out
+
+
+def test_command_lines_have_flags_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every `dft-kernels ...` line of the pages."""
+    pytest.importorskip("transformers")
+    from dft_kernels.training.config import Job
+    from dft_kernels.training.trainer import DFTConfig
+
+    known, seen = command_names(capsys), set()
+    trained = {f"--{one.name}" for kind in (Job, DFTConfig) for one in dataclasses.fields(kind)}
+    for line in (line for text in TEXT.values() for line in re.findall(r"^(?:    )?dft-kernels (\w.*)$", text, re.M)):
+        command, *rest = line.split("  #")[0].split()
+        assert command in known, line
+        seen.add(command)
+        flags = {word for word in rest if word.startswith("--")}
+        if command == "train":
+            assert flags <= trained, line
+        elif flags:
+            words = [command, rest[0]] if command == "target" else [command]
+            assert flags <= set(re.findall(r"--[\w-]+", help_of(words, capsys))), line
+    assert seen == set(known)
 
 
 def tree() -> set[str]:

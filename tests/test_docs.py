@@ -41,9 +41,7 @@ def anchors(text: str) -> set[str]:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
-    links = re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", TEXT[path]))
-    assert links or path.stem == "install"
-    for link in links:
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", TEXT[path])):
         if "://" in link:
             continue
         file, _, heading = link.partition("#")

@@ -55,6 +55,11 @@ def test_the_loss_page_has_every_divergence_and_backend() -> None:
         assert re.search(rf"^\| `{name}[`(]", DOCS["loss"], re.M), name
 
 
+def test_the_install_page_has_the_variables_of_the_build() -> None:
+    read = set(re.findall(r"DFT_KERNELS_[A-Z_]+", (ROOT / "setup.py").read_text()))
+    assert set(re.findall(r"^\| `(DFT_KERNELS_\w+)`", DOCS["install"], re.M)) == read
+
+
 def names_below(heading: str) -> list[str]:
     """The first cells of the tables of a section of the API page."""
     (section,) = re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", DOCS["api"], re.M | re.S)

@@ -75,7 +75,7 @@ print(f"{major}.{minor}" + ("a" if major >= 9 else ""))')
     BUILD=(env DFT_KERNELS_CUDA=1 DFT_KERNELS_REQUIRE_EXTENSION=1 TORCH_CUDA_ARCH_LIST="$ARCH"
         "$PYTHON" setup.py -q build_ext --inplace)
     TESTS=(tests/backends/test_device.py --maxfail=20)
-    # Triton's kernels are compiled by the tests that meet them: on many cores, if pytest can
+    # tests compile the Triton kernels that they run: on many cores, where pytest-xdist is installed
     if "$PYTHON" -c 'import xdist' 2>/dev/null; then TESTS+=(-n 8); fi
     CHECKED=(tests/backends/test_device.py -k "on_a_gpu and everything and bfloat16 and cuda")
     SANITIZER="env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=dft --error-exitcode 9 --tool "

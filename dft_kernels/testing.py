@@ -24,6 +24,8 @@ from .teachers.top_k import TopK
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+__all__ = ["Allocations", "allowance", "dense_loss", "record_allocations", "relative_error", "textbook_divergence"]
+
 
 def textbook_divergence(log_p: Tensor, log_q: Tensor, divergence: Any) -> Tensor:
     """D(p, q) of each row, summed from its definition; 0 log 0 = 0. Of measures that do not sum to 1 too, where each

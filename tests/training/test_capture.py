@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from typing import Any
 
@@ -182,19 +181,6 @@ def test_a_padded_vocabulary_is_sliced_where_it_is_said(kind: str, tmp_path: Pat
     with pytest.raises(ValueError, match=r"k must lie in 1\.\.94"):
         capture(teacher, tokenizer, sequences, tmp_path / "t", "topk", k=95, vocab_size=94)
     assert not (tmp_path / "t").exists()
-
-
-def test_the_readmes_loop(tmp_path: Path, tokenizer: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it stands there, from a store to an optimiser's steps."""
-    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
-    (loop,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "DataLoader" in block]
-    capture(tiny(), tokenizer, sequences_of(texts(24), tokenizer, 20), tmp_path / "teacher", "topk", k=20)
-    tiny(num_hidden_layers=1).save_pretrained(tmp_path / "student")
-    tokenizer.save_pretrained(tmp_path / "student")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(loop, "README.md", "exec"), {})
-    said = capsys.readouterr().out
-    assert said.count("loss ") >= 3
 
 
 def test_the_command(tmp_path: Path, tokenizer: Any, capsys: Any) -> None:

@@ -29,8 +29,8 @@ from setuptools import setup
 HERE = Path(__file__).resolve().parent
 STAMP = HERE / "dft_kernels" / "_build.json"  # what the extensions were built against, or why there are none
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("bindings", "memory", "ops", "step")]
-KERNELS = ["csrc/cuda/rows.cu", "csrc/cuda/rows_cluster.cu"]
-HEADERS = [str(path) for pattern in ("*.h", "*.inc", "*.cuh") for path in sorted((HERE / "csrc").rglob(pattern))]
+KERNELS = [f"csrc/cuda/{name}.cu" for name in ("columns", "rows", "rows_cluster")]
+HEADERS = [str(path) for pattern in ("*.h", "*.cuh") for path in sorted((HERE / "csrc").rglob(pattern))]
 JOBS = int(os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1)))
 
 # One source, compiled for each instruction set, chosen at run time: a binary built on one x86-64 runs on any.
@@ -174,11 +174,12 @@ class OptionalBuild(BuildExtension):
         self.build_cuda(cuda)
         for name, flags in INSTRUCTION_SETS.items():
             options = {
-                "output_dir": self.build_temp,
+                "output_dir": str(Path(self.build_temp) / name),
+                "macros": [("DFT_ISA", name)],
                 "depends": HEADERS,
                 "extra_postargs": [*KERNEL_FLAGS, *flags, *SANITIZE],
             }
-            cpu.extra_objects += self.compiler.compile([f"csrc/cpu/rows_{name}.cpp"], **options)
+            cpu.extra_objects += self.compiler.compile(["csrc/cpu/rows.cpp"], **options)
         self.extensions = [cpu]
         super().build_extensions()
         self.extensions = [cpu, cuda]

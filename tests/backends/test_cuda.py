@@ -206,7 +206,7 @@ def test_kernels_compile_alone_without_warnings_and_spills(architecture: str, tm
         entries = done.stderr.count("Compiling entry function")
         frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
         assert len(frames) == entries
-        assert entries >= len(divergences.TABLE) + 1
+        assert entries >= (4 if source.stem == "columns" else len(divergences.TABLE) + 1)
         assert set(frames) == {("0", "0", "0")}
         assert max(map(int, re.findall(r"Used (\d+) registers", done.stderr))) <= 168
 

@@ -72,19 +72,48 @@ def test_a_stale_stamp_warns_and_the_package_works(monkeypatch: pytest.MonkeyPat
     assert reason is not None
 
 
-def test_without_a_compiler_the_build_succeeds_and_leaves_the_reason(tmp_path: Path) -> None:
+def build_without_a_compiler(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc", dirs_exist_ok=True)
     shutil.copytree(
-        ROOT / "dft_kernels", tmp_path / "dft_kernels", ignore=shutil.ignore_patterns("*.so", "_build.json")
+        ROOT / "dft_kernels",
+        tmp_path / "dft_kernels",
+        ignore=shutil.ignore_patterns("*.so", "_build.json"),
+        dirs_exist_ok=True,
     )
-    environment = {**os.environ, "CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
+    environment = {**os.environ, "CXX": "/nonexistent/c++", "CC": "/nonexistent/cc", **variables}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+
+def test_without_a_compiler_the_build_succeeds_and_leaves_the_reason(tmp_path: Path) -> None:
+    done = build_without_a_compiler(tmp_path)
     assert done.returncode == 0, done.stderr
     assert "was not built" in done.stdout
     code = "import dft_kernels.info as i; r = i.collect(); print(r['extension']['reason']); print(r['backends'])"
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "could not be built" in ran.stdout
     assert "'reference': {'cpu': 'available'}" in ran.stdout
+
+
+def test_without_a_compiler_a_build_that_demands_the_extension_fails(tmp_path: Path) -> None:
+    done = build_without_a_compiler(tmp_path, DFT_KERNELS_CPU="1")
+    assert done.returncode != 0
+    assert "dft_kernels: DFT_KERNELS_CPU=1, but " in done.stderr
+
+
+def test_a_part_that_is_left_out_keeps_what_is_there(tmp_path: Path) -> None:
+    """The stamp of CPU kernels that fit the running torch, and of no others."""
+    stamp = tmp_path / "dft_kernels" / "_build.json"
+    for torch_version, kept in ((torch.__version__, True), ("1.0", False)):
+        (tmp_path / "dft_kernels").mkdir(exist_ok=True)
+        stamp.write_text(
+            json.dumps({"torch": torch_version, "cuda": torch.version.cuda, "built": True, "reason": None})
+        )
+        done = build_without_a_compiler(tmp_path, DFT_KERNELS_CPU="0", DFT_KERNELS_CUDA="0")
+        assert done.returncode == 0, done.stderr
+        written = json.loads(stamp.read_text())
+        assert written["built"] is kept
+        assert written["torch"] == torch.__version__
+        assert written["cuda_kernels"]["reason"] == "DFT_KERNELS_CUDA=0 at the build"

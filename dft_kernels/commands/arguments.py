@@ -20,6 +20,7 @@ import torch
 _WORDS = (  # argparse's messages, and the form that all errors of this package have
     (r"expected (.*?) arguments?", r"must have \1 value, got none. Add it."),
     (r"invalid choice: (.*) \(choose from (.*)\)", r"must be one of \2, got \1. Pick one of these."),
+    (r"Truthy value expected: got (.*) but expected .*", r"must be true or false, got \1. Pick one of these."),
     (r"not allowed with argument (.*)", r"must not be given with \1, got both. Leave one out."),
     (r"ignored explicit argument (.*)", r"must have no value, got \1. Leave it out."),
 )
@@ -83,9 +84,8 @@ class Parser(argparse.ArgumentParser):
 
     def shown(self, action: argparse.Action) -> str:
         """The name of an argument as it was typed."""
-        typed = {text.partition("=")[0] for text in getattr(self, "typed", ())}
-        flags = [*(flag for flag in action.option_strings if flag in typed), *action.option_strings]
-        return flags[0] if flags else str(action.metavar or action.dest)
+        typed = last_of(action.option_strings, getattr(self, "typed", ()))
+        return typed or next(iter(action.option_strings), None) or str(action.metavar or action.dest)
 
     def _names(self, flag: str, typed: str) -> bool:
         return flag == typed or (self.allow_abbrev and flag.startswith(typed))
@@ -105,6 +105,11 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
             )
             return f"{action.option_strings[0]} {values}".rstrip()
         return super()._format_action_invocation(action)
+
+
+def last_of(flags: Sequence[str], typed: Sequence[str]) -> str | None:
+    """The last of what was typed that is one of these flags, without its value."""
+    return next((name for text in reversed(typed) if (name := text.partition("=")[0]) in flags), None)
 
 
 def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:

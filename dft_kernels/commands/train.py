@@ -30,6 +30,7 @@ from .arguments import (
     each_of,
     input_file,
     input_folder,
+    last_of,
 )
 from .arguments import output_folder as folder
 from .printing import console
@@ -109,7 +110,7 @@ class TrainParser(Parser, transformers.HfArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """`job`, a `Job`, and `training`, a `DFTConfig`."""
-        self.flags, self.given = list(sys.argv[1:] if args is None else args), {}
+        self.flags, self.given, self.file = list(sys.argv[1:] if args is None else args), {}, None
         arguments = self.flags
         known = {kind: [one.name for one in fields(kind) if one.init] for kind in (Job, DFTConfig)}
         try:
@@ -127,8 +128,7 @@ class TrainParser(Parser, transformers.HfArgumentParser):
 
     def shown(self, action: argparse.Action) -> str:
         """The name of an argument as it was typed, or as a key of the file."""
-        typed = {text.partition("=")[0] for text in self.flags}
-        flag = next((one for one in action.option_strings if one in typed), None)
+        flag = last_of(action.option_strings, self.flags)
         if flag is None and action.dest in self.given:
             return f"{self.file}: {action.dest}"
         return flag or super().shown(action)

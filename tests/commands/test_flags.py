@@ -129,6 +129,7 @@ def test_a_wrong_value_names_its_flag(
     module = importlib.import_module(f"dft_kernels.commands.{path[0]}")
     monkeypatch.setattr(module, "parser", functools.cache(module.parser))
     files = sorted(here.rglob("*"))
+    positional = [a.dest for a in chosen(module.parser(), path) if not a.option_strings]
     for action in chosen(module.parser(), path):
         values = wrong_values(action)
         if values is None:
@@ -137,15 +138,14 @@ def test_a_wrong_value_names_its_flag(
         if action.dest in ("help", "what"):
             continue
         for value in [*values, *([OUTSIDE[action.dest]] if path == ("train",) and action.dest in OUTSIDE else [])]:
-            line = [*path, *BASES[path]]
+            line = [*BASES[path], *(BESIDE.get(action.dest, []) if path == ("train",) else [])]
             flag = next((flag for flag in reversed(action.option_strings) if flag.startswith("--")), None)
-            if path == ("train",):
-                line += BESIDE.get(action.dest, [])
-            if flag is None:
-                line = [*path, value, *BASES[path][1:]] if BASES[path][0][0] != "-" else [*path, value, *BASES[path]]
-            else:
+            if flag is not None:
                 line.append(f"{flag}={value}")
-            code = cli.main(line)
+            else:
+                at = positional.index(action.dest)
+                line[at : at + (not line[at].startswith("--"))] = [value]
+            code = cli.main([*path, *line])
             out, err = capsys.readouterr()
             assert code in (1, 2), line
             assert err.count("\n") == 1, (line, err)

@@ -92,7 +92,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """argparse's with defaults, where there are any, and one spelling a flag."""
+    """argparse's with defaults, where there are any, and one spelling of each flag."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         nothing = action.default in (None, []) or action.default is False
@@ -100,9 +100,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if len({flag.replace("_", "-") for flag in action.option_strings}) == 1:
-            values = (
-                self._format_args(action, self._get_default_metavar_for_optional(action)) if action.nargs != 0 else ""
-            )
+            values = self._format_args(action, self._get_default_metavar_for_optional(action))
             return f"{action.option_strings[0]} {values}".rstrip()
         return super()._format_action_invocation(action)
 

@@ -31,8 +31,8 @@ from .arguments import (
     input_file,
     input_folder,
     last_of,
+    output_folder,
 )
-from .arguments import output_folder as folder
 from .printing import console
 
 GROUPS = {  # of the help
@@ -64,8 +64,8 @@ _SHARE, _FROM_0, _FROM_1 = Number(least=0, below=1), Number(least=0), Whole(1)
 TYPES: dict[str, Any] = {  # where neither Job nor DFTConfig checks
     "text": Checked(check_text),
     "principles": Checked(input_file),
-    "cache": Checked(folder),
-    "output_dir": Checked(folder),
+    "cache": Checked(output_folder),
+    "output_dir": Checked(output_folder),
     "resume_from_checkpoint": Checked(input_folder),
     "loss_backend": each_of(("auto", *BACKENDS))["type"],
     "loss_memory_budget": _FROM_1,

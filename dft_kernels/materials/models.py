@@ -119,7 +119,7 @@ def smollm2_folder(cache: Path) -> Path:
 
 def gemma3(cache: Path) -> tuple[Any, Any]:
     """Gemma3-270M (V 262144, H 640, 18 layers, tied head): model, tokenizer. It is under the Gemma Terms of Use
-    (ai.google.dev/gemma/terms), which whoever downloads and uses it accepts; nothing of it is part of this package."""
+    (ai.google.dev/gemma/terms), which you accept by downloading it; nothing of it is part of this package."""
     return _causal_lm(_folder("gemma-3-270m", GEMMA3, cache))
 
 

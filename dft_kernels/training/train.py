@@ -66,7 +66,7 @@ class StopOnInterrupt(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop, and save where the step was taken."""
-        if args.world_size > 1:  # all of them at one step, whoever was told first
+        if args.world_size > 1:  # all processes at one step, whichever got the signal
             told = torch.tensor(float(self.stopped), device=args.device)
             torch.distributed.all_reduce(told)
             self.stopped = bool(told)

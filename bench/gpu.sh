@@ -51,7 +51,7 @@ part() {
 bench() { # NAME SECONDS OPTIONS...
     local name=$1 limit=$2
     shift 2
-    part "$name" "$limit" "$PYTHON" -m dft_kernels.commands.bench --commit "$COMMIT" "$@"
+    part "$name" "$limit" "$PYTHON" -m dft_kernels.commands.main bench --commit "$COMMIT" "$@"
 }
 
 note "commit $COMMIT, $(date -u +%Y-%m-%dT%H:%MZ)"
@@ -101,7 +101,7 @@ fi
     bench other 60 $OTHER --csv "$OUT/bench.csv"
 }
 
-timeout 20 "$PYTHON" -m dft_kernels.commands.bench --show "$OUT/bench.csv" --brief 2>&1 | tee -a "$OUT/summary.txt"
+timeout 20 "$PYTHON" -m dft_kernels.commands.main bench --show "$OUT/bench.csv" --brief 2>&1 | tee -a "$OUT/summary.txt"
 if (($(stat -c %s "$OUT/log.txt") > 8 << 20)); then
     tail -c $((8 << 20)) "$OUT/log.txt" >"$OUT/log.tail" && mv "$OUT/log.tail" "$OUT/log.txt"
 fi

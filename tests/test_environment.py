@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import dft_kernels
-from dft_kernels import info
 from dft_kernels.backends import extension
 from dft_kernels.commands import main as cli
 
@@ -28,7 +27,7 @@ def test_info_as_json_and_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["backends"]["reference"]["cpu"] == "available"
     assert report["default_memory_budget"]["cpu"] > 0
     assert report["extension"]["loaded"] == (report["extension"]["reason"] is None)
-    assert info.main([]) == 0
+    assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     assert f"torch:{'':36} {torch.__version__}"[:40] in text
     assert "backends.reference.cpu:" in text

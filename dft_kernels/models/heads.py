@@ -14,6 +14,7 @@ from ..teachers.contract import Head
 
 _MULTIPLIES = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # names that configurations give the scale
 _DIVIDES = ("logits_scaling",)
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 CORRECTION = "correction"  # the name of a `CorrectionHead` in the head's layer
 
 
@@ -191,33 +192,82 @@ def head_of(model: Any, adapted: bool = False) -> Head:
             model, "a linear output embedding", type(layer).__name__, "Models without an lm_head [V, H] are not served"
         )
     _check_adapters(model, layer, adapted)
-    config = model.config.get_text_config()
-    scale = 1.0
-    for name in _MULTIPLIES:
-        scale *= getattr(config, name, None) or 1.0
-    for name in _DIVIDES:
-        scale /= getattr(config, name, None) or 1.0
-    softcap = getattr(config, "final_logit_softcapping", None)
-    head = Head(weight.detach(), _detached(getattr(layer, "bias", None)), scale, softcap)
     with in_mode(model, False):
         ids = torch.arange(1, 6, device=weight.device)[None] % weight.shape[0]
-        given = {"input_ids": ids, "use_cache": False}
-        theirs = attempt(model, "a forward that takes token ids alone", model, **given).logits.double()
+        theirs = _own_logits(model, ids)
         doing = "a forward that runs without the product with its head"
         states = attempt(model, doing, functools.partial(hidden_states, model, ids))
-        ours = _logits(layer, states, head)
-    if theirs.shape != ours.shape:
-        _fail(model, f"logits {list(ours.shape)}", list(theirs.shape), "This model's head is not its whole output")
-    error = float((theirs - ours).norm() / ours.norm().clamp_min(1e-30))
+        _check_trained(model, theirs, projection(layer, states))
+        product = _product(layer, states)
+    if theirs.shape != product.shape:
+        _fail(model, f"logits {list(product.shape)}", list(theirs.shape), "This model's head is not its whole output")
+    errors = {}
+    for scale, cap in _constants(model.config.get_text_config()):
+        z = _finished(product, scale, cap)
+        errors[float((theirs.double() - z).norm() / z.norm().clamp_min(1e-30))] = scale, cap
+    error = min(errors)
     if not error < 8 * torch.finfo(weight.dtype).eps ** 0.75:
         got = f"a relative difference of {error:.1e}"
         _fail(
             model, "the logits that its hidden states and head give", got, "It changes its logits in a way unknown here"
         )
-    return head
+    return Head(weight.detach(), _detached(getattr(layer, "bias", None)), *errors[error])
 
 
-def _logits(layer: Any, hidden: Tensor, head: Head) -> Tensor:
+def _constants(config: Any) -> list[tuple[float, float | None]]:
+    """What logit_scale and softcap may be by the configuration: one model multiplies by what another divides by, a
+    third scales its hidden states, before its head."""
+    named = 1.0
+    for name in _MULTIPLIES:
+        named *= getattr(config, name, None) or 1.0
+    for name in _DIVIDES:
+        named /= getattr(config, name, None) or 1.0
+    caps = [cap for name in _CAPS if (cap := getattr(config, name, None))]
+    return [(scale, cap) for cap in (*caps, None) for scale in dict.fromkeys((named, 1.0, 1 / named))]
+
+
+def _own_logits(model: Any, ids: Tensor) -> Tensor:
+    """The model's logits; their graph begins at the hidden states that its head multiplies."""
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].detach(), *given[1:]))
+    try:
+        with torch.enable_grad():
+            given = {"input_ids": ids, "use_cache": False}
+            out = attempt(model, "a forward that takes token ids alone", model, **given)
+    finally:
+        hook.remove()
+    logits: Tensor = out.logits
+    return logits
+
+
+def _check_trained(model: Any, logits: Tensor, given: dict[str, Any]) -> None:
+    """Refuse a parameter that the model's loss trains through its head or after it, and the fused loss would not."""
+    ours = {leaf for value in given.values() for t in (value if isinstance(value, tuple) else (value,)) for leaf in _leaves(t)}
+    missed = _leaves(logits) - ours
+    names = sorted(name for name, parameter in model.named_parameters() if id(parameter) in missed)
+    if names:
+        remedy = "Freeze it (requires_grad_(False)), where its value is not to be trained"
+        _fail(model, "no parameters behind its last hidden states but the head's weight and bias", names, remedy)
+
+
+def _leaves(tensor: Tensor | None) -> set[int]:
+    """The ids of the parameters that a gradient of `tensor` would reach."""
+    if tensor is None or not tensor.requires_grad:
+        return set()
+    if tensor.grad_fn is None:
+        return {id(tensor)}
+    found, seen, stack = set(), set(), [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        stack += [child for child, _ in node.next_functions]
+    return found
+
+
+def _product(layer: Any, hidden: Tensor) -> Tensor:
     given = projection(layer, hidden)
     states = hidden.double()
     z = torch.cat([states @ some.double().t() for some in given["weight"].split(8192)], dim=-1)  # no second head
@@ -226,8 +276,11 @@ def _logits(layer: Any, hidden: Tensor, head: Head) -> Tensor:
     if "low_rank" in given:
         down, up = given["low_rank"]
         z += down.double() @ up.double().t()
-    z *= head.logit_scale
-    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+    return z
+
+
+def _finished(product: Tensor, scale: float, softcap: float | None) -> Tensor:
+    return product * scale if softcap is None else softcap * torch.tanh(product * scale / softcap)
 
 
 def _detached(bias: Tensor | None) -> Tensor | None:

@@ -197,7 +197,8 @@ def head_of(model: Any, adapted: bool = False) -> Head:
         theirs = _own_logits(model, ids)
         doing = "a forward that runs without the product with its head"
         states = attempt(model, doing, functools.partial(hidden_states, model, ids))
-        _check_trained(model, theirs, projection(layer, states))
+        with torch.enable_grad():
+            _check_trained(model, theirs, projection(layer, states))
         product = _product(layer, states)
     if theirs.shape != product.shape:
         _fail(model, f"logits {list(product.shape)}", list(theirs.shape), "This model's head is not its whole output")
@@ -241,8 +242,8 @@ def _own_logits(model: Any, ids: Tensor) -> Tensor:
 
 def _check_trained(model: Any, logits: Tensor, given: dict[str, Any]) -> None:
     """Refuse a parameter that the model's loss trains through its head or after it, and the fused loss would not."""
-    ours = {leaf for value in given.values() for t in (value if isinstance(value, tuple) else (value,)) for leaf in _leaves(t)}
-    missed = _leaves(logits) - ours
+    used = [given["weight"], given["bias"], *given.get("low_rank", ())]
+    missed = _leaves(logits).difference(*map(_leaves, used))
     names = sorted(name for name, parameter in model.named_parameters() if id(parameter) in missed)
     if names:
         remedy = "Freeze it (requires_grad_(False)), where its value is not to be trained"
@@ -255,7 +256,9 @@ def _leaves(tensor: Tensor | None) -> set[int]:
         return set()
     if tensor.grad_fn is None:
         return {id(tensor)}
-    found, seen, stack = set(), set(), [tensor.grad_fn]
+    found: set[int] = set()
+    seen: set[Any] = set()
+    stack: list[Any] = [tensor.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:

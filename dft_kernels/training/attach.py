@@ -167,7 +167,7 @@ def _after(model: Any, arguments: tuple[Any, ...], named: dict[str, Any], _: Any
         got = f"{getattr(other, '__module__', '')}.{getattr(other, '__qualname__', type(other).__name__)}"
         if code is not None:  # functools.wraps gives a replacement the name of what it replaces
             got = f"{other.__globals__['__name__']}.{code.co_name}"
-        remedy = "Call attach(model) after what replaces its forward, or detach(model) before it to use its loss"
+        remedy = "Use one of the two: detach(model), or leave out what replaces its forward after attach"
         _fail("model.forward", "call the attached forward where a loss is asked for", f"{got}, which does not", remedy)
 
 

@@ -38,6 +38,9 @@ class DistributionOutput(CausalLMOutputWithPast):
     aux_loss: Tensor | None = None
 
 
+_OUTPUTS = tuple(one.name for one in fields(DistributionOutput))
+
+
 @dataclass
 class Attachment:
     """What `attach` keeps of a model."""
@@ -95,7 +98,7 @@ def with_loss(model: Any, attachment: Attachment, given: dict[str, Any], ours: d
         got = "one with aux_loss, whose weight is not known"
         remedy = "Set output_router_logits=False, or detach(model) and use the model's own loss"
         fail("attach", type(model).__name__, "return an output without another loss", got, remedy)
-    kept = {f.name: out.get(f.name) for f in fields(DistributionOutput)}
+    kept = {name: out.get(name) for name in _OUTPUTS}
     loss = out.loss if calls_loss else loss_of()
     logits = _logits(layer, attachment.head, found["hidden"], given) if ours.get("return_logits") else None
     return DistributionOutput(**{**kept, "loss": loss, "logits": logits, "metrics": found["metrics"]})
@@ -150,9 +153,10 @@ def check_loss(model: Any, attachment: Attachment) -> None:
     if not attachment.takes_more:
         given = {key: value for key, value in given.items() if key in attachment.signature.parameters}
     remedy = "Take its hidden states and call linear_distribution_loss with the labels that it means"
+    devices = range(torch.cuda.device_count()) if weight.is_cuda else ()
     for training in (False, True):
-        with in_mode(model, training), torch.random.fork_rng(range(torch.cuda.device_count()) if weight.is_cuda else ()):
-            own, calls = model.loss_function, []
+        with in_mode(model, training), torch.random.fork_rng(devices):
+            own, calls = model.loss_function, list[int]()
             torch.manual_seed(0)  # both passes draw the same dropout
             with loss_replaced(model, _counted(own, calls)):
                 out = attempt(model, "a forward that takes padded token ids and labels", attachment.own(model), **given)

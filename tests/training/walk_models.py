@@ -24,7 +24,14 @@ TINY = {  # sizes of all configurations and their parts: each takes those that i
     **dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 2),
     **{"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "n_routed_experts": 2, "n_group": 1, "topk_group": 1},
     **{"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, "vocab_size_per_layer_input": 64},
-    **{"hidden_size_per_layer_input": 8, "hidden_size_global": 16, "depth": 2, "mamba_n_heads": 4, "mamba_d_state": 4, "mamba_chunk_size": 4},
+    **{
+        "hidden_size_per_layer_input": 8,
+        "hidden_size_global": 16,
+        "depth": 2,
+        "mamba_n_heads": 4,
+        "mamba_d_state": 4,
+        "mamba_chunk_size": 4,
+    },
 }
 FAMILIES = {  # sizes of configurations that have a key
     "output_router_logits": {"output_router_logits": True},
@@ -35,15 +42,14 @@ FAMILIES = {  # sizes of configurations that have a key
     },
 }
 ABSENT = object()
+BOTH = ("sliding", "full")
 EVERY_HEAD = {"num_key_value_heads": 2}
 MIXED = {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"], **EVERY_HEAD}
 MORE: dict[str, dict[str, Any]] = {  # what a class needs besides
     "BltForCausalLM": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3]},
     "CohereCompassForCausalLM": {
-        "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": dict.fromkeys(
-            ("full_attention", "sliding_attention"), {"rope_type": "default", "rope_theta": 1e4}
-        ),
+        "layer_types": [f"{kind}_attention" for kind in BOTH],
+        "rope_parameters": {f"{kind}_attention": {"rope_type": "default", "rope_theta": 1e4} for kind in BOTH},
     },
     "DbrxForCausalLM": {
         "attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0},
@@ -184,7 +190,7 @@ def walk(name: str) -> Found:
     except ValueError as error:
         said = str(error)
         assert said.startswith(("attach: ", "head_of: ")), said
-        assert " must " in said and ", got " in said and said.endswith("."), said
+        assert re.fullmatch(r"\w+: .+ must .+, got .+\. .+\.", said, re.S), said
         relation, _, got = said.partition(" must ")[2].partition(", got ")
         got = got.partition(". ")[0]
         return Found("refused", f"must {relation}" + ("" if re.search(r"\d\.\d", got) else f", got {got}"))

@@ -1,7 +1,7 @@
-"""One model's own forward, with the fused loss inside of it.
+"""`attach`: the fused loss inside one model's forward.
 
-`attach` replaces `forward` on the instance, not on the class, and opt-in: where no loss is asked for, or a loss and its
-logits (evaluation), the model's own forward runs, so that generate, evaluate, saving and loading stay as they were.
+`attach` replaces `forward` on the instance, not on the class. A call that asks for no loss, or for a loss and its
+logits (evaluation), runs the model's own forward unchanged: generate, evaluate, saving and loading stay as they were.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _THE_CALLS = ("bias", "low_rank", "logit_scale", "softcap", "reduction", "num_it
 
 
 class Held:
-    """A teacher, or terms, as they are: mixed precision of FSDP2 casts the tensors in every container of inputs that it
-    knows, down to a store's log-probabilities, and this is none of them."""
+    """Keeps FSDP2's mixed precision from casting a teacher or terms: it casts the tensors in every container of inputs
+    that it knows, a store's log-probabilities among them, and does not look into this class."""
 
     def __init__(self, held: Any) -> None:
         self.held = held
@@ -36,9 +36,9 @@ def attach(model: Any, **terms: Any) -> Any:
         model(**batch, labels=labels).loss                      the fused cross-entropy, whatever hard_weight is
         model(**batch, labels=labels, teacher=teacher).loss     soft_weight D(teacher, model) + hard_weight CE
 
-    model: a causal LM of transformers, inside of PEFT or not; LoRA on its head and a `CorrectionHead` are trained,
-    other adapters there are refused. terms: keywords of `linear_distribution_loss` for every call: divergence,
-    hard_weight, soft_weight, temperature, label_smoothing, ...
+    model: a causal LM of transformers, inside of PEFT or not; LoRA and trainable tokens of its head and a
+    `CorrectionHead` are trained, other adapters there are refused. terms: keywords of `linear_distribution_loss` for
+    every call: divergence, hard_weight, soft_weight, temperature, label_smoothing, ...
 
     In a call: `labels` [B, T] as transformers takes them, `shift_labels` [B, T] those that are shifted already;
     teacher: any teacher of `linear_distribution_loss`, whose row (b, t) is its distribution over token t + 1, so that
@@ -49,11 +49,18 @@ def attach(model: Any, **terms: Any) -> Any:
     count wherever the attention mask has a next token. The output's `metrics` are the kernel's. In evaluation mode
     labels alone take the model's own path.
 
-    Under data parallelism attach first and wrap then (DDP, FSDP2, accelerate's prepare), and call the wrapper: around
-    it, as `ddp.module(**batch)`, gradients stay this process's, and no one says so. The loss reads the head after the
-    backbone ran: FSDP2 has to keep it in the root's unit or group it with the final norm, as accelerate does.
+    The model's own forward runs, without the product with its head and with the fused loss as its `loss_function`. What
+    that forward adds to its loss is added here too: with output_router_logits=True the router's loss, times the model's
+    coefficient, whatever the teacher and num_items_in_batch are, as in transformers.
 
-    Raises ValueError where the logits of hidden states and head are not the model's, proven on a few tokens.
+    Under data parallelism attach first and wrap then (DDP, FSDP2, accelerate's prepare), and call the wrapper:
+    `ddp.module(**batch)` goes around it, and gradients stay this process's without an error. The loss reads the head
+    after the backbone ran: FSDP2 has to keep it in the root's unit or group it with the final norm, as accelerate does.
+
+    Raises ValueError for a model whose logits are not a scale and a softcap of its head's output, whose own loss is not
+    the next token's cross-entropy, or whose head has more to train than weight and bias: checked on a few tokens, in
+    training and evaluation mode. A call that asks for a loss raises where a forward that was set after attach computes
+    another one instead of calling the attached one.
     """
     causal = _causal(model)
     if "_dft_kernels" in causal.__dict__:

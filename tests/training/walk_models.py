@@ -123,7 +123,8 @@ def classes() -> list[str]:
 
 def sizes(config: Any, more: dict[str, Any]) -> dict[str, Any]:
     """Keywords of a configuration class, its parts' included."""
-    families = [family for key, family in FAMILIES.items() if hasattr(config, key)]
+    known = {*dir(config), *inspect.signature(config.__init__).parameters}
+    families = [family for key, family in FAMILIES.items() if key in known]
     found = {key: value for given in (TINY, *families) for key, value in given.items()}
     if config.sub_configs:
         default = config()

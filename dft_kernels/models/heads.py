@@ -19,7 +19,7 @@ CORRECTION = "correction"  # the name of a `CorrectionHead` in the head's layer
 
 
 def unwrapped(model: Any) -> Any:
-    """The causal LM inside of PEFT, whose own `base_model` is no backbone; any other model itself."""
+    """The causal LM inside a PEFT model; any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -37,7 +37,7 @@ class Tap(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         self.inputs.append(hidden)
-        return hidden.new_empty(*hidden.shape[:-2], 0, self.layer.weight.shape[0])
+        return hidden.new_empty(*hidden.shape[:-2], 0, _base_weight(self.layer).shape[0])
 
     def hidden(self, model: Any, rows: tuple[int, ...] | None = None) -> Tensor:
         """What the head would have multiplied [B, T, H], where it would have run once, for every token of [B, T]."""
@@ -100,7 +100,7 @@ def hidden_states(model: Any, ids: Tensor, attention_mask: Tensor | None = None,
 
 
 def output_layer(model: Any) -> Any:
-    """The layer whose weight [V, H] and bias make the logits; of PEFT's modules_to_save the copy that is trained."""
+    """The layer whose weight [V, H] and bias make the logits; with PEFT's modules_to_save, its trained copy."""
     layer = model.get_output_embeddings()
     trained = getattr(layer, "modules_to_save", None)
     return layer if trained is None else trained[layer.active_adapter]
@@ -118,9 +118,14 @@ def in_mode(model: Any, training: bool) -> Iterator[None]:
             module.training = mode
 
 
+def _base_weight(layer: Any) -> Any:
+    """The stored weight [V, H]: `weight` of a layer with trainable tokens is a new copy at every access."""
+    return getattr(getattr(layer, "token_adapter", None), "base_layer", layer).weight
+
+
 def parted(layer: Any) -> str | None:
-    """How the layer's weight is split over processes, None where this one has all of it."""
-    weight = layer.weight
+    """How the layer's weight is split over processes; None where this process has all of it."""
+    weight = _base_weight(layer)
     if hasattr(weight, "full_tensor"):  # a DTensor, told without importing torch.distributed
         return f"a {type(weight).__name__} {list(weight.placements)}"
     if hasattr(weight, "ds_id") and weight.numel() == 0:
@@ -180,8 +185,9 @@ def _check_adapters(model: Any, layer: Any, adapted: bool) -> None:
 @torch.no_grad()
 def head_of(model: Any, adapted: bool = False) -> Head:
     """weight [V, H], bias, logit_scale and softcap such that cap(logit_scale * (hidden @ weight.T + bias)) are the
-    logits of `model`, proven on a few tokens. ValueError where they are not: what the model does to its logits beyond
-    a scale and a softcap is not served. adapted: `projection` of its layer is used, so that adapters are admitted."""
+    logits of `model`, checked on a few tokens. ValueError where they are not, or where the model trains other
+    parameters between `hidden` and its logits. adapted: admit adapters of the head, for a caller that reads weight and
+    bias through `projection`."""
     layer = output_layer(model)
     weight = getattr(layer, "weight", None)
     if weight is not None and (found := parted(layer)) is not None:

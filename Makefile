@@ -1,4 +1,4 @@
-# make demo, make test: each sets up all it needs. Options:
+# make demo, make test, make test-all: each sets up all it needs. Options:
 #   PYTHON=/path/to/python   use that environment (it must have torch) instead of making .venv
 #   TORCH='torch==2.13.0'    what pip installs as torch into .venv
 # make sanitize: the C++ code under ASan and UBSan
@@ -10,10 +10,14 @@ PY := .venv/bin/python
 endif
 STAMP := build/installed-$(subst /,_,$(subst =,_,$(PY)-$(TORCH)))
 
-.PHONY: test demo install lint sanitize clean
+.PHONY: test test-all demo install lint sanitize clean
 
 test: $(STAMP) lint
 	$(PY) -m pytest -n auto --dist worksteal -p no:benchmark
+
+# with the tests that are marked full
+test-all: $(STAMP) lint
+	$(PY) -m pytest -n auto --dist worksteal -p no:benchmark -m ""
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -85,7 +85,7 @@ def test_a_step_is_both_gradients(store: Any, tmp_path: Path) -> None:  # noqa: 
         batches.append({name: store.collate(items)[name] for name in ("input_ids", "attention_mask", "labels")})
         return batches[-1]
 
-    import dft_kernels.finetune.rollouts as room
+    import dft_kernels.training.rollouts as room
 
     def kept(*arguments: Any, **named: Any) -> Any:
         draws.append(roll_out(*arguments, **named))

@@ -7,9 +7,10 @@ two halves nothing of size [R, V] leaves the backend. All row quantities are fp3
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -72,6 +73,19 @@ class Chunk:
     target: Target | None = None
     down: Tensor | None = None  # [R, r], where the terms have `up`
 
+    def part(self, rows: slice) -> Chunk:
+        """Some of its rows."""
+        own = {name: tensor[rows] for name, tensor in vars(self).items() if isinstance(tensor, Tensor)}
+        return replace(self, **own, target=None if self.target is None else self.target.part(rows))
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a chunk's rows come to: the row quantities [len(Row), R], and q @ terms.features [R, K] where given."""
+
+    rows: Tensor
+    features: Tensor | None = None
+
 
 @dataclass(frozen=True)
 class Cotangents:
@@ -85,8 +99,13 @@ class Cotangents:
     features: Tensor | None = None
     lse_slope: Tensor | None = None
 
+    def part(self, rows: slice) -> Cotangents:
+        """Those of some rows."""
+        features = None if self.features is None else self.features[rows]
+        return Cotangents(self.rows[:, rows], features, None if self.lse_slope is None else self.lse_slope[rows])
+
     def settled(self, statistics: Tensor) -> Tensor:
-        """`rows` with LSE's cotangent whole."""
+        """`rows` with lse_slope's share in LSE's cotangent. statistics: [len(Row), R]."""
         if self.lse_slope is None:
             return self.rows
         rows = self.rows.clone()
@@ -95,10 +114,11 @@ class Cotangents:
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """Where a chunk's gradient goes. dhidden and ddown are written; dweight, dbias and dup are written by the first
-    chunk and added to by the others. None: not needed, and no product is spent on it."""
+class Backward:
+    """What a chunk's gradient starts from, and where it goes. dhidden and ddown are written; dweight, dbias and dup are
+    written by the first chunk and added to by the others. None: not needed, and no product is spent on it."""
 
+    cotangents: Cotangents
     dhidden: Tensor | None  # [R, H] in the input dtype
     dweight: Tensor | None  # [V, H] in the accumulation dtype, or in the input dtype if the chunk is the only one
     dbias: Tensor | None  # [V] in the accumulation dtype
@@ -108,56 +128,54 @@ class Gradients:
 
 
 class Workspace(Protocol):
-    """A backend's scratch for chunks of up to `rows` rows, reused from chunk to chunk."""
+    """A backend's scratch for chunks of up to `rows` rows of one call, reused from chunk to chunk."""
 
     rows: int
 
 
-class Backend(Protocol):
-    """A row of the backend table. `chunk_bytes` is what the planner multiplies: scratch bytes for one logit."""
+W = TypeVar("W", bound=Workspace)
+
+
+class Backend(ABC, Generic[W]):
+    """A row of the backend table: the chunk step in two halves, and what the planner asks."""
 
     name: str
     best_rows: int  # chunks beyond this many rows gain nothing
-    emulated: tuple[str, ...]  # device types on which it is only emulated, for tests: "auto" passes it by there
+    emulated: tuple[str, ...] = ()  # device types on which it is only emulated, for tests: "auto" passes it by there
 
+    @abstractmethod
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why inputs of `dtype` on `device` cannot be served, None if they can."""
 
+    @abstractmethod
     def chunk_bytes(self, dtype: torch.dtype, projected: bool, target: int) -> int:
         """Scratch bytes for one logit of a chunk. projected: the head has a weight; target: what a logit of the target
         takes as it comes (`Problem.target_bytes`)."""
 
-    def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> Workspace:
-        """Scratch for chunks of up to `rows` rows; `like` gives dtype and device of the inputs; `gradient`:
-        whether gradients will be asked for."""
+    @abstractmethod
+    def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> W:
+        """Scratch for chunks of up to `rows` rows under `terms`; `like` gives dtype and device of the inputs;
+        `gradient`: whether gradients will be asked for."""
 
-    def chunk_statistics(
-        self, workspace: Workspace, chunk: Chunk, terms: Terms, columns: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Row quantities [len(Row), R] and features q @ terms.features [R, K]; adds weight * q into
-        `columns` [G, V] where given. The chunk's logits stay in the workspace."""
+    @abstractmethod
+    def chunk_statistics(self, workspace: W, chunk: Chunk, columns: Tensor | None) -> Statistics:
+        """The row quantities and features of a chunk; adds weight * q into `columns` [G, V] where given. The chunk's
+        logits stay in the workspace."""
 
-    def chunk_gradient(
-        self,
-        workspace: Workspace,
-        chunk: Chunk,
-        terms: Terms,
-        statistics: Tensor,
-        features: Tensor | None,
-        cotangents: Cotangents,
-        gradients: Gradients,
-    ) -> None:
-        """Gradients from the logits that the last `chunk_statistics` left in the workspace (which it may spend).
-        Where a workspace was made for gradients, DIVERGENCE may have been left to this half, which then writes it
-        into `statistics`: no cotangent depends on it."""
+    @abstractmethod
+    def chunk_gradient(self, workspace: W, chunk: Chunk, found: Statistics, backward: Backward) -> None:
+        """Gradients from the logits that the last `chunk_statistics`, which returned `found`, left in the workspace
+        (which it may overwrite). Where a workspace was made for gradients, DIVERGENCE may have been left to this half,
+        which then writes it into `found`: no cotangent depends on it."""
 
-    def chunk_step(
-        self,
-        workspace: Workspace,
-        chunk: Chunk,
-        terms: Terms,
-        columns: Tensor | None,
-        cotangents: Cotangents,
-        gradients: Gradients,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Both halves, where nothing has to meet between them: what `chunk_statistics` returns, and the gradients."""
+    def chunk_step(self, workspace: W, chunk: Chunk, columns: Tensor | None, backward: Backward) -> Statistics:
+        """Both halves, where nothing is reduced over other rows or devices between them. A backend overrides it if one
+        pass over the logits can serve both."""
+        found = self.chunk_statistics(workspace, chunk, columns)
+        self.chunk_gradient(workspace, chunk, found, backward)
+        return found
+
+
+def bits(rows: frozenset[Row]) -> int:
+    """A set of rows as the kernels take it: bit `row` for each."""
+    return sum(1 << row for row in rows)

@@ -40,6 +40,10 @@ class DenseTarget(NamedTuple):
     hidden: Tensor
     head: Head
 
+    def part(self, rows: slice) -> DenseTarget:
+        """That of some rows."""
+        return DenseTarget(self.hidden[rows], self.head)
+
 
 @dataclass(frozen=True)
 class SparseTarget:
@@ -48,6 +52,14 @@ class SparseTarget:
     index: Tensor  # [R, k] int64, distinct in a row
     log_prob: Tensor  # [R, k] in the accumulation dtype
     tail: Tensor | None  # [R], log p of the bucket; None: no such outcome
+
+    def part(self, rows: slice) -> SparseTarget:
+        """That of some rows."""
+        return SparseTarget(self.index[rows], self.log_prob[rows], None if self.tail is None else self.tail[rows])
+
+    def best(self) -> Tensor:
+        """The likeliest token of each row [R]."""
+        return self.index.gather(1, self.log_prob.argmax(1, keepdim=True))[:, 0]
 
 
 Target = DenseTarget | SparseTarget

@@ -272,6 +272,12 @@ def conditions(
     return [math.sqrt(square) for square in squares]
 
 
+def one_after_the_other(length: int) -> int:
+    """What `allowance` takes as the length of a sum without blocks, such as a library's product with a vector: each of
+    its L additions rounds, L / 2 roundings of the whole, which a sum of L^2 / 4 numbers in blocks has too."""
+    return max(length, length * length // 4)
+
+
 def allowance(
     exact: Tensor, dtype: torch.dtype, condition: float, sums: Sequence[int], narrow_roundings: int = 3
 ) -> float:

@@ -1,6 +1,7 @@
 # make demo, make test: each sets up all it needs. Options:
 #   PYTHON=/path/to/python   use that environment (it must have torch) instead of making .venv
 #   TORCH='torch==2.13.0'    what pip installs as torch into .venv
+# make test-all: the tests marked full too
 # make sanitize: the C++ code under ASan and UBSan
 TORCH ?= torch==2.13.0
 ifdef PYTHON
@@ -10,10 +11,13 @@ PY := .venv/bin/python
 endif
 STAMP := build/installed-$(subst /,_,$(subst =,_,$(PY)-$(TORCH)))
 
-.PHONY: test demo install lint sanitize clean
+.PHONY: test test-all demo install lint sanitize clean
 
 test: $(STAMP) lint
 	$(PY) -m pytest -n auto --dist worksteal -p no:benchmark
+
+test-all: $(STAMP) lint
+	$(PY) -m pytest -n auto --dist worksteal -p no:benchmark -m "full or not full"
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
@@ -33,7 +37,7 @@ sanitize: $(STAMP)
 	cd build/sanitize && DFT_KERNELS_SANITIZE=1 $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		$(abspath $(PY)) -m pytest tests/backends/test_native.py tests/backends/test_contract.py -k "native and not every_path"
+		$(abspath $(PY)) -m pytest tests/backends/test_native.py tests/backends/test_contract.py -k "native and not other_processors"
 
 .venv/bin/python:
 	python3 -m venv .venv || { echo "make: python3 needs its venv module (Debian: apt-get install python3-venv)"; exit 1; }

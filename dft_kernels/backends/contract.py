@@ -1,8 +1,8 @@
-"""What a backend is: the chunk step in two halves.
+"""The backend interface: the chunk step in two halves.
 
-`chunk_statistics` turns a chunk of hidden states into row quantities (and leaves the chunk's logits in its
-workspace); `chunk_gradient` turns cotangents of those quantities into gradients. Between the
-two halves nothing of size [R, V] leaves the backend. All row quantities are fp32 (fp64 for fp64 inputs).
+`chunk_statistics` turns a chunk of hidden states into row quantities and leaves the chunk's logits in the
+workspace; `chunk_gradient` turns cotangents of those quantities into gradients. Nothing of size [R, V] leaves the
+backend between the two halves. All row quantities are fp32 (fp64 for fp64 inputs).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Row(IntEnum):
     SOFT_LSE = 8  # log sum exp z / T              (for the gradient)
     TARGET_LSE = 9  # log sum exp of the target's logits / its temperature
     SLOPE = 10  # sum g, of a sparse target less its bucket's g / q (for the gradient)
-    LSE_LOW = 11  # what the rounding of LSE dropped: log q = (z - LSE) - LSE_LOW is good to an ulp of itself,
-    SOFT_LSE_LOW = 12  # where z - LSE alone is good to one of LSE, and q - p cancels
+    LSE_LOW = 11  # the rounding error of LSE: log q = (z - LSE) - LSE_LOW is accurate to an ulp of log q,
+    SOFT_LSE_LOW = 12  # z - LSE alone only to an ulp of LSE, too little where q - p cancels
     TARGET_LSE_LOW = 13
 
 
@@ -47,8 +47,8 @@ DIFFERENTIABLE = 6  # the rows of `Row` before CORRECT take cotangents
 
 @dataclass(frozen=True)
 class Terms:
-    """What a call asks of every row, and its constants. `wanted` is what to compute, `differentiated` what may
-    receive a non-zero cotangent (a subset); everything else may be left as it is."""
+    """What a call computes for every row, and its constants. `wanted`: the row quantities to compute; `differentiated`:
+    the subset that may receive a non-zero cotangent. Other quantities may hold anything."""
 
     head: Head
     wanted: frozenset[Row]
@@ -64,7 +64,8 @@ class Terms:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One chunk of R rows. label outside 0..V-1 gives LOG_PROB = NaN; weight 0 means: out of the column sums."""
+    """One chunk of R rows. A label outside 0..V-1 gives LOG_PROB = NaN; a row of weight 0 is left out of
+    the column sums."""
 
     hidden: Tensor  # [R, H], or [R, V] where the head has no weight
     label: Tensor | None = None  # [R] int64
@@ -81,7 +82,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a chunk's rows come to: the row quantities [len(Row), R], and q @ terms.features [R, K] where given."""
+    """The results of the first half: the row quantities [len(Row), R], and q @ terms.features [R, K] where given."""
 
     rows: Tensor
     features: Tensor | None = None
@@ -115,8 +116,9 @@ class Cotangents:
 
 @dataclass(frozen=True)
 class Backward:
-    """What a chunk's gradient starts from, and where it goes. dhidden and ddown are written; dweight, dbias and dup are
-    written by the first chunk and added to by the others. None: not needed, and no product is spent on it."""
+    """The inputs of a chunk's gradient and the buffers for its results. dhidden and ddown are written; dweight,
+    dbias and dup are written by the first chunk and added to by the others. None: not needed, so no
+    product is made for it."""
 
     cotangents: Cotangents
     dhidden: Tensor | None  # [R, H] in the input dtype
@@ -137,11 +139,11 @@ W = TypeVar("W", bound=Workspace)
 
 
 class Backend(ABC, Generic[W]):
-    """A row of the backend table: the chunk step in two halves, and what the planner asks."""
+    """A backend: the chunk step in two halves, and what the choice of backend and of chunk size depends on."""
 
     name: str
     best_rows: int  # chunks beyond this many rows gain nothing
-    emulated: tuple[str, ...] = ()  # device types on which it is only emulated, for tests: "auto" passes it by there
+    emulated: tuple[str, ...] = ()  # device types on which it is only emulated, for tests: never by "auto"
 
     @abstractmethod
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -149,8 +151,8 @@ class Backend(ABC, Generic[W]):
 
     @abstractmethod
     def chunk_bytes(self, dtype: torch.dtype, projected: bool, target: int) -> int:
-        """Scratch bytes for one logit of a chunk. projected: the head has a weight; target: what a logit of the target
-        takes as it comes (`Problem.target_bytes`)."""
+        """Scratch bytes for one logit of a chunk. projected: the head has a weight; target: bytes for one
+        logit of the target (`Problem.target_bytes`)."""
 
     @abstractmethod
     def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> W:

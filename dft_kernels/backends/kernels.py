@@ -1,4 +1,4 @@
-"""The row operations by compiled kernels: what the CUDA and the Triton backend share."""
+"""The row operations by compiled kernels, for the CUDA and the Triton backend."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .rows import Operand, RowOperations
 
 class KernelOperations(RowOperations):
     """The row operations by compiled kernels. `kernels` returns the module that has them: Rows, row_statistics,
-    row_gradient, row_step, accumulate_columns and probabilities as in `triton_ops`. Each operation is one launch; what
-    is done here is to put an operand into the kernels' own description of rows."""
+    row_gradient, row_step, accumulate_columns and probabilities as in `triton_ops`. Each operation is one
+    launch; this class translates an operand into the kernels' own description of rows."""
 
     def __init__(self, kernels: Callable[[], Any], **more: Any) -> None:
         self.kernels, self.more = kernels, more  # more: fields of Rows that these kernels have beyond the common ones

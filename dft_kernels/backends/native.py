@@ -1,4 +1,4 @@
-"""The native CPU backend: the chunk step in C++ (csrc/step_cpu.cpp), products and row work tile by tile.
+"""The native CPU backend: the chunk step in C++ (csrc/cpu/step.cpp), products and row work tile by tile.
 
 Scratch: 4 bytes a logit of a chunk (8 for fp64), twice that with a teacher; the gradient is written over the
 logits. It is kept between calls, until `release_scratch`.
@@ -19,12 +19,13 @@ from . import extension, sparse
 from .contract import Backend, Backward, Chunk, Cotangents, Row, Statistics, Terms, bits
 from .rows import tiles
 
-_LANES = 32  # rows of a chunk are padded to this (csrc/rows_cpu.h)
+_LANES = 32  # rows of a chunk are padded to this (csrc/cpu/rows.h)
 
 
 @dataclass
 class NativeWorkspace:
-    """The C++ step of one call; its scratch goes back to the pool with it. outcomes: of the chunk's sparse target."""
+    """The C++ step of one call; its scratch returns to the pool when it is freed. outcomes: of the chunk's sparse
+    target."""
 
     rows: int
     terms: Terms
@@ -45,7 +46,7 @@ class NativeBackend(Backend[NativeWorkspace]):
         return extension.REASON
 
     def chunk_bytes(self, dtype: torch.dtype, projected: bool, target: int) -> int:
-        """Own logits and the teacher's in the accumulation dtype."""
+        """The model's logits, and the teacher's if there is one, in the accumulation dtype."""
         return accumulate_dtype(dtype).itemsize * (2 if target else 1)
 
     def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> NativeWorkspace:
@@ -105,7 +106,7 @@ class NativeBackend(Backend[NativeWorkspace]):
 def _gradient(
     workspace: NativeWorkspace, chunk: Chunk, found: Statistics, backward: Backward, columns: Tensor | None
 ) -> None:
-    """The second half; columns: those that the first half was not given."""
+    """The second half. columns: the column sums, where the first half has not added to them."""
     terms, cotangents, at = workspace.terms, backward.cotangents, None
     settled = cotangents.settled(found.rows)
     if isinstance(chunk.target, SparseTarget) and Row.DIVERGENCE in terms.differentiated:
@@ -155,7 +156,7 @@ def _compressed(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _pull(index: Tensor, terms: Terms, features: Tensor | None, cotangents: Cotangents) -> Tensor | None:
-    """What the features multiply q by at `index` [R, k]: sum_j kappa_j (phi_j - <q, phi_j>)."""
+    """The factor of q that features contribute at `index` [R, k]: sum_j kappa_j (phi_j - <q, phi_j>)."""
     kappa = cotangents.features
     if features is None or kappa is None or terms.features is None:
         return None

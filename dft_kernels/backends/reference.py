@@ -17,7 +17,7 @@ from .rows import Operand, RowBackend, RowOperations
 
 
 class _Tile:
-    """What both halves of the step derive from a few rows of logits: z, its labels, its target's logits."""
+    """A few rows, as both halves of the step use them: z, labels, groups, the target's logits."""
 
     def __init__(self, x: Operand) -> None:
         self.z = finished(x.logits, x.terms.head)  # [r, V]
@@ -132,7 +132,7 @@ class ReferenceOperations(RowOperations):
 
 
 class ReferenceBackend(RowBackend):
-    """PyTorch on any device: what every other backend is measured against, and the one that is always there."""
+    """PyTorch on any device: always available, and the baseline for every other backend."""
 
     name = "reference"
     operations = ReferenceOperations()

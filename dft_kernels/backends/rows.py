@@ -1,4 +1,4 @@
-"""What the row backends share: products from `gemm`, and row operations, in which alone they differ.
+"""The common part of the row backends: products from `gemm` around row operations. They differ only in the latter.
 
 A row operation reads logits [R, V] in the accumulation dtype as the product left them (it applies the head's scale
 and softcap itself) and a chunk's target, and never touches hidden states, weights or features: features are a
@@ -222,7 +222,7 @@ class RowBackend(Backend[RowWorkspace]):
         return found
 
     def _log_sum_exp_outside(self, workspace: RowWorkspace, x: Operand, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Of z / T outside of a row's `index`, and what its rounding dropped. The workspace's own logits are
+        """Log-sum-exp of z / T outside of a row's `index`, and its rounding error. The workspace's own logits are
         overwritten there where nobody reads them after, unless a head would turn -inf into something finite."""
         terms, logits = workspace.terms, x.logits
         asked = replace(terms, wanted=frozenset({Row.LSE}), differentiated=frozenset(), potential=None, features=None)

@@ -182,7 +182,7 @@ other_processors = pytest.mark.skipif(
 
 def run_under(setting: str, threads: int, selection: str, *files: str) -> None:
     """The selected tests of these files, all passing, in a process with a setting and so many threads."""
-    environment = {**os.environ, **SETTINGS[setting], "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, **SETTINGS[setting]}
     code = (
         "from dft_kernels.backends import extension as e; print(e.MODULE.instruction_set(), e.MODULE.multiplies_bf16())"
     )
@@ -192,7 +192,9 @@ def run_under(setting: str, threads: int, selection: str, *files: str) -> None:
         assert multiplies == "False"
     if "ATEN_CPU_CAPABILITY" in SETTINGS[setting]:
         assert chosen in (setting, "baseline")  # a processor without AVX2 has only the latter
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", f"({selection}) and not other_processors"]
+    # set inside the process: torch takes no more threads than cores from OMP_NUM_THREADS
+    code = f"import sys, pytest, torch; torch.set_num_threads({threads}); sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "-q", "-x", *files, "-k", f"({selection}) and not other_processors"]
     ran = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-3000:]
 

@@ -116,9 +116,9 @@ class Source:
         return self.parsed("the file", self.text(limit))
 
     def parsed(self, field: str, text: str) -> dict[str, Any]:
-        """The object that a JSON text is, without NaN and without a name twice in an object."""
+        """The object that a JSON text is, in which no object has a name twice."""
         try:
-            found = json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
+            found = json.loads(text, object_pairs_hook=_distinct)
         except RecursionError:
             self.fail(field, "be readable JSON", "brackets nested too deep")
         except ValueError as error:
@@ -218,10 +218,6 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"{shown(twice)} twice in an object")
     return found
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name}, which is no JSON")
 
 
 def _yaml_loader() -> type:

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..files import regular
+
 
 class Material(NamedTuple):
     """A file inside a wheel on the package index."""
@@ -168,6 +170,7 @@ def read_texts(files: list[Path]) -> list[str]:
     texts = []
     for path in files:
         try:
+            regular(path)
             texts.append(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"materials: --text must name readable UTF-8 files, got {path}: {error}.") from error

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..files import Source, regular
 from ..models.correction import CORRECTION_FILE, load_correction
 from ..targets.corpus import passages
 from .models import lambada, read_texts, smollm2, smollm2_folder
@@ -33,11 +33,20 @@ def model_of(name: str, cache: Path, dtype: Any = "auto", flag: str = "--model")
         ) from error
 
 
+def read_about(function: str, folder: Path) -> tuple[str | None, dict[str, Any]]:
+    """The base model and the configuration of a folder of results; None and {} where ABOUT is not there."""
+    file = Source(function, folder / ABOUT, "Restore it, or train into another folder")
+    if not file.path.exists():
+        return None, {}
+    whole = file.json()
+    return file.typed("base", whole.get("base"), str), file.typed("job", whole.get("job"), dict)
+
+
 def trained_model_of(name: str, base: str | None, cache: Path) -> tuple[Any, Any, str | None]:
     """A trained model, its tokenizer, and what it was trained from."""
     folder = Path(name)
-    if base is None and (folder / ABOUT).exists():
-        base = json.loads((folder / ABOUT).read_text(encoding="utf-8"))["base"]
+    if base is None:
+        base, _ = read_about("sample", folder)
     adapted = next((f for f in (CORRECTION_FILE, "adapter_config.json") if (folder / f).exists()), None)
     if adapted is None:
         return *model_of(name, cache), base
@@ -76,6 +85,7 @@ def passages_of(names: list[str], cache: Path) -> Iterator[str]:
                 yield from passages(text.splitlines(True))
         else:
             try:
+                regular(Path(name))
                 with Path(name).open(encoding="utf-8") as lines:
                     yield from passages(lines)
             except (OSError, UnicodeDecodeError) as error:

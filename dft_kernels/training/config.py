@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from argparse import ArgumentDefaultsHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentError, ArgumentParser
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from ..files import Source, shown
 from ..materials.models import cache_folder
 from ..materials.sources import MODEL_HELP, TEXT_HELP
 from .target_terms import TERMS
@@ -107,46 +108,54 @@ def parser() -> transformers.HfArgumentParser:
 
 
 def parse(arguments: list[str]) -> tuple[Job, DFTConfig, dict[str, Any]]:
-    """The configuration, typed, and as it was given. ValueError for an unknown key, SystemExit for a value that its
-    type does not take (with argparse's own words) and for --help."""
+    """The configuration, typed, and as it was given. ValueError for an unknown key and for a file's value of another
+    type; SystemExit for a flag's (with argparse's own words) and for --help."""
     made, known = parser(), {one.name for kind in (Job, DFTConfig) for one in fields(kind) if one.init}
     given: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("-"):
-        given = _read(Path(arguments[0]), known)
-        arguments = [*_flags(given), *arguments[1:]]
+        file = Source("train", Path(arguments[0]), "See dft-kernels train --help")
+        given = _read(file, known)
+        arguments = [*_flags(file, given, made), *arguments[1:]]
     names = [one.split("=")[0] for one in arguments if one.startswith("--")]
     for name in names:
         if name not in made._option_string_actions:
             _unknown(name, "a flag", [one for one in made._option_string_actions if one.startswith("--")])
     job, options, rest = made.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
     _need(not rest, "arguments", "be CONFIG.yaml and flags", " ".join(rest), "See --help")
+    for name, value in (*vars(job).items(), *vars(options).items()):
+        _need(value == value or not isinstance(value, float), name, "be a number", value, "See --help")
     return job, options, given
 
 
-def _read(file: Path, known: set[str]) -> dict[str, Any]:
-    import yaml
-
-    try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"train: {file} must be a readable YAML file, got: {error}. See dft-kernels train --help."
-        ) from error
-    _need(isinstance(given, dict), str(file), "hold names and values", type(given).__name__, "Write NAME: VALUE lines")
+def _read(file: Source, known: set[str]) -> dict[str, Any]:
+    given = file.yaml()
     for name in given:
         if name not in known:
-            _unknown(str(name), f"a key of {file}", sorted(known))
-    return dict(given)
+            plain = isinstance(name, str) and name.isidentifier() and len(name) < 80
+            _unknown(str(name) if plain else shown(name), f"a key of {file.path}", sorted(known))
+    return given
 
 
-def _flags(given: dict[str, Any]) -> list[str]:
-    """A file's values as flags, so that both are read by the same types."""
+def _flags(file: Source, given: dict[str, Any], made: ArgumentParser) -> list[str]:
+    """A file's values as flags, so that both are read by the same types; ValueError, by file and name, for others."""
     out = []
     for name, value in given.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        out += [f"--{name}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in values)]
+        if isinstance(value, list):
+            for one in value:
+                flag = isinstance(one, str) and file.typed(name, one, str).startswith("-")
+                if flag or not isinstance(one, (str, int, float)):
+                    file.fail(name, "hold numbers, and texts that do not begin with '-'", shown(one))
+            out += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            text = file.typed(name, value, str) if isinstance(value, str) else value
+            out.append(f"--{name}={json.dumps(text) if isinstance(text, dict) else text}")
+    made.exit_on_error = False
+    try:
+        made.parse_known_args(out)
+    except ArgumentError as error:
+        named = str(error.argument_name).split("/")[0].lstrip("-")
+        file.fail(named, "be a value of its type", error.message)
+    made.exit_on_error = True
     return out
 
 

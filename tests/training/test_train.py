@@ -191,7 +191,7 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for arguments, said in {
         (str(tmp_path / "bad.yaml"),): "lerning_rate must be a key of .* Did you mean learning_rate?",
         (str(tmp_path / "list.yaml"),): "must hold names and values, got list",
-        (str(tmp_path / "missing.yaml"),): "must be a readable YAML file",
+        (str(tmp_path / "missing.yaml"),): "missing.yaml: the file must be there",
         ("--modle", "x"): "--modle must be a flag that there is, got none of that name. Did you mean --model?",
         ("--text", text): "model must be given",
         ("--model", student): "text must be given, but not with a store",

@@ -22,7 +22,7 @@ from ..errors import fail
 from ..loss.functional import DistributionStatistics, linear_distribution_statistics
 from .base import DistributionTerm, Statistics
 from .delayed import Delayed
-from .pull import STATISTICS, Slopes, TermLoss, checked, filled, pull, wide
+from .pull import STATISTICS, Slopes, TermLoss, checked, pull, wide
 
 
 class ReferenceKL(DistributionTerm):
@@ -140,11 +140,9 @@ class OnPolicy(Delayed):
             teacher_temperature=self.temperature,
             **asked,
         )
-        seen = self._seen(found, rows)
+        seen = self._seen(rows, found)
         if torch.is_grad_enabled():
-            with torch.no_grad():
-                moments = terms.gathered(seen).flat()
-            self.pending = moments if self.pending is None else self.pending + moments
+            self._add(seen)
         assert found.log_prob is not None
         log_prob = found.log_prob.double().reshape(shape)
         values = [rows.weight.new_zeros(())] * len(terms.parts)
@@ -178,14 +176,6 @@ class OnPolicy(Delayed):
             return own
         g = (of.columns * of.total).to(dtype)[:, None]
         return g if own is None else torch.cat([own, g.to_sparse_coo()], 1).coalesce()
-
-    def _seen(self, found: DistributionStatistics, rows: Statistics) -> Statistics:
-        features = found.features
-        if features is not None and self.terms.features is not None:
-            features = features[..., : self.terms.features.shape[1]]
-        rows = replace(rows, columns=rows.weight.sum() * found.mean_probability[0].detach().double())
-        (seen,) = filled(self.terms, [rows], features, found.entropy, None, rows.weight.shape, found.divergence)
-        return seen
 
     def _surrogate(
         self,

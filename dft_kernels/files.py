@@ -13,6 +13,7 @@ import os
 import re
 import reprlib
 import stat
+import sys
 import types
 import typing
 from collections import Counter
@@ -27,7 +28,8 @@ from .errors import fail
 T = TypeVar("T")
 Bounds = tuple[float, float]
 JSON_LIMIT = 1 << 20  # bytes of a JSON file or a safetensors header, unless told otherwise
-_MOST = 1 << 53  # of an int: what every JSON reader keeps exactly
+_MOST = 1 << 53  # of an int: up to here it is the same as a float
+_FINITE = sys.float_info.max
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which nothing prints
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{name}{number}" for name in ("COM", "LPT") for number in range(10))}
@@ -125,7 +127,7 @@ class Source:
             self.fail(field, "be readable JSON", str(error))
         return self.typed(field, found, dict)
 
-    def yaml(self, limit: int = 1 << 16) -> dict[str, Any]:
+    def yaml(self, limit: int = 1 << 15) -> dict[str, Any]:
         """The names and values that a YAML file holds, without anchors, aliases and tags: a small file that stands for
         a large value is refused as any other that no person writes."""
         import yaml
@@ -133,8 +135,6 @@ class Source:
         text = self.text(limit)
         try:
             found = yaml.load(text, _yaml_loader())
-        except RecursionError:
-            self.fail("the file", "be a readable YAML file", "brackets nested too deep")
         except (yaml.YAMLError, ValueError) as error:
             self.fail("the file", "be a readable YAML file", str(error))
         if not isinstance(found, dict):
@@ -148,7 +148,8 @@ class Source:
         and most of a number; an int is at least 0 unless told otherwise."""
         least, most = within or ((0, _MOST) if kind is int else (-math.inf, math.inf))
         if kind in (int, float):
-            good = type(value) in (int, kind) and abs(value) < math.inf and least <= value <= most
+            finite = type(value) in (int, kind) and abs(value) <= (_MOST if type(value) is int else _FINITE)
+            good = finite and least <= value <= most
         else:
             good = isinstance(value, kind) and not (isinstance(value, str) and _SURROGATE.search(value))
         if not good:
@@ -225,6 +226,7 @@ def _yaml_loader() -> type:
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        depth = 0
         yaml_implicit_resolvers: typing.ClassVar = {
             letter: [one for one in resolvers if not one[0].endswith(":timestamp")]
             for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -234,7 +236,12 @@ def _yaml_loader() -> type:
             event = self.peek_event()
             if isinstance(event, yaml.AliasEvent) or event.anchor is not None or event.tag is not None:
                 raise yaml.YAMLError(f"an anchor, alias or tag{event.start_mark}")
-            return super().compose_node(parent, index)
+            self.depth += 1
+            if self.depth > 16:  # a few calls each, and time with the square of what is open
+                raise yaml.YAMLError("brackets nested too deep")
+            found = super().compose_node(parent, index)
+            self.depth -= 1
+            return found
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             found = super().construct_mapping(node, deep)

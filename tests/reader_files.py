@@ -303,7 +303,7 @@ def read_yaml(folder: Path) -> None:
         if said.get(name) is not None:
             read, held = (one if isinstance(one, list) else [one] for one in (value, said[name]))
             assert [str(one) for one in read] == [str(one) for one in held], name
-    if "learning_rate" in said:
+    if said.get("learning_rate") is not None:
         assert options.learning_rate == float(said["learning_rate"])
 
 

@@ -64,8 +64,9 @@ def outcome(read: Callable[[Path], None], folder: Path, what: str) -> bool:
     if said is None:
         return True
     assert type(said) is ValueError, f"{what}: {said!r}"
-    assert OURS.fullmatch(str(said)), f"{what}: {said}"
-    assert len(str(said).encode()) < 2000, f"{what}: {said}"
+    assert OURS.fullmatch(str(said)), f"{what}: {str(said)[:500]}"
+    size = len(str(said).encode())  # which encodes; a configuration's own text of 5,000 letters may be in it
+    assert size < 8000, what
     return False
 
 
@@ -154,6 +155,18 @@ def test_names_stay_in_their_folder(name: Any, tmp_path: Path) -> None:
     refused(lambda: Store(tmp_path / "store", verify=False), r"manifest.json: shards\[0\].file must be (a plain|text)")
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(json.dumps({"model": "m", "text": ["t"], "teacher": name, "use_cpu": True}))
+    if "\0" not in name:
+        assert parse([str(file)])[0].teacher == name
+    refused(lambda: target_file.load(name), "the file must be there, or be a preset")
+    refused(lambda: Store(name), "manifest.json: the file must be a readable")
+    refused(lambda: tables.read(Path(name)), "the file must be a readable")
+    assert read_about("sample", Path(name)) == (None, {})
+
+
 def test_links(tmp_path: Path) -> None:
     make_store("topk")(tmp_path / "store")
     shard = tmp_path / "store" / "shard-00001.safetensors"
@@ -222,8 +235,8 @@ def test_large_claims(tmp_path: Path) -> None:
     file = Source("store", tmp_path / "x.json", "Restore it")
     file.path.write_text("[" * 100_000)
     refused(file.json, "the file must be readable JSON, got brackets nested too deep")
-    refused(file.yaml, "bytes must be at most 65,536, got 100,000")
-    file.path.write_text("[" * 50_000)
+    refused(file.yaml, "bytes must be at most 32,768, got 100,000")
+    file.path.write_text("[" * 32_000)
     refused(file.yaml, "the file must be a readable YAML file, got brackets nested too deep")
     file.path.write_text('{"a": 1, "a": 2}')
     refused(file.json, "got 'a' twice in an object")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def model_of(name: str, cache: Path, dtype: Any = "auto", flag: str = "--model")
 def read_about(function: str, folder: Path) -> tuple[str | None, dict[str, Any]]:
     """The base model and the configuration of a folder of results; None and {} where ABOUT is not there."""
     file = Source(function, folder / ABOUT, "Restore it, or train into another folder")
-    if not file.path.exists():
+    if not os.path.exists(file.path):
         return None, {}
     whole = file.json()
     return file.typed("base", whole.get("base"), str), file.typed("job", whole.get("job"), dict)

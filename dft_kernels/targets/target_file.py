@@ -104,7 +104,7 @@ def _source(path: Path) -> Source:
 
 
 def _read(file: Source) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not file.path.exists():
+    if not os.path.exists(file.path):
         known = ", ".join(presets()) or "none"
         file.fail("the file", f"be there, or be a preset ({known})", "none", "Check the name: dft-kernels target list")
     with file.tensors() as opened:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentError, ArgumentParser
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -89,7 +90,7 @@ class Job:
         """Whether the teacher is a store."""
         from ..store.manifest import MANIFEST
 
-        return self.teacher is not None and (Path(self.teacher) / MANIFEST).exists()
+        return self.teacher is not None and os.path.exists(Path(self.teacher) / MANIFEST)  # False for no name of a file
 
 
 def parser() -> transformers.HfArgumentParser:
@@ -141,11 +142,15 @@ def _flags(file: Source, given: dict[str, Any], made: ArgumentParser) -> list[st
     out = []
     for name, value in given.items():
         if isinstance(value, list):
+            if made._option_string_actions[f"--{name}"].nargs not in ("+", "*"):
+                file.fail(name, "be one value", shown(value))
             for one in value:
                 flag = isinstance(one, str) and file.typed(name, one, str).startswith("-")
                 if flag or not isinstance(one, (str, int, float)):
                     file.fail(name, "hold numbers, and texts that do not begin with '-'", shown(one))
             out += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict) and name in Job.__dataclass_fields__:
+            file.fail(name, "be a value or a list of values", shown(value))
         elif value is not None:
             text = file.typed(name, value, str) if isinstance(value, str) else value
             out.append(f"--{name}={json.dumps(text) if isinstance(text, dict) else text}")

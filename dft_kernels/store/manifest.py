@@ -1,15 +1,15 @@
-"""The teacher store: what a teacher said about fixed texts, written once and read at random.
+"""The teacher store: a teacher's distributions over fixed texts, written once, read in random order.
 
-    manifest.json             what it is, and size and checksum of every other file
+    manifest.json             metadata, and the size and sha256 of every other file
     head.safetensors          kind "hidden": weight [V, H] and, if there is one, bias [V]
     shard-00000.safetensors   tokens [rows], starts [sequences + 1]: sequence i is rows starts[i]..starts[i + 1]; and
                               "hidden": hidden [rows, H] bf16, the last hidden states that the head multiplies
                               "topk": indices [rows, k] (uint16 where the vocabulary fits, else int32),
                                       log_probs [rows, k] bf16, tail [rows] fp32, log of the mass outside
 
-Row t of a sequence is the teacher's distribution over token t + 1. A shard exists once it is listed: files are
-written beside their names, synced, renamed, and only then listed by a manifest that is replaced as a whole, so that
-a capture may be killed at any moment and goes on from the last whole shard.
+Row t of a sequence is the teacher's distribution over token t + 1. A shard belongs to the store once the manifest
+lists it. Files are written under a temporary name, synced and renamed, and the manifest is then replaced atomically:
+a capture that is killed at any moment resumes after the last complete shard.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..files import Source, shown
 MANIFEST, HEAD = "manifest.json", "head.safetensors"
 FORMAT, VERSION = "dft_kernels teacher store", 1
 KINDS = ("hidden", "topk")
-SHARD_ROWS = 1 << 16  # of a shard, unless told otherwise
+SHARD_ROWS = 1 << 16  # default size of a shard
 MANIFEST_LIMIT = 1 << 23  # bytes: some 40,000 shards
 _BLOCK = 1 << 22  # bytes hashed at a time
 _LEAST = math.ulp(0.0)  # above 0
@@ -45,7 +45,7 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class Contents:
-    """What a store holds: the fields that a capture fixes when it begins, and a resumed one must repeat."""
+    """A store's metadata, fixed when a capture starts; a resumed capture must have the same."""
 
     kind: str  # hidden, topk
     vocab_size: int  # of the distributions
@@ -53,23 +53,23 @@ class Contents:
     model: str
     model_sha256: str
     tokenizer_sha256: str
-    temperature: float = 1.0  # that log_probs are of; hidden states serve any
+    temperature: float = 1.0  # of log_probs; hidden states serve any temperature
     logit_scale: float = 1.0  # of the head; see TeacherHead
     softcap: float | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensors of a shard beside tokens and starts."""
+        """The tensors of a shard besides tokens and starts."""
         return ("hidden",) if self.kind == "hidden" else ("indices", "log_probs", "tail")
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a shard's tensor."""
+        """The dtype of a shard's tensor."""
         if name == "indices":
             return torch.uint16 if self.vocab_size <= 1 << 16 else torch.int32
         return {"tokens": torch.int32, "starts": torch.int64, "tail": torch.float32}.get(name, torch.bfloat16)
 
     def shape(self, name: str, rows: int, sequences: int) -> list[int]:
-        """Of a shard's tensor."""
+        """The shape of a shard's tensor."""
         if name == "starts":
             return [sequences + 1]
         return [rows] if name in ("tokens", "tail") else [rows, self.width]
@@ -103,7 +103,7 @@ def digest(path: Path, tick: Callable[[int], None] | None = None) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's names, are on the disk."""
+    """fsync a file, or a folder's entries."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -112,7 +112,7 @@ def sync(path: Path) -> None:
 
 
 def read_manifest(folder: Path) -> tuple[Contents, Part | None, list[Part]]:
-    """What the store holds, its head, its shards. Raises ValueError, by file and field, for a manifest that no capture
+    """The metadata, the head and the shards. Raises ValueError, by file and field, for a manifest that no capture
     writes; every file that it lists has a plain name and lies in the folder."""
     file = replace(source(folder / MANIFEST), absent="Name the folder that `dft-kernels capture --out` made")
     whole = file.json(MANIFEST_LIMIT)

@@ -1,4 +1,4 @@
-"""Reading a teacher store (manifest.py says what it is)."""
+"""Reading a teacher store (manifest.py has the format)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .manifest import HEAD, MANIFEST, Part, digest, read_manifest, source
 
 
 class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """A store, opened for reading: sequences by number, memory-mapped, in any order and from any worker.
+    """A store, opened for reading: memory-mapped sequences by index, in any order, from any DataLoader worker.
 
-    folder: what `dft-kernels capture` made. tokenizer: of the student, refused where it is not the one of the
-    capture. verify: compare every file with its checksum (about a second a gigabyte); False: sizes and shapes alone.
+    folder: written by `dft-kernels capture`. tokenizer: the student's; ValueError if the capture had another. verify:
+    compare every file with its checksum (about a second per gigabyte); False: only sizes, shapes and dtypes.
 
         loader = DataLoader(store, batch_size=8, shuffle=True, collate_fn=store.collate, num_workers=2)
         for batch in loader:
             hidden = student(batch["input_ids"], batch["attention_mask"])
             loss = linear_distribution_loss(hidden, head, shift_labels(batch["labels"]), store.teacher(batch))
 
-    Raises ValueError, naming file and field, for what is truncated, edited, or of another tokenizer, before anything
-    is read from it.
+    Raises ValueError, by file and field, for a store that is truncated, edited, or of another tokenizer, before any
+    sequence is read.
     """
 
     def __init__(self, folder: str | Path, tokenizer: Any = None, *, verify: bool = True) -> None:
@@ -48,7 +48,7 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
         for part in self.parts:
             self.first.append(self.first[-1] + part.sequences)
         self._open: dict[int, Any] = {}
-        self._head: tuple[tuple[str, torch.dtype], Any, Tensor | None] | None = None  # the last that was asked for
+        self._head: tuple[tuple[str, torch.dtype], Any, Tensor | None] | None = None  # the last one loaded
 
     # ---- what it holds
 
@@ -57,16 +57,16 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     @property
     def rows(self) -> int:
-        """Tokens, and distributions, of all sequences."""
+        """Number of tokens, and of distributions, in all sequences."""
         return sum(part.rows for part in self.parts)
 
     @property
     def bytes(self) -> int:
-        """Of all files but the head and the manifest."""
+        """Size of all shards."""
         return sum(part.bytes for part in self.parts)
 
     def length(self, sequence: int) -> int:
-        """Tokens of a sequence."""
+        """Number of tokens of a sequence."""
         shard, at = self._find(sequence)
         return int(self.starts[shard][at + 1] - self.starts[shard][at])
 
@@ -165,7 +165,7 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
             source(path).fail("tokens", relation, got, remedy)
 
     def check_sums(self, tick: Callable[[int], None] | None = None) -> None:
-        """Compare every file with its checksum. tick: told of bytes as they are read."""
+        """Compare every file with its checksum. tick: called with the number of bytes read since the last call."""
         for part in self._files:
             found = digest(self.folder / part.file, tick)
             if found != part.sha256:
@@ -173,7 +173,7 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
                 source(self.folder / part.file).fail("sha256", f"be {part.sha256}", found, remedy)
 
     def check_values(self) -> None:
-        """Refuse rows that no capture writes: ids outside of the vocabulary or twice, sums that are not 1."""
+        """Raise for invalid rows: ids outside the vocabulary or repeated, probabilities that do not sum to 1."""
         for shard, part in enumerate(self.parts):
             said, file = source(self.folder / part.file), self._opened(shard)
             for start in range(0, part.rows, 8192):
@@ -182,7 +182,7 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
                     ids = rows[name].long()
                     wrong = (ids < 0) | (ids >= self.contents.vocab_size)
                     if name == "tokens":
-                        wrong = ids < 0  # a padded vocabulary may have been sliced
+                        wrong = ids < 0  # the input may use ids of a padded vocabulary that the distributions leave out
                     if bool(wrong.any()):
                         at, got = start + int(wrong.nonzero()[0, 0]), int(ids[wrong][0])
                         want = f"hold ids in 0..{self.contents.vocab_size - 1}"
@@ -227,7 +227,7 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
         return starts
 
     def _find(self, sequence: int) -> tuple[int, int]:
-        """Shard and number within it."""
+        """The shard of a sequence, and its index in the shard."""
         if not 0 <= sequence < len(self):
             raise IndexError(f"store: sequence must lie in 0..{len(self) - 1}, got {sequence}. See len(store).")
         shard = bisect.bisect_right(self.first, sequence) - 1
@@ -239,5 +239,5 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
         return self._open[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For DataLoader workers: each maps the files itself."""
+        """State for DataLoader workers, each of which maps the files itself."""
         return {**self.__dict__, "_open": {}, "_head": None}

@@ -1,4 +1,4 @@
-"""Writing a teacher store (manifest.py says what it is)."""
+"""Writing a teacher store (manifest.py has the format)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .manifest import (
 
 
 class StoreWriter:
-    """Appends shards to a store, new or begun; one writer at a time, and the folder is consistent at every moment.
+    """Appends shards to a new or existing store. One writer at a time; the folder is consistent at every moment.
 
     folder: new, empty, or a store of the same `contents`. head: weight [V, H] and bias [V] or None of kind "hidden".
     Use as a context manager. `sequences`: how many the store holds; the next `append` continues from there.
@@ -49,7 +49,9 @@ class StoreWriter:
         foreign = [path.name for path in folder.iterdir() if path.name != ".lock" and not path.name.endswith(".part")]
         if not manifest.exists() and foreign:
             source(folder).fail("the folder", "be new, empty or a store", sorted(foreign)[:3], "Name another folder")
-        self.lock = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT), "wb")  # not emptied, whatever it is
+        self.lock = os.fdopen(
+            os.open(folder / ".lock", os.O_RDWR | os.O_CREAT), "wb"
+        )  # without truncating what is there
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -68,7 +70,7 @@ class StoreWriter:
             raise
 
     def _resume(self, manifest: Path) -> None:
-        """Take up a store of the same contents."""
+        """Resume a store of the same contents."""
         found, self.head, self.parts = read_manifest(self.folder)
         for field in fields(Contents):
             ours, theirs = getattr(self.contents, field.name), getattr(found, field.name)
@@ -76,7 +78,7 @@ class StoreWriter:
                 relation = f"be {ours!r} as in this capture"
                 source(manifest).fail(field.name, relation, repr(theirs), "Name another folder")
         listed = {part.file for part in self.parts}
-        for path in self.folder.glob("shard-*"):  # what a killed capture had not listed yet
+        for path in self.folder.glob("shard-*"):  # written by a killed capture, not listed yet
             if path.name not in listed:
                 path.unlink()
 
@@ -102,7 +104,7 @@ class StoreWriter:
         self.close()
 
     def close(self) -> None:
-        """Let other writers in."""
+        """Release the lock."""
         self.lock.close()
 
     def append(self, tokens: Sequence[Tensor], **rows: Sequence[Tensor]) -> None:

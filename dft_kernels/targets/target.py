@@ -19,7 +19,7 @@ WINDOW = 50  # words that the type-token ratio is taken of
 
 
 class Statistic(NamedTuple):
-    """What a tensor of a Target is."""
+    """Shape, dtype and constraints of a tensor of a Target."""
 
     dims: int
     dtype: torch.dtype
@@ -203,7 +203,7 @@ def _trie_problem(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _shape_problem(tensors: Mapping[str, Tensor]) -> str | None:
-    """Tensors of which one is read by the places of another have as many of them."""
+    """Tensors that share an index have the same length."""
     for names in (("unigram", "sentence_end"), ("entropy", "entropy_contexts", "entropy_weight")):
         sizes = [len(tensors[name]) for name in names if name in tensors]
         if len(set(sizes)) > 1:
@@ -217,7 +217,7 @@ def _shape_problem(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _id_problem(tensors: Mapping[str, Tensor]) -> str | None:
-    """Ids are those of the vocabulary, and classes those of punctuation.py."""
+    """Token ids are in the vocabulary, and classes in punctuation.CLASSES."""
     vocab = len(tensors["unigram"]) if "unigram" in tensors else 1 << 31
     features = tensors.get("punctuation_features", torch.zeros(0, 2, dtype=_I))
     if features.shape[1] != 2:

@@ -1,8 +1,8 @@
-"""A Target on disk: one safetensors file with a JSON header, written at once, refused where it is not what was written.
+"""A Target on disk: one safetensors file with a JSON header, written atomically and verified by a checksum.
 
-The header's key `target` is {"format", "version", "about", "noise", "warnings", "sha256"}; sha256 is of the rest of it
-and of every tensor's name, dtype, shape and bytes. A vector that is mostly zeros is kept as NAME.indices and
-NAME.values, with NAME.size in `sizes`.
+The header's key `target` is {"format", "version", "about", "noise", "warnings", "sizes", "sha256"}; sha256 covers the
+rest of the header and every tensor's name, dtype, shape and bytes. A vector that is mostly zeros is stored sparsely,
+as NAME.indices and NAME.values, with its length in `sizes`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _LONGEST = 1 << 22  # entries of a vector kept by its nonzero ones: a vocabulary
 
 
 def presets() -> list[str]:
-    """Names of the targets that the package brings."""
+    """Names of the targets that come with the package."""
     return sorted(path.stem for path in PRESETS.glob(f"*{_SUFFIX}"))
 
 
 def save(target: Target, path: str | Path) -> Path:
-    """Write the file, atomically, and give its path."""
+    """Write the file atomically and return its path."""
     from safetensors.torch import save as serialized
 
     path = Path(path)
@@ -61,10 +61,10 @@ def save(target: Target, path: str | Path) -> Path:
 
 
 def load(name: str | Path, tokenizer: Any = None) -> Target:
-    """A target by file or by the name of a preset.
+    """Load a target from a file, or a preset by name.
 
-    tokenizer: of the model; a target of another one's tokens is refused. One without token statistics serves any.
-    Raises ValueError, naming file and field, for what is missing, damaged, edited, or of another tokenizer.
+    tokenizer: the model's; ValueError for a target whose token statistics are of another tokenizer.
+    Raises ValueError, by file and field, for a file that is missing, damaged, edited, or of another tokenizer.
     """
     path = PRESETS / f"{name}{_SUFFIX}" if str(name) in presets() else Path(name)
     file = _source(path)
@@ -88,7 +88,7 @@ def load(name: str | Path, tokenizer: Any = None) -> Target:
 
 
 def check_tokenizer(path: str | Path, target: Target, tokenizer: Any) -> None:
-    """Refuse a target of another tokenizer's tokens."""
+    """Raise ValueError for a target of another tokenizer."""
     found = tokenizer_fingerprint(tokenizer)
     if found != target.about.tokenizer_sha256:
         _source(Path(path)).fail(
@@ -147,7 +147,7 @@ def _packed(tensors: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
 
 
 def _unpacked(file: Source, tensors: dict[str, Tensor], sizes: dict[str, Any]) -> dict[str, Tensor]:
-    """The dense vectors. A size is a claim of the header: it is checked before a vector of it is made."""
+    """All tensors dense. A size is untrusted: it is checked before a vector of that size is allocated."""
     packed = {f"{name}.{part}" for name in sizes for part in ("indices", "values")}
     out = {name: tensor for name, tensor in tensors.items() if name not in packed}
     for name, said in sizes.items():

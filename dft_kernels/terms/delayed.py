@@ -1,4 +1,4 @@
-"""Terms beside the fused loss at running means, at no product more."""
+"""Terms at running means, at the cost of no further matrix product."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .pull import (
 
 
 class Delayed:
-    """Terms at running means: the statistics of a step come out of the loss's own pass, at no product more.
+    """Terms at running means: the loss's own pass computes the statistics of a step, without another matrix product.
 
         running = decay * running + sums of this step        (an average whose weights are the rows', unbiased at once)
 
@@ -216,7 +216,7 @@ class Delayed:
         return {"running": running, "steps": self.steps, "terms": self._layout(), "duals": duals}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned. ValueError where it is of other terms or another vocabulary."""
+        """Restore what `state_dict` returned. ValueError where it is of other terms or another vocabulary."""
         if not isinstance(state, dict) or set(state) != {"running", "steps", "terms", "duals"}:
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             fail("Delayed.load_state_dict", "state", "be what state_dict returned", got, "Pass that dict")

@@ -1,4 +1,4 @@
-"""Terms of the model's own text: its rows' statistics, and what the choice of each token did to those after it.
+"""Terms of text that the model generates: row statistics, and the score-function term of each sampled token.
 
 A statistic of what a model writes changes in two ways: each row's q moves, and with it which rows there are. With
 c_m = w_m dJ/dw_m the part of J that row m brings (linearised at the running means), for a text y drawn from the model
@@ -94,7 +94,7 @@ class OnPolicy(Delayed):
                 after the end.
             teacher: the reference of a `ReferenceKL`, any teacher of `linear_distribution_loss`.
             input_ids: [B, T] int64, where a term asks for it.
-            sampled_log_prob: [B, T], log-probabilities of the drawn tokens as whoever drew them had them (an earlier
+            sampled_log_prob: [B, T], log-probabilities of the drawn tokens under the policy that drew them (an earlier
                 state of the model, another engine): rows then weigh min(10, prod_{m < n} q_m(y_m) / mu_m(y_m)),
                 truncated importance weights (Ionides, J. Comput. Graph. Stat. 17(2), 2008). One product more.
             loss: bias, low_rank, logit_scale, softcap, ignore_index, row_weight (above 0 where a token was drawn),
@@ -170,7 +170,7 @@ class OnPolicy(Delayed):
         return drawn
 
     def _features(self, of: Slopes | None, dtype: torch.dtype) -> Tensor | None:
-        """The terms' own, and G as one more, whose mass on a row is what the row brings to the columns' terms."""
+        """The terms' features, and G as one more column: <q_n, G> is row n's part of the column terms."""
         own = None if self.terms.features is None else self.terms.features.to(dtype)
         if of is None or of.columns is None or not self.terms.columns:
             return own
@@ -187,7 +187,7 @@ class OnPolicy(Delayed):
         through: Tensor,
         items: Any,
     ) -> Tensor:
-        """A number whose gradient is the estimate."""
+        """A scalar whose gradient is the estimate of J's."""
         terms, w = self.terms, seen.weight
         asked = pull(terms, of, seen)
         row = torch.zeros_like(w)  # w_n (<q_n, G> + <s_n, kappa_n> + ...), by which each row moves J

@@ -30,6 +30,7 @@ FLOORS = (  # from the top: a room imports from floors below its own, and itself
     {"backends"},
     {"teachers"},
     {"divergences"},
+    {"files"},
     {"errors", "dtypes"},
 )
 ANYWHERE = {"testing", "info"}  # may import any; imported by tests, benchmarks and commands only

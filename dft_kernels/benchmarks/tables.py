@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..files import Source, shown
 from .implementations import OURS
-from .problems import LOSSES, Case, Shape
+from .problems import LOSSES, PARTS, Case, Shape
+from .worker import FAILED, OK, OUT_OF_MEMORY, SKIPPED, TIMED_OUT
 
 
 @dataclass(frozen=True)
@@ -67,20 +71,56 @@ class Row:
 
 
 HEADER = [column.name for column in fields(Row)]
+CSV_LIMIT = 1 << 24  # bytes
+_NUMBER = {"int": re.compile(r"[0-9]{1,15}"), "float": re.compile(r"-?([0-9]+(\.[0-9]+)?(e[+-]?[0-9]{1,3})?|inf)")}
+_CHOICES = {
+    "device": ("cpu", "cuda"),
+    "dtype": ("bfloat16", "float16", "float32"),
+    "loss": tuple(LOSSES),
+    "part": PARTS,
+    "status": (OK, SKIPPED, OUT_OF_MEMORY, FAILED, TIMED_OUT),
+}
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV that `write` made."""
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != HEADER:
-            raise ValueError(
-                f"bench: {path} must have the columns of dft-kernels bench ({', '.join(HEADER[:4])}, ...), got "
-                f"{', '.join((reader.fieldnames or ['none'])[:4])}, .... Name another file."
-            )
-        kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": lambda text: float(text) if text else math.nan}
-        convert = {column.name: kinds.get(str(column.type), str) for column in fields(Row)}
-        return [Row(**{name: convert[name](text) for name, text in line.items()}) for line in reader]
+    """The rows of a CSV that `write` made. ValueError, by file, line and column, for what it does not write."""
+    file = Source("bench", path, "Name another file, or restore it")
+    reader = csv.reader(io.StringIO(file.text(CSV_LIMIT), newline=""), strict=True)
+    rows: list[Row] = []
+    try:
+        header = next(reader, ["none"])
+        if header != HEADER:
+            columns = f"have the columns of dft-kernels bench ({', '.join(HEADER[:4])}, ...)"
+            file.fail("the file", columns, f"{', '.join(map(shown, header[:4]))}, ...")
+        for cells in reader:
+            where = f"line {reader.line_num}"
+            if len(cells) != len(HEADER):
+                file.fail(where, f"have {len(HEADER)} cells", len(cells))
+            values = {}
+            for column, text in zip(fields(Row), cells, strict=True):
+                values[column.name] = _cell(file, f"{where}: {column.name}", str(column.type), text)
+            rows.append(Row(**values))
+    except csv.Error as error:
+        file.fail(f"line {reader.line_num}", "be one of a CSV", str(error))
+    return rows
+
+
+def _cell(file: Source, field: str, kind: str, text: str) -> Any:
+    """A cell as the value of its column."""
+    name = field.split()[-1]
+    if kind == "str":
+        if name in _CHOICES and text not in _CHOICES[name]:
+            file.fail(field, f"be one of {', '.join(_CHOICES[name])}", shown(text))
+        return text
+    if not text and kind == "float":
+        return math.nan
+    if not _NUMBER[kind].fullmatch(text):
+        file.fail(field, "be a whole number" if kind == "int" else "be a number, or empty", shown(text))
+    value = int(text) if kind == "int" else float(text)
+    least = 1 if name in ("n", "h", "v") else 0
+    if name != "peak_bytes" and value < least:  # a difference of two readings, which may be below 0
+        file.fail(field, f"be at least {least}", text)
+    return value
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:

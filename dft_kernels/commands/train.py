@@ -14,6 +14,7 @@ from transformers.hf_argparser import string_to_bool
 
 from ..backends import BACKENDS
 from ..evaluation.held_out import HeldOut
+from ..files import shown
 from ..materials.sources import check_text
 from ..training.config import Job, as_flags, read
 from ..training.train import prepare
@@ -117,6 +118,7 @@ class TrainParser(Parser, transformers.HfArgumentParser):
             if self.flags and not self.flags[0].startswith("-"):
                 self.file, self.flags = Path(self.flags[0]), self.flags[1:]
                 self.given = read(self.file, [name for names in known.values() for name in names])
+                self.check_lists()
                 arguments = [*as_flags(self.given), *self.flags]
             found = vars(super().parse_args(arguments, namespace))
             job, training = (kind(**{name: found[name] for name in names}) for kind, names in known.items())
@@ -125,6 +127,13 @@ class TrainParser(Parser, transformers.HfArgumentParser):
         except ValueError as error:
             raise UsageError(self.named(str(error))) from error
         return argparse.Namespace(job=job, training=training)
+
+    def check_lists(self) -> None:
+        """Refuse a list in the file where a flag takes one value."""
+        takes = {action.dest: action.nargs in ("+", "*") for action in actions(self)}
+        for name, value in self.given.items():
+            if isinstance(value, list) and not takes[name]:
+                raise UsageError(f"{self.file}: {name} must be one value, got {shown(value)}. Write NAME: VALUE.")
 
     def shown(self, action: argparse.Action) -> str:
         """The name of an argument as it was typed, or as a key of the file."""

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple, TextIO
 
 import torch
 
+from ..files import regular
+
 
 class Material(NamedTuple):
     """A file inside a wheel on the package index."""
@@ -175,8 +177,10 @@ def read_texts(files: Iterable[str | Path], argument: str = "text") -> list[str]
 
 @contextmanager
 def reading(path: str | Path, argument: str = "text") -> Iterator[TextIO]:
-    """A UTF-8 file, open; ValueError, while it is, where it cannot be read."""
+    """A UTF-8 file or pipe, open; ValueError, while it is, where it cannot be read."""
     try:
+        if not Path(path).is_fifo():
+            regular(Path(path))
         with Path(path).open(encoding="utf-8") as text:
             yield text
     except (OSError, ValueError) as error:

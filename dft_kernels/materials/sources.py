@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import Source
 from ..models.correction import CORRECTION_FILE, load_correction
 from ..targets.corpus import passages
 from .models import lambada, read_texts, reading, smollm2, smollm2_folder
@@ -54,6 +55,15 @@ def model_of(name: str, cache: Path, dtype: Any = "auto", argument: str = "model
         return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
 
 
+def read_about(function: str, folder: Path) -> tuple[str | None, dict[str, Any]]:
+    """The base model and the configuration of a folder of results; None and {} where ABOUT is not there."""
+    file = Source(function, folder / ABOUT, "Restore it, or train into another folder")
+    if not os.path.exists(file.path):
+        return None, {}
+    whole = file.json()
+    return file.typed("base", whole.get("base"), str), file.typed("job", whole.get("job"), dict)
+
+
 class Trained(NamedTuple):
     """What a name stands for: a whole model, or an adapter (a folder's file) of the model `base`. base: what a whole
     model was trained from, None where that is not known."""
@@ -80,8 +90,8 @@ def trained_model(name: str, base: str | None) -> Trained:
     """A model by name, or what `dft-kernels train` has saved; base: instead of what that was trained from. ValueError,
     from configurations alone, for what cannot be loaded."""
     folder, argument = Path(name), "base"
-    if base is None and (folder / ABOUT).exists():
-        base = json.loads((folder / ABOUT).read_text(encoding="utf-8"))["base"]
+    if base is None:
+        base, _ = read_about("materials", folder)
         argument = "model"  # which names it
     adapter = next((f for f in (CORRECTION_FILE, "adapter_config.json") if (folder / f).exists()), None)
     if adapter is None:
@@ -112,8 +122,7 @@ def _listed(name: str, cache: Path) -> Iterable[str] | None:
 
 def check_text(name: str) -> None:
     """ValueError for a source of text that cannot be read, from its beginning alone."""
-    path = Path(name)
-    pipe = path.exists() and not path.is_file() and not path.is_dir()  # can be read only once
+    pipe = Path(name).is_fifo()  # can be read only once
     if name != LAMBADA and not name.startswith("hf:") and not pipe:
         with reading(name) as text:
             text.read(1 << 16)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import fail
+from ..files import Source, shown
 from .heads import CORRECTION, output_layer
 
 CORRECTION_FILE = "correction.safetensors"  # in a folder of `dft-kernels train`
@@ -45,14 +47,14 @@ def add_correction(model: Any, rank: int = 16, bias: bool = False) -> Correction
     with the model, `save_correction` alone. ValueError where the head has an adapter already.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        _fail("add_correction", "rank must be an int of at least 1", rank, "16 is a start")
+        fail("add_correction", "rank", "be an int of at least 1", rank, "16 is a start")
     layer = output_layer(model)
     weight = getattr(layer, "weight", None)
     if weight is None or weight.ndim != 2:
-        _fail("add_correction", "model must have an lm_head [V, H]", type(layer).__name__, "Others are not served")
+        fail("add_correction", "model", "have an lm_head [V, H]", type(layer).__name__, "Others are not served")
     if hasattr(layer, CORRECTION) or type(layer).__module__.startswith("peft."):
         got = "one with an adapter"
-        _fail("add_correction", "model must have a plain lm_head", got, "remove_correction(model), or merge it")
+        fail("add_correction", "model", "have a plain lm_head", got, "remove_correction(model), or merge it")
     model.requires_grad_(False)
     correction = CorrectionHead(weight.shape[1], weight.shape[0], rank, bias).to(weight.device)
     layer.add_module(CORRECTION, correction)
@@ -86,22 +88,29 @@ def save_correction(model: Any, file: str | Path) -> None:
 def load_correction(model: Any, file: str | Path) -> CorrectionHead:
     """`add_correction` with what `save_correction` wrote. ValueError for another file or a head of other sizes, before
     the model is touched."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            about = json.loads((opened.metadata() or {}).get("about", "{}"))
-            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, json.JSONDecodeError) as error:
-        _fail("load_correction", f"{file} must be a whole file of save_correction", error, "Save it again")
-    if about.get("format") != _FORMAT:
-        got = about.get("format", "another safetensors file")
-        _fail("load_correction", f"{file} must hold a correction ({_FORMAT})", got, "save_correction writes one")
-    weight = output_layer(model).weight
-    if (about["V"], about["H"]) != tuple(weight.shape):
-        sizes = f"{file} must fit the head's V {weight.shape[0]}, H {weight.shape[1]}"
-        _fail("load_correction", sizes, f"V {about['V']}, H {about['H']}", "It was trained for another model")
-    correction = add_correction(model, about["rank"], "up.bias" in state)
+    said = Source("load_correction", Path(file), "Save it again")
+    with said.tensors() as opened:
+        about = said.parsed("about", (opened.metadata() or {}).get("about", "{}"))
+        if about.get("format") != _FORMAT:
+            got = shown(about["format"]) if "format" in about else "another safetensors file"
+            said.fail("the file", f"hold a correction ({_FORMAT})", got, "save_correction writes one")
+        sizes = {name: said.typed(name, about.get(name), int, (1, (1 << 31) - 1)) for name in ("V", "H", "rank")}
+        (V, H), rank = output_layer(model).weight.shape, sizes["rank"]
+        if (sizes["V"], sizes["H"]) != (V, H):
+            got = f"V {sizes['V']}, H {sizes['H']}"
+            said.fail("V, H", f"fit the head's V {V}, H {H}", got, "It was trained for another model")
+        shapes = {"down.weight": [rank, H], "up.weight": [V, rank], "up.bias": [V]}
+        names = list(opened.keys())
+        shapes = {name: shape for name, shape in shapes.items() if name != "up.bias" or name in names}
+        for name, shape in shapes.items():
+            said.tensor(opened, name, shape, torch.float32)
+        if set(names) != set(shapes):
+            said.fail("tensors", f"be {', '.join(shapes)}", shown(sorted(names)))
+        state = {name: opened.get_tensor(name) for name in names}
+    for name, value in state.items():
+        if not bool(value.isfinite().all()):
+            said.fail(name, "be finite", "NaN or infinite entries")
+    correction = add_correction(model, rank, "up.bias" in state)
     correction.load_state_dict(state)
     return correction
 
@@ -113,9 +122,5 @@ def _corrected(layer: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Ten
 def _correction_of(layer: Any, function: str) -> CorrectionHead:
     found = getattr(layer, CORRECTION, None)
     if not isinstance(found, CorrectionHead):
-        _fail(function, "model must have a correction", "none", "Call add_correction(model) first")
+        fail(function, "model", "have a correction", "none", "Call add_correction(model) first")
     return found
-
-
-def _fail(function: str, relation: str, got: object, remedy: str) -> NoReturn:
-    raise ValueError(f"{function}: {relation}, got {got}. {remedy}.")

@@ -1,1 +1,1 @@
-"""The teacher store: what a teacher said about fixed texts, kept on disk."""
+"""The teacher store: a teacher's distributions over fixed texts, on disk."""

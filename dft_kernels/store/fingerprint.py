@@ -1,4 +1,4 @@
-"""What tells one tokenizer, or one model, from another."""
+"""Hashes that identify a tokenizer or a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 of a transformers tokenizer's vocabulary: every token with its id, and which ones are special."""
+    """sha256 of a transformers tokenizer's vocabulary: every token with its id, and the special ids."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     whole = json.dumps([vocabulary, sorted(tokenizer.all_special_ids)], ensure_ascii=True)
     return hashlib.sha256(whole.encode()).hexdigest()

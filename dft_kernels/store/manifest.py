@@ -1,39 +1,51 @@
-"""The teacher store: what a teacher said about fixed texts, written once and read at random.
+"""The teacher store: a teacher's distributions over fixed texts, written once, read in random order.
 
-    manifest.json             what it is, and size and checksum of every other file
+    manifest.json             metadata, and the size and sha256 of every other file
     head.safetensors          kind "hidden": weight [V, H] and, if there is one, bias [V]
     shard-00000.safetensors   tokens [rows], starts [sequences + 1]: sequence i is rows starts[i]..starts[i + 1]; and
                               "hidden": hidden [rows, H] bf16, the last hidden states that the head multiplies
                               "topk": indices [rows, k] (uint16 where the vocabulary fits, else int32),
                                       log_probs [rows, k] bf16, tail [rows] fp32, log of the mass outside
 
-Row t of a sequence is the teacher's distribution over token t + 1. A shard exists once it is listed: files are
-written beside their names, synced, renamed, and only then listed by a manifest that is replaced as a whole, so that
-a capture may be killed at any moment and goes on from the last whole shard.
+Row t of a sequence is the teacher's distribution over token t + 1. A shard belongs to the store once the manifest
+lists it. Files are written under a temporary name, synced and renamed, and the manifest is then replaced atomically:
+a capture that is killed at any moment resumes after the last complete shard.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
+import re
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import torch
+
+from ..files import Source, shown
 
 MANIFEST, HEAD = "manifest.json", "head.safetensors"
 FORMAT, VERSION = "dft_kernels teacher store", 1
 KINDS = ("hidden", "topk")
-SHARD_ROWS = 1 << 16  # of a shard, unless told otherwise
+SHARD_ROWS = 1 << 16  # default size of a shard
+MANIFEST_LIMIT = 1 << 23  # bytes: some 40,000 shards
 _BLOCK = 1 << 22  # bytes hashed at a time
+_LEAST = math.ulp(0.0)  # above 0
+_BOUNDS = {
+    "vocab_size": (1, (1 << 31) - 1),  # ids are int32
+    "width": (1, (1 << 31) - 1),
+    "temperature": (_LEAST, math.inf),
+    "softcap": (_LEAST, math.inf),
+}
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a store holds: the fields that a capture fixes when it begins, and a resumed one must repeat."""
+    """A store's metadata, fixed when a capture starts; a resumed capture must have the same."""
 
     kind: str  # hidden, topk
     vocab_size: int  # of the distributions
@@ -41,23 +53,23 @@ class Contents:
     model: str
     model_sha256: str
     tokenizer_sha256: str
-    temperature: float = 1.0  # that log_probs are of; hidden states serve any
+    temperature: float = 1.0  # of log_probs; hidden states serve any temperature
     logit_scale: float = 1.0  # of the head; see TeacherHead
     softcap: float | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensors of a shard beside tokens and starts."""
+        """The tensors of a shard besides tokens and starts."""
         return ("hidden",) if self.kind == "hidden" else ("indices", "log_probs", "tail")
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a shard's tensor."""
+        """The dtype of a shard's tensor."""
         if name == "indices":
             return torch.uint16 if self.vocab_size <= 1 << 16 else torch.int32
         return {"tokens": torch.int32, "starts": torch.int64, "tail": torch.float32}.get(name, torch.bfloat16)
 
     def shape(self, name: str, rows: int, sequences: int) -> list[int]:
-        """Of a shard's tensor."""
+        """The shape of a shard's tensor."""
         if name == "starts":
             return [sequences + 1]
         return [rows] if name in ("tokens", "tail") else [rows, self.width]
@@ -67,16 +79,16 @@ class Contents:
 class Part:
     """A file of the store, as the manifest lists it."""
 
-    file: str
+    file: str  # a plain name in the store's folder
     bytes: int
     sha256: str
     rows: int = 0
     sequences: int = 0
 
 
-def fail(path: Path, field: str, relation: str, got: object, remedy: str) -> NoReturn:
-    """Raise what is wrong with a file of the store, by file and field."""
-    raise ValueError(f"store: {path}: {field} must {relation}, got {got}. {remedy}.")
+def source(path: Path) -> Source:
+    """A file of a store."""
+    return Source("store", path, "Restore it, or capture again")
 
 
 def digest(path: Path, tick: Callable[[int], None] | None = None) -> str:
@@ -91,7 +103,7 @@ def digest(path: Path, tick: Callable[[int], None] | None = None) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's names, are on the disk."""
+    """fsync a file, or a folder's entries."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -100,30 +112,41 @@ def sync(path: Path) -> None:
 
 
 def read_manifest(folder: Path) -> tuple[Contents, Part | None, list[Part]]:
-    """What the store holds, its head, its shards."""
-    path = folder / MANIFEST
-    try:
-        whole = json.loads(path.read_text())
-    except FileNotFoundError:
-        fail(path, "the file", "be there", "none", "Name the folder that `dft-kernels capture --out` made")
-    except (OSError, ValueError) as error:
-        fail(path, "the file", "be readable JSON", error, "Restore it, or capture again")
-    if not isinstance(whole, dict) or whole.get("format") != FORMAT:
-        fail(
-            path,
-            "format",
-            f"be {FORMAT!r}",
-            repr(whole.get("format") if isinstance(whole, dict) else whole),
-            "Name a store",
-        )
-    if whole.get("version") != VERSION:
-        fail(path, "version", f"be {VERSION}", whole.get("version"), "Read it with the dft_kernels that wrote it")
-    try:
-        contents = Contents(**{field.name: whole[field.name] for field in fields(Contents)})
-        head = None if whole["head"] is None else Part(**whole["head"])
-        parts = [Part(**part) for part in whole["shards"]]
-    except (KeyError, TypeError) as error:
-        fail(path, str(error), "be as a capture writes it", "something else", "Restore the file, or capture again")
+    """The metadata, the head and the shards. Raises ValueError, by file and field, for a manifest that no capture
+    writes; every file that it lists has a plain name and lies in the folder."""
+    file = replace(source(folder / MANIFEST), absent="Name the folder that `dft-kernels capture --out` made")
+    whole = file.json(MANIFEST_LIMIT)
+    if whole.get("format") != FORMAT:
+        file.fail("format", f"be {FORMAT!r}", shown(whole.get("format")), "Name a store")
+    if file.typed("version", whole.get("version"), int) != VERSION:
+        file.fail("version", f"be {VERSION}", whole["version"], "Read it with the dft_kernels that wrote it")
+    contents = file.record(Contents, whole, bounds=_BOUNDS, beside=("format", "version", "head", "shards"))
     if contents.kind not in KINDS:
-        fail(path, "kind", f"be one of {', '.join(KINDS)}", repr(contents.kind), "Restore the file")
+        file.fail("kind", f"be one of {', '.join(KINDS)}", shown(contents.kind))
+    if contents.kind == "topk" and contents.width > contents.vocab_size:
+        file.fail("width", f"be at most vocab_size, {contents.vocab_size}, of kind topk", contents.width)
+    said = whole.get("head")
+    if (said is None) != (contents.kind == "topk"):
+        relation = "be a file of kind hidden, and null of kind topk"
+        file.fail("head", relation, "none" if said is None else f"one of kind {contents.kind}")
+    head = None if said is None else _part(file, "head", said)
+    if head is not None and head.file != HEAD:
+        file.fail("head.file", f"be {HEAD}", head.file)
+    listed = file.typed("shards", whole.get("shards"), list)
+    parts = [_part(file, f"shards[{number}]", shard) for number, shard in enumerate(listed)]
+    names = Counter(part.file for part in parts)
+    for number, part in enumerate(parts):
+        if names[part.file] > 1:
+            file.fail(f"shards[{number}].file", "be of one shard", f"{part.file} {names[part.file]} times")
+        if part.sequences > part.rows:
+            file.fail(f"shards[{number}].sequences", f"be at most its rows, {part.rows}", part.sequences)
     return contents, head, parts
+
+
+def _part(file: Source, where: str, value: Any) -> Part:
+    """A listed file."""
+    part = file.record(Part, value, where)
+    file.inside(f"{where}.file", part.file)
+    if not re.fullmatch("[0-9a-f]{64}", part.sha256):
+        file.fail(f"{where}.sha256", "be 64 hexadecimal digits", shown(part.sha256))
+    return part

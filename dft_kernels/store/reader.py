@@ -1,4 +1,4 @@
-"""Reading a teacher store (manifest.py says what it is)."""
+"""Reading a teacher store (manifest.py has the format)."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch import Tensor
 from ..teachers.head import TeacherHead
 from ..teachers.top_k import TopK
 from .fingerprint import tokenizer_fingerprint
-from .manifest import HEAD, MANIFEST, Part, digest, fail, read_manifest
+from .manifest import HEAD, MANIFEST, Part, digest, read_manifest, source
 
 
 class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """A store, opened for reading: sequences by number, memory-mapped, in any order and from any worker.
+    """A store, opened for reading: memory-mapped sequences by index, in any order, from any DataLoader worker.
 
-    folder: what `dft-kernels capture` made. tokenizer: of the student, refused where it is not the one of the
-    capture. verify: compare every file with its checksum (about a second a gigabyte); False: sizes and shapes alone.
+    folder: written by `dft-kernels capture`. tokenizer: the student's; ValueError if the capture had another. verify:
+    compare every file with its checksum (about a second per gigabyte); False: only sizes, shapes and dtypes.
 
         loader = DataLoader(store, batch_size=8, shuffle=True, collate_fn=store.collate, num_workers=2)
         for batch in loader:
             hidden = student(batch["input_ids"], batch["attention_mask"])
             loss = linear_distribution_loss(hidden, head, shift_labels(batch["labels"]), store.teacher(batch))
 
-    Raises ValueError, naming file and field, for what is truncated, edited, or of another tokenizer, before anything
-    is read from it.
+    Raises ValueError, by file and field, for a store that is truncated, edited, or of another tokenizer, before any
+    sequence is read.
     """
 
     def __init__(self, folder: str | Path, tokenizer: Any = None, *, verify: bool = True) -> None:
@@ -37,18 +37,18 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.contents, self.head_part, self.parts = read_manifest(self.folder)
         if tokenizer is not None:
             self.check_tokenizer(tokenizer)
-        for part in [*([] if self.head_part is None else [self.head_part]), *self.parts]:
+        self._files = [*([] if self.head_part is None else [self.head_part]), *self.parts]
+        for part in self._files:
             self._check_size(part)
         if verify:
             self.check_sums()
-        self.starts: list[Tensor] = []  # of each shard
-        for part in self.parts:
-            self.starts.append(self._check_shapes(part))
+        self._check_head()
+        self.starts: list[Tensor] = [self._check_shapes(part) for part in self.parts]
         self.first = [0]  # sequence of each shard
         for part in self.parts:
             self.first.append(self.first[-1] + part.sequences)
         self._open: dict[int, Any] = {}
-        self._head: tuple[tuple[str, torch.dtype], Any, Tensor | None] | None = None  # the last that was asked for
+        self._head: tuple[tuple[str, torch.dtype], Any, Tensor | None] | None = None  # the last one loaded
 
     # ---- what it holds
 
@@ -57,16 +57,16 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     @property
     def rows(self) -> int:
-        """Tokens, and distributions, of all sequences."""
+        """Number of tokens, and of distributions, in all sequences."""
         return sum(part.rows for part in self.parts)
 
     @property
     def bytes(self) -> int:
-        """Of all files but the head and the manifest."""
+        """Size of all shards."""
         return sum(part.bytes for part in self.parts)
 
     def length(self, sequence: int) -> int:
-        """Tokens of a sequence."""
+        """Number of tokens of a sequence."""
         shard, at = self._find(sequence)
         return int(self.starts[shard][at + 1] - self.starts[shard][at])
 
@@ -124,7 +124,8 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
     ) -> tuple[Tensor, Tensor | None]:
         """The teacher's head of kind "hidden": weight [V, H] and bias [V] or None."""
         if self.contents.kind != "hidden":
-            fail(self.folder / MANIFEST, "kind", "be 'hidden' to have a head", "'topk'", "Its rows are whole already")
+            manifest = source(self.folder / MANIFEST)
+            manifest.fail("kind", "be 'hidden' to have a head", "'topk'", "Its rows are whole already")
         wanted = (str(device), dtype or torch.bfloat16)
         if self._head is None or self._head[0] != wanted:
             with safetensors.safe_open(self.folder / HEAD, framework="pt") as file:
@@ -143,14 +144,16 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
         if found != self.contents.tokenizer_sha256:
             remedy = "Train with the tokenizer that the teacher was captured with, or capture again"
             relation = f"be this tokenizer's, {found}"
-            fail(self.folder / MANIFEST, "tokenizer_sha256", relation, self.contents.tokenizer_sha256, remedy)
+            manifest = source(self.folder / MANIFEST)
+            manifest.fail("tokenizer_sha256", relation, self.contents.tokenizer_sha256, remedy)
 
     def check_tokens(self, batch: dict[str, Tensor], input_ids: Tensor) -> None:
         """Refuse input_ids [B, T] that are not the tokens of the batch's sequences."""
         stored, mask = batch["input_ids"], batch["attention_mask"] == 1
         if input_ids.shape[0] != stored.shape[0] or input_ids.shape[1] < stored.shape[1]:
             want = f"have shape [{stored.shape[0]}, at least {stored.shape[1]}]"
-            fail(self.folder, "input_ids", want, list(input_ids.shape), "Give the sequences' tokens from their start")
+            remedy = "Give the sequences' tokens from their start"
+            source(self.folder).fail("input_ids", want, list(input_ids.shape), remedy)
         wrong = (input_ids[:, : stored.shape[1]].to(stored.device) != stored) & mask
         if bool(wrong.any()):
             row, column = (int(x) for x in wrong.nonzero()[0])
@@ -158,36 +161,32 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
             path = self.folder / self.parts[self._find(sequence)[0]].file
             got = f"{int(input_ids[row, column])} in input_ids"
             relation = f"hold the batch's ids: sequence {sequence} has {int(stored[row, column])} at position {column}"
-            fail(path, "tokens", relation, got, "Feed the texts of the capture, tokenised and cut as they were then")
+            remedy = "Feed the texts of the capture, tokenised and cut as they were then"
+            source(path).fail("tokens", relation, got, remedy)
 
     def check_sums(self, tick: Callable[[int], None] | None = None) -> None:
-        """Compare every file with its checksum. tick: told of bytes as they are read."""
-        for part in [*([] if self.head_part is None else [self.head_part]), *self.parts]:
+        """Compare every file with its checksum. tick: called with the number of bytes read since the last call."""
+        for part in self._files:
             found = digest(self.folder / part.file, tick)
             if found != part.sha256:
                 remedy = "The file was changed or damaged: restore it, or capture again"
-                fail(self.folder / part.file, "sha256", f"be {part.sha256}", found, remedy)
+                source(self.folder / part.file).fail("sha256", f"be {part.sha256}", found, remedy)
 
     def check_values(self) -> None:
-        """Refuse rows that no capture writes: ids outside of the vocabulary or twice, sums that are not 1."""
+        """Raise for invalid rows: ids outside the vocabulary or repeated, probabilities that do not sum to 1."""
         for shard, part in enumerate(self.parts):
-            path, file = self.folder / part.file, self._opened(shard)
+            said, file = source(self.folder / part.file), self._opened(shard)
             for start in range(0, part.rows, 8192):
                 rows = {name: file.get_slice(name)[start : start + 8192] for name in ("tokens", *self.contents.names)}
                 for name in rows.keys() & {"tokens", "indices"}:
                     ids = rows[name].long()
                     wrong = (ids < 0) | (ids >= self.contents.vocab_size)
                     if name == "tokens":
-                        wrong = ids < 0  # a padded vocabulary may have been sliced
+                        wrong = ids < 0  # the input may use ids of a padded vocabulary that the distributions leave out
                     if bool(wrong.any()):
                         at, got = start + int(wrong.nonzero()[0, 0]), int(ids[wrong][0])
-                        fail(
-                            path,
-                            name,
-                            f"hold ids in 0..{self.contents.vocab_size - 1}",
-                            f"{got} at row {at}",
-                            "Capture again",
-                        )
+                        want = f"hold ids in 0..{self.contents.vocab_size - 1}"
+                        said.fail(name, want, f"{got} at row {at}", "Capture again")
                 if "hidden" in rows:
                     wrong = ~rows["hidden"].isfinite().all(-1)
                     what, relation = "hidden", "be finite"
@@ -197,39 +196,38 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
                     wrong = (ordered[:, 1:] == ordered[:, :-1]).any(-1) | ~((total - 1).abs() < 0.02)
                     what, relation = "log_probs", "be of distinct ids and sum to 1 with tail"
                 if bool(wrong.any()):
-                    fail(path, what, relation, f"row {start + int(wrong.nonzero()[0])}", "Capture again")
+                    said.fail(what, relation, f"row {start + int(wrong.nonzero()[0])}", "Capture again")
 
     def _check_size(self, part: Part) -> None:
-        path = self.folder / part.file
-        if not path.exists():
-            fail(path, "the file", "be there", "none", "Restore it, or capture again")
-        if path.stat().st_size != part.bytes:
-            got = f"{path.stat().st_size}"
-            fail(
-                path, "bytes", f"be {part.bytes}", got, "The file is truncated or edited: restore it, or capture again"
-            )
+        file = source(self.folder / part.file)
+        found = file.size()
+        if found != part.bytes:
+            remedy = "The file is truncated or edited: restore it, or capture again"
+            file.fail("bytes", f"be {part.bytes}", found, remedy)
+
+    def _check_head(self) -> None:
+        """Refuse a head that is not of the manifest's vocabulary and width."""
+        if self.head_part is None:
+            return
+        file, held = source(self.folder / HEAD), self.contents
+        with file.tensors() as opened:
+            file.tensor(opened, "weight", [held.vocab_size, held.width], torch.bfloat16)
+            if "bias" in opened.keys():  # noqa: SIM118 - not a dict
+                file.tensor(opened, "bias", [held.vocab_size], torch.bfloat16)
 
     def _check_shapes(self, part: Part) -> Tensor:
         """`starts` of a shard whose tensors are what the manifest says."""
-        path, contents = self.folder / part.file, self.contents
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                for name in ("tokens", "starts", *contents.names):
-                    want = contents.shape(name, part.rows, part.sequences)
-                    if name not in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                        fail(path, name, f"be there with shape {want}", "no such tensor", "Capture again")
-                    found = file.get_slice(name).get_shape()
-                    if list(found) != want:
-                        fail(path, name, f"have shape {want}", list(found), "Restore the shard of this manifest")
-                starts: Tensor = file.get_tensor("starts")
-        except safetensors.SafetensorError as error:
-            fail(path, "the file", "be a safetensors file", error, "Restore it, or capture again")
-        if bool((starts.diff() < 1).any()) or (len(starts) and (int(starts[0]), int(starts[-1])) != (0, part.rows)):
-            fail(path, "starts", f"rise from 0 to {part.rows}", starts.tolist()[:4], "Capture again")
+        file, held = source(self.folder / part.file), self.contents
+        with file.tensors() as opened:
+            for name in ("tokens", "starts", *held.names):
+                file.tensor(opened, name, held.shape(name, part.rows, part.sequences), held.dtype(name))
+            starts: Tensor = opened.get_tensor("starts")
+        if bool((starts.diff() < 1).any()) or (int(starts[0]), int(starts[-1])) != (0, part.rows):
+            file.fail("starts", f"rise from 0 to {part.rows}", starts.tolist()[:4], "Capture again")
         return starts
 
     def _find(self, sequence: int) -> tuple[int, int]:
-        """Shard and number within it."""
+        """The shard of a sequence, and its index in the shard."""
         if not 0 <= sequence < len(self):
             raise IndexError(f"store: sequence must lie in 0..{len(self) - 1}, got {sequence}. See len(store).")
         shard = bisect.bisect_right(self.first, sequence) - 1
@@ -241,5 +239,5 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
         return self._open[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        """For DataLoader workers: each maps the files itself."""
+        """State for DataLoader workers, each of which maps the files itself."""
         return {**self.__dict__, "_open": {}, "_head": None}

@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from ..errors import fail
 from .ngram_blend import linear_ngrams, log_linear_ngrams, powers
 from .target import STATISTICS, About, Target
 
@@ -36,13 +36,13 @@ def blend(targets: Sequence[Target], weights: Sequence[float], kind: str = "line
     """
     targets, weights = list(targets), [float(weight) for weight in weights]
     if kind not in KINDS:
-        _fail("blend", "kind", f"be one of {', '.join(KINDS)}", repr(kind), "Name one")
+        fail("blend", "kind", f"be one of {', '.join(KINDS)}", repr(kind), "Name one")
     if not targets or len(weights) != len(targets):
-        _fail("blend", "weights", f"be one for each of {len(targets)} targets", len(weights), "Give as many")
+        fail("blend", "weights", f"be one for each of {len(targets)} targets", len(weights), "Give as many")
     if not all(math.isfinite(weight) for weight in weights) or abs(sum(weights) - 1) > 1e-6:
-        _fail("blend", "weights", "sum to 1", f"{weights}, of sum {sum(weights):g}", "Divide them by their sum")
+        fail("blend", "weights", "sum to 1", f"{weights}, of sum {sum(weights):g}", "Divide them by their sum")
     if kind == "linear" and min(weights) < 0:
-        _fail("blend", "weights", "be at least 0", weights, "style_vector extrapolates")
+        fail("blend", "weights", "be at least 0", weights, "style_vector extrapolates")
     _check_tokenizers("blend", targets)
     tensors = _linear(targets, weights, None) if kind == "linear" else _log_linear(targets, weights)
     parts = " + ".join(f"{weight:g} {one.about.name}" for weight, one in zip(weights, targets, strict=True))
@@ -59,7 +59,7 @@ def style_vector(
     negative. A token that the target has far more rarely than the model is soon below 0.
     """
     if not math.isfinite(gamma):
-        _fail("style_vector", "gamma", "be finite", gamma, "Give a number; 0 is the model's own, 1 the target's")
+        fail("style_vector", "gamma", "be finite", gamma, "Give a number; 0 is the model's own, 1 the target's")
     _check_tokenizers("style_vector", [native, target])
     weights = [1 - gamma, gamma]
     parts = f"{1 - gamma:g} {native.about.name} + {gamma:g} {target.about.name}"
@@ -131,7 +131,7 @@ def _log_linear(targets: list[Target], weights: list[float]) -> dict[str, Tensor
             product = powers([value.double() for value in values], weights)
             out[name] = shares(product) if kind.simplex else product.clamp(max=1 if kind.tokens else torch.inf)
             if name in ("unigram", "sentence_tokens") and not bool(out[name].any()):
-                _fail("blend", name, "be of targets with something in common", "nothing", "Blend them linearly")
+                fail("blend", name, "be of targets with something in common", "nothing", "Blend them linearly")
     if "sentence_tokens" in out and "hazard" in shared:
         oldest = float(powers([one["hazard"][-1:].double() for one in targets], weights))
         last = float(out["sentence_tokens"][-1])
@@ -161,7 +161,7 @@ def clipped(name: str, value: Tensor, max_clipped: float | None) -> Tensor:
     negative = float(-value.clamp(max=0).sum())
     share = negative / max(negative + float(value.clamp(min=0).sum()), 1e-300)
     if max_clipped is not None and share > max_clipped:
-        _fail(
+        fail(
             "style_vector",
             "gamma",
             f"leave at most {max_clipped:.0%} of {name} to be clipped at 0",
@@ -210,8 +210,4 @@ def _check_tokenizers(function: str, targets: list[Target]) -> None:
     found = {one.about.tokenizer_sha256: one.about for one in targets if one.about.tokenizer_sha256}
     if len(found) > 1:
         names = ", ".join(f"{about.name}: {about.tokenizer}" for about in found.values())
-        _fail(function, "targets", "be of one tokenizer", names, "Build them for one: dft-kernels target build")
-
-
-def _fail(function: str, argument: str, relation: str, got: object, remedy: str) -> NoReturn:
-    raise ValueError(f"{function}: {argument} must {relation}, got {got}. {remedy}.")
+        fail(function, "targets", "be of one tokenizer", names, "Build them for one: dft-kernels target build")

@@ -105,7 +105,7 @@ class Counts:
         self.sums = {name: np.zeros((BLOCKS, *shape), np.int64) for name, shape in shapes.items()}
 
     def add(self, text: str, block: int, encoding: Any = None) -> None:
-        """Count a passage. encoding: the tokenizer's of it, where it is there."""
+        """Count a passage. encoding: the tokenizer's output for it, if already computed."""
         sums = {name: value[block : block + 1] for name, value in self.sums.items()}
         ends = sentence_ends(text)
         found = list(_WORD.finditer(text))
@@ -248,7 +248,7 @@ def build(
     tick: Callable[[int], None] | None = None,
 ) -> Target:
     """A Target of passages (see `passages`), streaming: the memory is that of the counts, about 170 V numbers and the
-    different n-grams. tick: told the characters of each passage once it is counted. seed: of the dealing to blocks."""
+    different n-grams. tick: called with the characters of each passage once counted. seed: of the split into blocks."""
     counts, deal = Counts(tokenizer), random.Random(seed)
     stream = iter(documents)
     while batch := list(islice(stream, _BATCH)):

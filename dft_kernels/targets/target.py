@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .punctuation import CLASSES
+
 AGES = 128  # A, bins of ages and lengths in tokens
 GAPS = 128  # G, bins of gaps in tokens
 WORDS = 257  # W, bins of words in a sentence
@@ -17,7 +19,7 @@ WINDOW = 50  # words that the type-token ratio is taken of
 
 
 class Statistic(NamedTuple):
-    """What a tensor of a Target is."""
+    """Shape, dtype and constraints of a tensor of a Target."""
 
     dims: int
     dtype: torch.dtype
@@ -117,7 +119,7 @@ class Target:
                 raise ValueError(
                     f"Target: {self.about.name}: {name} must {problem}. Build it again: dft-kernels target build."
                 )
-        problem = _trie_problem(self.tensors)
+        problem = _trie_problem(self.tensors) or _shape_problem(self.tensors) or _id_problem(self.tensors)
         if problem:
             raise ValueError(f"Target: {self.about.name}: {problem}. Build it again: dft-kernels target build.")
 
@@ -195,6 +197,39 @@ def _trie_problem(tensors: Mapping[str, Tensor]) -> str | None:
     entries = len(tensors["ngram_completions"])
     whole = len(starts) == contexts + 1 and len(tensors["ngram_context_probability"]) == contexts
     whole = whole and len(tensors["ngram_probability"]) == entries and tensors["ngram_contexts"].shape[1] == 2
-    if not whole or int(starts[0]) != 0 or int(starts[-1]) != entries or bool((starts.diff() < 0).any()):
+    if not whole or int(starts[0]) != 0 or int(starts[-1]) != entries or bool((starts.long().diff() < 0).any()):
         return f"ngram_starts must rise from 0 to the {entries} completions of {contexts} contexts, got another"
+    return None
+
+
+def _shape_problem(tensors: Mapping[str, Tensor]) -> str | None:
+    """Tensors that share an index have the same length."""
+    for names in (("unigram", "sentence_end"), ("entropy", "entropy_contexts", "entropy_weight")):
+        sizes = [len(tensors[name]) for name in names if name in tensors]
+        if len(set(sizes)) > 1:
+            return f"{', '.join(names)} must be as long as each other, got {sizes}"
+    K = len(CLASSES)
+    classes = {"punctuation_rate": [K], "punctuation_per_1000_words": [K], "punctuation_gap": [K]}
+    for name, shape in {**classes, "punctuation_transition": [K, K]}.items():
+        if name in tensors and list(tensors[name].shape[: len(shape)]) != shape:
+            return f"{name} must be of {K} classes, got {list(tensors[name].shape)}"
+    return None
+
+
+def _id_problem(tensors: Mapping[str, Tensor]) -> str | None:
+    """Token ids are in the vocabulary, and classes in punctuation.CLASSES."""
+    vocab = len(tensors["unigram"]) if "unigram" in tensors else 1 << 31
+    features = tensors.get("punctuation_features", torch.zeros(0, 2, dtype=_I))
+    if features.shape[1] != 2:
+        return f"punctuation_features must have shape [F, 2], got {list(features.shape)}"
+    columns = {
+        "ngram_contexts": (-1, vocab, tensors.get("ngram_contexts")),
+        "ngram_completions": (0, vocab, tensors.get("ngram_completions")),
+        "entropy_contexts": (0, vocab, tensors.get("entropy_contexts")),
+        "punctuation_features[:, 0]": (0, vocab, features[:, 0]),
+        "punctuation_features[:, 1]": (0, len(CLASSES), features[:, 1]),
+    }
+    for name, (least, end, ids) in columns.items():
+        if ids is not None and ids.numel() and not (least <= int(ids.min()) and int(ids.max()) < end):
+            return f"{name} must lie in {least}..{end - 1}, got {int(ids.min())}..{int(ids.max())}"
     return None

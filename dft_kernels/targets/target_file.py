@@ -1,8 +1,8 @@
-"""A Target on disk: one safetensors file with a JSON header, written at once, refused where it is not what was written.
+"""A Target on disk: one safetensors file with a JSON header, written atomically and verified by a checksum.
 
-The header's key `target` is {"format", "version", "about", "noise", "warnings", "sha256"}; sha256 is of the rest of it
-and of every tensor's name, dtype, shape and bytes. A vector that is mostly zeros is kept as NAME.indices and
-NAME.values, with NAME.size in `sizes`.
+The header's key `target` is {"format", "version", "about", "noise", "warnings", "sizes", "sha256"}; sha256 covers the
+rest of the header and every tensor's name, dtype, shape and bytes. A vector that is mostly zeros is stored sparsely,
+as NAME.indices and NAME.values, with its length in `sizes`.
 """
 
 from __future__ import annotations
@@ -10,33 +10,31 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..files import Source, shown
 from ..store.fingerprint import tokenizer_fingerprint
-from .target import About, Target
+from .target import STATISTICS, About, Target
 
 FORMAT, VERSION = "dft_kernels target", 1
 PRESETS = Path(__file__).parent / "presets"
 _SUFFIX = ".safetensors"
-
-
-def fail(path: Path, field: str, relation: str, got: object, remedy: str) -> NoReturn:
-    """Raise what is wrong with a target's file, by file and field."""
-    raise ValueError(f"target: {path}: {field} must {relation}, got {got}. {remedy}.")
+_LONGEST = 1 << 22  # entries of a vector kept by its nonzero ones: a vocabulary, many times over
 
 
 def presets() -> list[str]:
-    """Names of the targets that the package brings."""
+    """Names of the targets that come with the package."""
     return sorted(path.stem for path in PRESETS.glob(f"*{_SUFFIX}"))
 
 
 def save(target: Target, path: str | Path) -> Path:
-    """Write the file, atomically, and give its path."""
+    """Write the file atomically and return its path."""
     from safetensors.torch import save as serialized
 
     path = Path(path)
@@ -58,38 +56,42 @@ def save(target: Target, path: str | Path) -> Path:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        fail(path, "the file", "be writable", error, "Name another with --out")
+        _source(path).fail("the file", "be writable", str(error), "Name another with --out")
     return path
 
 
 def load(name: str | Path, tokenizer: Any = None) -> Target:
-    """A target by file or by the name of a preset.
+    """Load a target from a file, or a preset by name.
 
-    tokenizer: of the model; a target of another one's tokens is refused. One without token statistics serves any.
-    Raises ValueError, naming file and field, for what is missing, damaged, edited, or of another tokenizer.
+    tokenizer: the model's; ValueError for a target whose token statistics are of another tokenizer.
+    Raises ValueError, by file and field, for a file that is missing, damaged, edited, or of another tokenizer.
     """
     path = PRESETS / f"{name}{_SUFFIX}" if str(name) in presets() else Path(name)
-    header, tensors = _read(path)
+    file = _source(path)
+    header, tensors = _read(file)
+    about = file.record(About, header.get("about"), "about")
+    noise = file.typed("noise", header.get("noise"), dict)
+    warnings = file.typed("warnings", header.get("warnings"), list)
+    sizes = file.typed("sizes", header.get("sizes"), dict)
+    noise = {
+        key: float(file.typed(f"noise[{shown(key)}]", value, float, (0, math.inf))) for key, value in noise.items()
+    }
+    said = tuple(file.typed(f"warnings[{number}]", text, str) for number, text in enumerate(warnings))
+    dense = _unpacked(file, tensors, sizes)
     try:
-        target = Target(
-            About(**header["about"]),
-            _unpacked(tensors, header["sizes"]),
-            {str(key): float(value) for key, value in header["noise"].items()},
-            tuple(header["warnings"]),
-        )
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        fail(path, "the header", "be as `target build` writes it", repr(error), "Build it again")
+        target = Target(about, dense, noise, said)
+    except ValueError as error:
+        file.fail("the tensors", "be what a corpus has", str(error))
     if tokenizer is not None and target.about.tokenizer_sha256 is not None:
         check_tokenizer(path, target, tokenizer)
     return target
 
 
 def check_tokenizer(path: str | Path, target: Target, tokenizer: Any) -> None:
-    """Refuse a target of another tokenizer's tokens."""
+    """Raise ValueError for a target of another tokenizer."""
     found = tokenizer_fingerprint(tokenizer)
     if found != target.about.tokenizer_sha256:
-        fail(
-            Path(path),
+        _source(Path(path)).fail(
             "tokenizer_sha256",
             f"be {found}, of the given tokenizer",
             f"{target.about.tokenizer_sha256}, of {target.about.tokenizer}",
@@ -97,30 +99,28 @@ def check_tokenizer(path: str | Path, target: Target, tokenizer: Any) -> None:
         )
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    import safetensors
+def _source(path: Path) -> Source:
+    return Source("target", path, "Restore it, or build it again")
 
-    if not path.is_file():
+
+def _read(file: Source) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not os.path.exists(file.path):
         known = ", ".join(presets()) or "none"
-        fail(path, "the file", f"be there, or be a preset ({known})", "none", "Check the name: dft-kernels target list")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            said = (file.metadata() or {}).get("target")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-        header = json.loads(said) if said is not None else None
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        fail(path, "the file", "be a whole safetensors file", error, "Restore it, or build it again")
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        got = repr(header.get("format")) if isinstance(header, dict) else "no header of one"
-        fail(path, "format", f"be {FORMAT!r}", got, "Name a file that `dft-kernels target build` made")
-    if header.get("version") != VERSION:
-        fail(path, "version", f"be {VERSION}", header.get("version"), "Read it with the dft_kernels that wrote it")
-    claimed = header.pop("sha256", None)
+        file.fail("the file", f"be there, or be a preset ({known})", "none", "Check the name: dft-kernels target list")
+    with file.tensors() as opened:
+        said = (opened.metadata() or {}).get("target")
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
+    header = {} if said is None else file.parsed("target", said)
+    if header.get("format") != FORMAT:
+        got = shown(header["format"]) if "format" in header else "no header of one"
+        file.fail("format", f"be {FORMAT!r}", got, "Name a file that `dft-kernels target build` made")
+    if file.typed("version", header.get("version"), int) != VERSION:
+        file.fail("version", f"be {VERSION}", header["version"], "Read it with the dft_kernels that wrote it")
+    claimed = file.typed("sha256", header.pop("sha256", None), str)
     found = _sha256(header, tensors)
     if claimed != found:
-        fail(
-            path, "sha256", f"be {claimed}, as its header says", found, "It was changed: restore it, or build it again"
-        )
+        remedy = "It was changed: restore it, or build it again"
+        file.fail("sha256", f"be {claimed}, as its header says", found, remedy)
     return header, tensors
 
 
@@ -146,9 +146,20 @@ def _packed(tensors: Any) -> tuple[dict[str, Tensor], dict[str, int]]:
     return out, sizes
 
 
-def _unpacked(tensors: dict[str, Tensor], sizes: dict[str, int]) -> dict[str, Tensor]:
-    out = {name: tensor for name, tensor in tensors.items() if not name.endswith((".indices", ".values"))}
-    for name, size in sizes.items():
-        values = tensors[f"{name}.values"]
-        out[name] = values.new_zeros(size).index_put((tensors[f"{name}.indices"].long(),), values)
+def _unpacked(file: Source, tensors: dict[str, Tensor], sizes: dict[str, Any]) -> dict[str, Tensor]:
+    """All tensors dense. A size is untrusted: it is checked before a vector of that size is allocated."""
+    packed = {f"{name}.{part}" for name in sizes for part in ("indices", "values")}
+    out = {name: tensor for name, tensor in tensors.items() if name not in packed}
+    for name, said in sizes.items():
+        if name not in STATISTICS:
+            file.fail(f"sizes[{shown(name)}]", f"be of one of {', '.join(STATISTICS)}", "another name")
+        size = file.typed(f"sizes[{name}]", said, int, (1, _LONGEST))
+        indices, values = (tensors.get(f"{name}.{part}") for part in ("indices", "values"))
+        if indices is None or values is None or values.ndim != 1 or indices.shape != values.shape:
+            got = "none" if indices is None or values is None else f"{list(indices.shape)} and {list(values.shape)}"
+            file.fail(f"{name}.indices", f"be there, as many as {name}.values, in one dimension", got)
+        at = indices.long() if indices.dtype == torch.int32 else indices.new_full((1,), -1).long()
+        if bool((at.diff() < 1).any()) or bool(((at < 0) | (at >= size)).any()):
+            file.fail(f"{name}.indices", f"be int32, rising, in 0..{size - 1}", shown(indices[:4].tolist()))
+        out[name] = values.new_zeros(size).index_put((at,), values)
     return out

@@ -1,4 +1,4 @@
-"""Distribution terms: what is asked of a model's distributions beside the loss of each token."""
+"""Distribution terms: losses of a model's average distributions, added to the loss of each token."""
 
 from .base import DistributionTerm, Moments, Statistics, TermSum
 from .columns import ChiSquared, TokenL2, UnigramKL, VocabularyMMD, random_fourier_features

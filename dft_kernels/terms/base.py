@@ -1,8 +1,8 @@
-"""What a distribution term is, and a weighted sum of terms: scalars J of means over the rows of a batch.
+"""Distribution terms and their weighted sums: scalars J of means over the rows of a batch.
 
-A term says what it needs of every row's q = softmax(z), how rows are summed into **moments** (sums over rows and the
-weights of what was summed), and J as a function of their quotients. Sums are what meets over gradient accumulation,
-processes and steps; J is ordinary PyTorch on small float64 vectors, so that nobody writes a gradient down.
+A term declares which statistics of every row's q = softmax(z) it needs, how rows are summed into **moments** (sums
+over rows, and the summed weights), and J as a function of their quotients. Moments add over gradient accumulation,
+processes and steps; J is ordinary PyTorch on small float64 vectors, differentiated by autograd.
 
 No term asks for a grouping of rows: a row's s_n = q_n @ phi [K] is summed here by its age, context or class, and the
 gradient goes back as a weight of every row's features, which the fused loss takes per row. Groups of rows would need
@@ -22,9 +22,9 @@ from ..errors import fail
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the rows of a batch know; row (b, t) is the model's distribution over the token after input_ids[b, t]."""
+    """Statistics of the rows of a batch; row (b, t) is the model's distribution of the token after input_ids[b, t]."""
 
-    input_ids: Tensor  # [B, T] int64, the text that was read
+    input_ids: Tensor  # [B, T] int64, the model's input
     weight: Tensor  # [B, T], 0 for rows in no term
     columns: Tensor | None = None  # [V], sum_n weight_n q_n
     features: Tensor | None = None  # [B, T, K], q @ features, in the dtype of the pass: it is the large one
@@ -74,7 +74,7 @@ class DistributionTerm:
 
     @property
     def name(self) -> str:
-        """What a sum of terms calls it."""
+        """The term's name in a sum of terms."""
         return type(self).__name__
 
     def on(self, device: torch.device) -> None:
@@ -169,7 +169,7 @@ class TermSum(DistributionTerm):
         return out
 
     def split(self, flat: Tensor) -> Moments:
-        """What `Moments.flat` joined."""
+        """The inverse of `Moments.flat`."""
         vocab = flat.numel() - 1 - 2 * self.size
         total, columns, sums, weights = flat.split([1, vocab, self.size, self.size])
         return Moments(total[0], columns, sums, weights)

@@ -1,7 +1,8 @@
-"""Terms beside the fused loss at running means, at no product more."""
+"""Terms at running means, at the cost of no further matrix product."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import fail
-from ..loss.functional import linear_distribution_loss, linear_distribution_statistics
+from ..loss.functional import DistributionStatistics, linear_distribution_loss, linear_distribution_statistics
 from ..loss.metrics import Metrics
 from .base import Statistics, as_sum
 from .constraint import AtMost
@@ -33,7 +34,7 @@ from .pull import (
 
 
 class Delayed:
-    """Terms at running means: the statistics of a step come out of the loss's own pass, at no product more.
+    """Terms at running means: the loss's own pass computes the statistics of a step, without another matrix product.
 
         running = decay * running + sums of this step        (an average whose weights are the rows', unbiased at once)
 
@@ -122,13 +123,9 @@ class Delayed:
         evaluation, they are left out of it."""
         assert metrics.lse is not None
         rows = rows_of(metrics.lse, target, input_ids, row_weight, ignore_index)
-        if metrics.mean_probability is not None:
-            rows = replace(rows, columns=rows.weight.sum() * metrics.mean_probability[0].double())
-        (seen,) = filled(self.terms, [rows], metrics.features, metrics.entropy, metrics.log_prob, rows.weight.shape)
+        seen = self._seen(rows, metrics)
         if torch.is_grad_enabled():
-            with torch.no_grad():
-                found = self.terms.gathered(seen).flat()
-            self.pending = found if self.pending is None else self.pending + found
+            self._add(seen)
         return seen
 
     def loss(
@@ -180,10 +177,7 @@ class Delayed:
         terms, rows = checked("Delayed", self.terms, hidden, weight, target, input_ids, loss)
         asked = {name: loss[name] for name in STATISTICS if name in loss}
         found = linear_distribution_statistics(hidden, weight, target, features=terms.features, **asked)
-        rows = replace(rows, columns=rows.weight.sum() * found.mean_probability[0].double())
-        (seen,) = filled(terms, [rows], found.features, found.entropy, found.log_prob, rows.weight.shape)
-        moments = terms.gathered(seen).flat()
-        self.pending = moments if self.pending is None else self.pending + moments
+        self._add(self._seen(rows, found))
 
     def update(self) -> None:
         """End a step: sum its statistics over all processes (each must call this), fold them into the running ones, or
@@ -222,23 +216,54 @@ class Delayed:
         return {"running": running, "steps": self.steps, "terms": self._layout(), "duals": duals}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned. ValueError where it is of other terms or another vocabulary."""
+        """Restore what `state_dict` returned. ValueError where it is of other terms or another vocabulary."""
         if not isinstance(state, dict) or set(state) != {"running", "steps", "terms", "duals"}:
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             fail("Delayed.load_state_dict", "state", "be what state_dict returned", got, "Pass that dict")
-        if state["terms"] != self._layout() or len(state["duals"]) != len(self.bounded):
+        running, steps, duals = (state[name] for name in ("running", "steps", "duals"))
+        known = type(steps) is int and steps >= 0 and isinstance(duals, list)
+        if not known or not all(type(dual) is float and 0 <= dual < math.inf for dual in duals):
+            relation = "have steps, an int of at least 0, and duals, a list of finite floats of at least 0"
+            wrong = f"{steps!r} and {duals!r}"
+            fail("Delayed.load_state_dict", "state", relation, wrong, "Pass what state_dict returned")
+        if state["terms"] != self._layout() or len(duals) != len(self.bounded):
             remedy = "Build the terms as they were, or start without the state"
             fail("Delayed.load_state_dict", "state", f"be of the terms {self._layout()}", state["terms"], remedy)
-        running = state["running"]
+        if running is not None and (not isinstance(running, Tensor) or running.dtype != torch.float64):
+            wrong = str(running.dtype) if isinstance(running, Tensor) else type(running).__name__
+            remedy = "Pass what state_dict returned"
+            fail("Delayed.load_state_dict", "state", "have running means in float64, or None", wrong, remedy)
         if running is not None:
             vocab = running.numel() - 1 - 2 * self.terms.size
+            if running.ndim != 1 or vocab < 0 or (vocab and not self.terms.columns):
+                remedy = "Pass what state_dict returned"
+                wanted = f"have running means [1 + V + 2 * {self.terms.size}]"
+                fail("Delayed.load_state_dict", "state", wanted, list(running.shape), remedy)
             if self.terms.columns and self.terms.vocab not in (None, vocab):
                 remedy = "Load the state of the same head"
                 fail("Delayed.load_state_dict", "state", f"be of a vocabulary of {self.terms.vocab}", vocab, remedy)
             running = running.clone()
-        for term, dual in zip(self.bounded.values(), state["duals"], strict=True):
-            term.dual = float(dual)
-        self.running, self.steps, self.pending, self._slopes = running, int(state["steps"]), None, None
+        for term, dual in zip(self.bounded.values(), duals, strict=True):
+            term.dual = dual
+        self.running, self.steps, self.pending, self._slopes = running, steps, None, None
+
+    def _seen(self, rows: Statistics, found: Metrics | DistributionStatistics) -> Statistics:
+        """The rows with their statistics out of a pass over them. Features behind the terms' own are left out."""
+        if found.mean_probability is not None:
+            rows = replace(rows, columns=rows.weight.sum() * found.mean_probability[0].detach().double())
+        features = found.features
+        if features is not None and self.terms.features is not None:
+            features = features[..., : self.terms.features.shape[1]]
+        divergence = found.divergence if isinstance(found, DistributionStatistics) else None
+        shape = rows.weight.shape
+        (seen,) = filled(self.terms, [rows], features, found.entropy, found.log_prob, shape, divergence)
+        return seen
+
+    @torch.no_grad()
+    def _add(self, seen: Statistics) -> None:
+        """Add the sums of rows to the step's."""
+        found = self.terms.gathered(seen).flat()
+        self.pending = found if self.pending is None else self.pending + found
 
     def _known(self, device: torch.device) -> Slopes | None:
         """J and its gradient at the running means, once a step."""

@@ -1,4 +1,4 @@
-"""Terms of the model's own text: its rows' statistics, and what the choice of each token did to those after it.
+"""Terms of text that the model generates: row statistics, and the score-function term of each sampled token.
 
 A statistic of what a model writes changes in two ways: each row's q moves, and with it which rows there are. With
 c_m = w_m dJ/dw_m the part of J that row m brings (linearised at the running means), for a text y drawn from the model
@@ -22,7 +22,7 @@ from ..errors import fail
 from ..loss.functional import DistributionStatistics, linear_distribution_statistics
 from .base import DistributionTerm, Statistics
 from .delayed import Delayed
-from .pull import STATISTICS, Slopes, TermLoss, checked, filled, pull, wide
+from .pull import STATISTICS, Slopes, TermLoss, checked, pull, wide
 
 
 class ReferenceKL(DistributionTerm):
@@ -94,7 +94,7 @@ class OnPolicy(Delayed):
                 after the end.
             teacher: the reference of a `ReferenceKL`, any teacher of `linear_distribution_loss`.
             input_ids: [B, T] int64, where a term asks for it.
-            sampled_log_prob: [B, T], log-probabilities of the drawn tokens as whoever drew them had them (an earlier
+            sampled_log_prob: [B, T], log-probabilities of the drawn tokens under the policy that drew them (an earlier
                 state of the model, another engine): rows then weigh min(10, prod_{m < n} q_m(y_m) / mu_m(y_m)),
                 truncated importance weights (Ionides, J. Comput. Graph. Stat. 17(2), 2008). One product more.
             loss: bias, low_rank, logit_scale, softcap, ignore_index, row_weight (above 0 where a token was drawn),
@@ -140,11 +140,9 @@ class OnPolicy(Delayed):
             teacher_temperature=self.temperature,
             **asked,
         )
-        seen = self._seen(found, rows)
+        seen = self._seen(rows, found)
         if torch.is_grad_enabled():
-            with torch.no_grad():
-                moments = terms.gathered(seen).flat()
-            self.pending = moments if self.pending is None else self.pending + moments
+            self._add(seen)
         assert found.log_prob is not None
         log_prob = found.log_prob.double().reshape(shape)
         values = [rows.weight.new_zeros(())] * len(terms.parts)
@@ -172,20 +170,12 @@ class OnPolicy(Delayed):
         return drawn
 
     def _features(self, of: Slopes | None, dtype: torch.dtype) -> Tensor | None:
-        """The terms' own, and G as one more, whose mass on a row is what the row brings to the columns' terms."""
+        """The terms' features, and G as one more column: <q_n, G> is row n's part of the column terms."""
         own = None if self.terms.features is None else self.terms.features.to(dtype)
         if of is None or of.columns is None or not self.terms.columns:
             return own
         g = (of.columns * of.total).to(dtype)[:, None]
         return g if own is None else torch.cat([own, g.to_sparse_coo()], 1).coalesce()
-
-    def _seen(self, found: DistributionStatistics, rows: Statistics) -> Statistics:
-        features = found.features
-        if features is not None and self.terms.features is not None:
-            features = features[..., : self.terms.features.shape[1]]
-        rows = replace(rows, columns=rows.weight.sum() * found.mean_probability[0].detach().double())
-        (seen,) = filled(self.terms, [rows], features, found.entropy, None, rows.weight.shape, found.divergence)
-        return seen
 
     def _surrogate(
         self,
@@ -197,7 +187,7 @@ class OnPolicy(Delayed):
         through: Tensor,
         items: Any,
     ) -> Tensor:
-        """A number whose gradient is the estimate."""
+        """A scalar whose gradient is the estimate of J's."""
         terms, w = self.terms, seen.weight
         asked = pull(terms, of, seen)
         row = torch.zeros_like(w)  # w_n (<q_n, G> + <s_n, kappa_n> + ...), by which each row moves J

@@ -1,4 +1,4 @@
-"""What both ways to run terms share: the gradient of J as a potential of the fused loss.
+"""Shared by exact and delayed terms: the gradient of J as a potential of the fused loss.
 
 With the means m = sums / weights of `Moments`, W the rows' whole weight and D what the loss divides by,
 
@@ -33,11 +33,11 @@ class TermLoss(NamedTuple):
     loss: Tensor
     fused: Tensor  # cross-entropy, divergence, ...
     terms: dict[str, Tensor]  # weight_i J_i by name, 0-d
-    metrics: Metrics | None  # where they were asked for
+    metrics: Metrics | None  # if requested
 
 
 class Potentials(NamedTuple):
-    """What a J asks of the rows of a batch."""
+    """The gradient of J with respect to the statistics of each row."""
 
     columns: Tensor | None  # G [V]
     features: Tensor | None  # kappa [B, T, K]
@@ -103,12 +103,12 @@ def checked(
 
 
 def of_rows(loss: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of the loss that say which rows count, and how much."""
+    """The keywords of the loss that select and weight rows."""
     return {"row_weight": loss.get("row_weight"), "ignore_index": loss.get("ignore_index", -100)}
 
 
 def rows_of(like: Tensor, target: Any, input_ids: Any, row_weight: Any, ignore_index: int) -> Statistics:
-    """The rows of `like` [B, T] or [T]: what was read, and their weights."""
+    """The rows of `like` [B, T] or [T]: their input ids and weights."""
     weight = torch.ones(like.shape, dtype=torch.float64, device=like.device)
     if row_weight is not None:
         weight = weight * row_weight
@@ -197,7 +197,7 @@ def linear_part(of: Potentials, rows: Statistics) -> Tensor:
 def joined(
     terms: TermSum, loss: Tensor, linear: Any, values: list[Tensor], weight: Tensor, items: Any, metrics: Any
 ) -> TermLoss:
-    """The value of J in place of that of its potentials; under num_items this batch's share of it."""
+    """Replace the value of the potentials by that of J; with num_items, by this batch's share of it."""
     denominator = torch.where(weight == 0, 1.0, weight) if items is None else items
     shares = [(value.detach() * weight / denominator).to(loss.dtype) for value in values]
     linear = (linear / denominator).to(loss.dtype)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import Source, shown
 from ..materials.models import cache_folder
 from ..materials.sources import MODEL_HELP, TEXT_HELP
 from .target_terms import TERMS, read_terms
@@ -78,26 +80,29 @@ class Job:
         """Whether the teacher is a store."""
         from ..store.manifest import MANIFEST
 
-        return self.teacher is not None and (Path(self.teacher) / MANIFEST).exists()
+        return self.teacher is not None and os.path.exists(Path(self.teacher) / MANIFEST)  # False for no name of a file
 
 
-def read(file: Path, known: Collection[str]) -> dict[str, Any]:
-    """A YAML file of names and values; ValueError, naming the file, where it is none, and the key that is not known."""
-    import yaml
-
-    try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"train: {file} must be a readable YAML file, got: {error}. See dft-kernels train --help."
-        ) from error
-    _need(isinstance(given, dict), str(file), "hold names and values", type(given).__name__, "Write NAME: VALUE lines")
-    for name in given:
+def read(path: Path, known: Collection[str]) -> dict[str, Any]:
+    """A YAML file of names and values; ValueError, naming the file, where it is none, and the key that is not known or
+    holds what no flag takes."""
+    file = Source("train", path, "See dft-kernels train --help")
+    given = file.yaml()
+    for name, value in given.items():
         if name not in known:
+            plain = isinstance(name, str) and name.isidentifier() and len(name) < 80
             near = difflib.get_close_matches(str(name), known, 1, 0.0)[0]
-            relation = f"be a key of {file} that there is"
-            _need(False, str(name), relation, "none of that name", f"Did you mean {near}?")
-    return dict(given)
+            relation = f"be a key of {path} that there is"
+            _need(False, name if plain else shown(name), relation, "none of that name", f"Did you mean {near}?")
+        if isinstance(value, dict) and name in Job.__dataclass_fields__:
+            file.fail(name, "be a value or a list of values", shown(value))
+        for one in value if isinstance(value, list) else ():
+            flag = isinstance(one, str) and file.typed(name, one, str).startswith("-")
+            if flag or not isinstance(one, (str, int, float)):
+                file.fail(name, "hold numbers, and texts that do not begin with '-'", shown(one))
+        if isinstance(value, str):
+            file.typed(name, value, str)
+    return given
 
 
 def as_flags(given: dict[str, Any]) -> list[str]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import transformers
 
+from ..files import Source
+
 TERMS_FILE = "distribution_terms.pt"  # in a checkpoint
 SHOWN = ("loss", "soft_loss", "hard_loss", "teacher_agreement")
 
@@ -52,10 +54,17 @@ class TermsCallback(transformers.TrainerCallback):  # type: ignore[misc]
 
 def load_terms(folder: str, terms: dict[str, Any]) -> None:
     """Take up what `TermsCallback` left in a checkpoint."""
-    file = Path(folder) / TERMS_FILE
-    found = torch.load(file, weights_only=True) if file.exists() else {}
+    file = Source("DFTTrainer", Path(folder) / TERMS_FILE, "Resume from another checkpoint, or start anew")
+    found: Any = {}
+    if file.path.exists():
+        file.size()
+        try:
+            found = torch.load(file.path, weights_only=True)
+        except Exception as error:  # the unpickler of a damaged file raises almost any
+            file.fail("the file", "be readable by torch.load(weights_only=True)", f"{type(error).__name__}: {error}")
+        file.typed("the file", found, dict)
     if found.keys() != terms.keys():
-        got = f"{', '.join(found) or 'none'} for {', '.join(terms)}"
+        got = f"{', '.join(map(str, found)) or 'none'} for {', '.join(terms)}"
         raise ValueError(
             f"DFTTrainer: {folder} must hold {TERMS_FILE} of the same kinds of terms to go on with, got {got}. Resume "
             "with the terms that it was made with, or start anew."

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 from ..evaluation.held_out import HeldOut, held_out
 from ..loss.functional import shift_labels
 from ..materials.models import read_texts
-from ..materials.sources import ABOUT, check_model, model_of, texts_of
+from ..materials.sources import ABOUT, check_model, model_of, read_about, texts_of
 from ..models.correction import CORRECTION_FILE, add_correction, save_correction
 from ..models.heads import output_layer
 from ..store.reader import Store
@@ -220,8 +220,7 @@ def _resumable(job: Job, out: Path) -> str | None:
     found = last_checkpoint(out)
     if found is None:
         return None
-    about = out / ABOUT
-    before = json.loads(about.read_text(encoding="utf-8"))["job"] if about.exists() else {}
+    _, before = read_about("train", out)
     apart = [name for name, value in vars(job).items() if name != "cache" and before.get(name) != value]
     if apart:
         got = ", ".join(f"{name} {before.get(name)!r} for {getattr(job, name)!r}" for name in apart[:3])

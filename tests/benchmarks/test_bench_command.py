@@ -184,7 +184,7 @@ def test_the_command_lists_who_runs_here(capsys: pytest.CaptureFixture[str]) -> 
         (["--plot", "x.jpg"], "--plot must end in .png, got x.jpg"),
         (["--memory-limit", "-1"], "--memory-limit must be above 0, got -1"),
         (["--csv", "."], "--csv must be a file's name, got ., a folder"),
-        (["--show", "nowhere.csv"], "No such file"),
+        (["--show", "nowhere.csv"], "nowhere.csv: the file must be there, got none"),
     ],
 )
 def test_mistakes_are_said_before_any_work(

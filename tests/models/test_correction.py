@@ -112,7 +112,7 @@ def test_mistakes(tmp_path: Path) -> None:
     assert all(p.requires_grad for p in other.parameters())
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="must be a whole file of save_correction"):
+    with pytest.raises(ValueError, match="must be a whole safetensors file"):
         load_correction(other, file)
     save_file({"a": torch.zeros(2)}, file)
     with pytest.raises(ValueError, match="must hold a correction"):

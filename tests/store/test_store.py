@@ -178,8 +178,8 @@ def damage(folder: Path, what: str) -> None:
         ("format", r"manifest.json: format must be"),
         ("version", r"manifest.json: version must be 1, got 2"),
         ("kind", r"manifest.json: kind must be one of hidden, topk"),
-        ("field", r"manifest.json: 'vocab_size' must be"),
-        ("width", r"shard-00000.safetensors: hidden must have shape \[12, 7\], got \[12, 6\]"),
+        ("field", r"manifest.json: vocab_size must be there, got none"),
+        ("width", r"head.safetensors: weight must have shape \[70, 7\], got \[70, 6\]"),
         ("json", r"manifest.json: the file must be readable JSON"),
     ],
 )

@@ -221,10 +221,10 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     given = ("--model", student, "--text", text)
     for arguments, said in {
         (file["bad"],): f"lerning_rate must be a key of {file['bad']} .* Did you mean learning_rate\\?$",
-        (file["list"],): "list.yaml must hold names and values, got list",
-        (file["missing"],): "missing.yaml must be a readable YAML file",
-        (str(folder),): f"{folder} must be a readable YAML file",
-        (file["binary"],): "binary.yaml must be a readable YAML file",
+        (file["list"],): "list.yaml: the file must hold names and values, got list",
+        (file["missing"],): "missing.yaml: the file must be there, got none",
+        (str(folder),): f"{folder}: the file must be a readable regular file, got a folder",
+        (file["binary"],): "binary.yaml: the file must be UTF-8 text",
         (file["short"],): "short.yaml: length must be at least 2, got 1",
         (file["short"], "--length", "0"): " --length must be at least 2, got 0",
         (file["many"],): "many.yaml: max_steps must be a whole number, got 'many'",

@@ -19,7 +19,8 @@ from dft_kernels.models.heads import hidden_states
 from dft_kernels.training.students import every_second_layer, pack
 
 transformers = pytest.importorskip("transformers")
-from test_capture import WORDS, tiny, tokenizer  # noqa: F401 - imports transformers; a fixture
+from tiny_models import WORDS, tokenizer  # noqa: F401 - a fixture
+from tiny_models import far as tiny
 
 from dft_kernels.evaluation.held_out import distinct, held_out
 from dft_kernels.generation.sampling import continuations

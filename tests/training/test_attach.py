@@ -9,23 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from tiny_models import IDS, gradients, tiny
 
 import dft_kernels
 from dft_kernels.models.heads import head_of, hidden_states
-
-transformers = pytest.importorskip("transformers")
 from dft_kernels.training.attach import attach, detach
 
-# one configuration for all: every one of them takes what it knows
-TINY = {
-    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
-    "pad_token_id": 0, "n_embd": 16, "n_layer": 2, "n_head": 2, "d_model": 16, "num_heads": 2, "num_layers": 2,
-    "ffn_dim": 24, "word_embed_proj_dim": 16, "num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1,
-    "moe_intermediate_size": 8, "state_size": 4, "n_positions": 64, "rotary_dim": 4,
-    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "residual_dropout", "hidden_dropout"), 0.0),
-    **dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.0),
-}  # fmt: skip
 # that this configuration builds small with the transformers at hand; an older one lacks a few
 ALL = """
     apertus arcee aria_text bitnet bloom cohere cohere2 cohere2_moe ctrl cwm deepseek_v4 doge ernie4_5
@@ -37,25 +27,6 @@ ALL = """
     stablelm starcoder2 vaultgemma xglm
 """.split()  # noqa: SIM905 - eighty lines otherwise
 KINDS = [kind for kind in ALL if kind in transformers.CONFIG_MAPPING]
-IDS = torch.arange(3, 27).view(2, 12)
-
-
-def tiny(kind: str = "llama", **more: Any) -> Any:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of settings that one kind or another does not know
-        config = transformers.CONFIG_MAPPING[kind](**{**TINY, **more})
-        model = transformers.AutoModelForCausalLM.from_config(config).float().train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {name: g for name, g in zip(named, found, strict=True) if g is not None}
 
 
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:

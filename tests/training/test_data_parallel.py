@@ -9,19 +9,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+from tiny_models import tiny
+from training_runs import config, curve, written
 from two_processes import on_two
 
 import dft_kernels as dk
-from dft_kernels.store.reader import Store
-
-transformers = pytest.importorskip("transformers")
-accelerate = pytest.importorskip("accelerate")
-from test_attach import tiny
-from test_trainer import config, curve, written
-
 from dft_kernels.generation.sampling import roll_out
+from dft_kernels.store.reader import Store
 from dft_kernels.terms import OnPolicy, ReferenceKL, TokenL2
 from dft_kernels.training import attach as attachment
 from dft_kernels.training import rollouts

@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SECONDS = 240  # a hang is a failure
+SECONDS = 900  # a hang is a failure; a machine with other work is none
 
 
 def on_two(file: str, folder: Path, *names: str) -> None:

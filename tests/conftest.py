@@ -21,3 +21,9 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         where, cell = mark.kwargs["where"], item.callspec.params  # type: ignore[attr-defined]
         if not where(**{name: cell[name] for name in inspect.signature(where).parameters}):
             item.add_marker(pytest.mark.full)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws without a generator of its own does not depend on the tests before it."""
+    torch.manual_seed(0)

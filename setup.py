@@ -1,8 +1,15 @@
-"""Builds the compiled rooms against the torch that is installed. Without a compiler the package installs all the same.
+"""Builds the extension modules against the installed torch. Without a compiler the package installs all the same.
 
-DFT_KERNELS_CUDA=0 leaves the CUDA kernels out, =1 demands them; unset, they are built where torch has CUDA.
-TORCH_CUDA_ARCH_LIST chooses their GPUs, CUDA_HOME the toolkit, MAX_JOBS the number of compilers at a time.
-DFT_KERNELS_REQUIRE_EXTENSION=1 makes a failure of the CPU's room an error, DFT_KERNELS_SANITIZE=1 builds it sanitized.
+    dft_kernels._C     the CPU kernels; needs a C++ compiler
+    dft_kernels._cuda  the CUDA kernels; needs nvcc as well
+
+DFT_KERNELS_CPU=0 or DFT_KERNELS_CUDA=0 leaves that module out, =1 makes its failure an error. Unset, the first is built
+where it can be, the second where torch has CUDA too. The CUDA kernels alone, say for another Python:
+
+    DFT_KERNELS_CPU=0 DFT_KERNELS_CUDA=1 python setup.py build_ext --inplace
+
+TORCH_CUDA_ARCH_LIST chooses the GPUs, CUDA_HOME the toolkit, MAX_JOBS the number of compilers at a time.
+DFT_KERNELS_SANITIZE=1 builds the CPU kernels under ASan and UBSan.
 """
 
 import json
@@ -29,18 +36,18 @@ from setuptools import setup
 HERE = Path(__file__).resolve().parent
 STAMP = HERE / "dft_kernels" / "_build.json"  # what the extensions were built against, or why there are none
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("bindings", "memory", "ops", "step")]
-KERNELS = ["csrc/cuda/rows.cu", "csrc/cuda/rows_cluster.cu"]
-HEADERS = [str(path) for pattern in ("*.h", "*.inc", "*.cuh") for path in sorted((HERE / "csrc").rglob(pattern))]
+KERNELS = [f"csrc/cuda/{name}.cu" for name in ("columns", "rows", "rows_cluster")]
+DEPENDS = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").rglob("*") if path.is_file())
 JOBS = int(os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1)))
 
-# One source, compiled for each instruction set, chosen at run time: a binary built on one x86-64 runs on any.
+# csrc/cpu/rows.cpp is compiled for each instruction set, one is chosen at run time: the binary runs on any x86-64.
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = [
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512")
     ]
-# -fno-math-errno, -fno-trapping-math let selects become vector selects; results and NaN stay as IEEE has them
+# -fno-math-errno and -fno-trapping-math allow vector selects; results and NaN are those of IEEE arithmetic
 KERNEL_FLAGS = [
     f"-I{HERE / 'csrc'}",
     "-std=c++20",
@@ -58,7 +65,22 @@ OLDEST_ARCHITECTURE, OLDEST_NVCC = (7, 5), (12, 0)
 
 
 class BuildError(Exception):
-    """Why the CUDA kernels cannot be built, in one line that says what to do."""
+    """Why an extension module cannot be built, in one line that says what to do."""
+
+
+def choice(variable):
+    """False, True or None: 0, 1 or unset."""
+    value = os.environ.get(variable) or None
+    if value not in (None, "0", "1"):
+        sys.exit(f"dft_kernels: {variable} must be 0, 1 or unset, got {value!r}. Correct it.")
+    return None if value is None else value == "1"
+
+
+def read_stamp():
+    try:
+        return json.loads(STAMP.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 class Nvcc:
@@ -86,10 +108,10 @@ class Nvcc:
     @staticmethod
     def find():
         home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-        places = [Path(home) / "bin" / "nvcc"] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
-        for place in places:
-            if place and Path(place).is_file():
-                return Path(place)
+        paths = [Path(home) / "bin" / "nvcc"] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+        for path in paths:
+            if path and Path(path).is_file():
+                return Path(path)
         where = f"in CUDA_HOME={home}" if home else "on PATH or in /usr/local/cuda"
         raise BuildError(
             f"there is no nvcc {where}. Install the CUDA toolkit of torch's version, or set CUDA_HOME to it."
@@ -127,7 +149,7 @@ class Nvcc:
         return chosen
 
     def compile(self, source, target):
-        """One kernel file to one object with code for every architecture."""
+        """One source to one object with code for every architecture."""
         codes = []
         for name in self.architectures:
             number = name.removesuffix("+PTX").replace(".", "")
@@ -135,10 +157,11 @@ class Nvcc:
             if name.endswith("+PTX"):
                 codes.append(f"-gencode=arch=compute_{number},code=compute_{number}")
         print("dft_kernels: nvcc", shlex.join([*CUDA_FLAGS, *codes]), source)
-        self.run(*CUDA_FLAGS, *codes, "--threads", str(min(JOBS, len(codes))), "-c", source, "-o", target)
+        threads = min(max(1, JOBS // len(KERNELS)), len(codes))
+        self.run(*CUDA_FLAGS, *codes, "--threads", str(threads), "-c", source, "-o", target)
 
     def libraries(self):
-        """What links the CUDA runtime in, statically, from where nvcc itself looks (#$ TOP=... of a dry run)."""
+        """Linker flags for the static CUDA runtime, of the toolkit that nvcc itself uses (#$ TOP=... of a dry run)."""
         dry = subprocess.run([self.path, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
         top = re.search(r"^#\$ TOP=(.+)$", dry.stderr + dry.stdout, re.M)
         homes = [Path(top[1].strip())] if top else []
@@ -152,73 +175,75 @@ class Nvcc:
 
 
 class OptionalBuild(BuildExtension):
-    """Builds each extension, or says in one line why it could not and leaves that in the stamp."""
+    """Builds each extension module, or says in one line why it could not and records that in the stamp."""
 
     def run(self):
-        stamp = {"torch": torch.__version__, "cuda": torch.version.cuda, "built": True, "reason": None}
-        self.cuda_kernels = {**stamp, "built": False, "reason": "DFT_KERNELS_CUDA=0 at the build"}
-        try:
-            super().run()
-        except BuildError as error:  # what DFT_KERNELS_CUDA=1 demanded
-            sys.exit(f"dft_kernels: DFT_KERNELS_CUDA=1, but {error}")
-        except Exception as error:  # a missing or broken compiler must not cost the user the reference backend
-            if os.environ.get("DFT_KERNELS_REQUIRE_EXTENSION") == "1":
-                raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            stamp.update(built=False, reason=reason)
-            print(f"dft_kernels: the C++ extension was not built ({reason}); install a C++ compiler and repeat.")
-        STAMP.write_text(json.dumps({**stamp, "cuda_kernels": self.cuda_kernels}, indent=1) + "\n")
+        versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
+        before = read_stamp()  # of a CPU part that is left as it is
+        kept = CPU is False and {name: before.get(name) for name in (*versions, "built")} == {**versions, "built": True}
+        self.force = True  # a module that was built for another torch looks up to date
+        self.cpu = {**versions, "built": kept, "reason": None if kept else "DFT_KERNELS_CPU=0 at the build"}
+        self.cuda = {**versions, "built": False, "reason": "DFT_KERNELS_CUDA=0 at the build"}
+        super().run()
+        STAMP.write_text(json.dumps({**self.cpu, "cuda_kernels": self.cuda}, indent=1) + "\n")
 
     def build_extensions(self):
         cpu, cuda = self.extensions
-        self.build_cuda(cuda)
-        for name, flags in INSTRUCTION_SETS.items():
-            options = {
-                "output_dir": self.build_temp,
-                "depends": HEADERS,
-                "extra_postargs": [*KERNEL_FLAGS, *flags, *SANITIZE],
-            }
-            cpu.extra_objects += self.compiler.compile([f"csrc/cpu/rows_{name}.cpp"], **options)
-        self.extensions = [cpu]
-        super().build_extensions()
-        self.extensions = [cpu, cuda]
+        self.compile_plainly = self.compiler.compile  # before torch replaces it
+        if self.attempt(cuda, self.cuda, "DFT_KERNELS_CUDA", CUDA, self.compile_cuda) and torch.version.cuda:
+            print(f"dft_kernels: the CUDA kernels were not built: {self.cuda['reason']}")
+        if self.attempt(cpu, self.cpu, "DFT_KERNELS_CPU", CPU, self.compile_rows):
+            reason = self.cpu["reason"]
+            print(f"dft_kernels: the C++ extension was not built ({reason}); install a C++ compiler and repeat.")
+        self.extensions = [each for each, wanted in ((cpu, CPU), (cuda, CUDA)) if wanted is not False]
+        cpu.optional = cuda.optional = True  # one that failed is not there to be copied
 
-    def build_cuda(self, extension):
-        wanted = os.environ.get("DFT_KERNELS_CUDA", "")
+    def attempt(self, extension, stamp, variable, wanted, compile_objects):
+        """Whether the build of an extension failed. A missing or broken compiler must not cost the user the rest."""
+        if wanted is False:
+            return False
         try:
-            if wanted == "0":
-                return
-            if wanted not in ("", "1"):
-                raise BuildError(f"DFT_KERNELS_CUDA must be 0, 1 or unset, got {wanted!r}. Correct it.")
-            if torch.version.cuda is None and wanted != "1":
-                raise BuildError(
-                    f"torch {torch.__version__} has no CUDA. Install a CUDA build of torch, then this again."
-                )
-            nvcc = Nvcc()
-            extension.extra_link_args += nvcc.libraries()
             Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-            objects = {source: str(Path(self.build_temp) / f"{Path(source).stem}.cu.o") for source in KERNELS}
             with ThreadPoolExecutor(JOBS) as pool:
-                list(pool.map(nvcc.compile, objects, objects.values()))
-            extension.extra_objects += objects.values()
+                extension.extra_objects += compile_objects(extension, pool)
             self.extensions = [extension]
             super().build_extensions()
-            version = ".".join(map(str, nvcc.version))
-            self.cuda_kernels.update(built=True, reason=None, nvcc=version, architectures=nvcc.architectures)
         except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            if wanted not in ("", "0"):
-                raise BuildError(first) from error
-            self.cuda_kernels.update(reason=first)
-            if torch.version.cuda is not None:
-                print(f"dft_kernels: the CUDA kernels were not built: {first}")
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if wanted:
+                sys.exit(f"dft_kernels: {variable}=1, but {reason}")
+            stamp.update(built=False, reason=reason)
+            return True
+        stamp.update(built=True, reason=None)
+        return False
+
+    def compile_rows(self, extension, pool):
+        def compile_for(name):
+            return self.compile_plainly(
+                ["csrc/cpu/rows.cpp"],
+                output_dir=str(Path(self.build_temp) / name),
+                macros=[("DFT_ISA", name)],
+                extra_postargs=[*KERNEL_FLAGS, *INSTRUCTION_SETS[name], *SANITIZE],
+            )[0]
+
+        return list(pool.map(compile_for, INSTRUCTION_SETS))
+
+    def compile_cuda(self, extension, pool):
+        if torch.version.cuda is None and not CUDA:
+            raise BuildError(f"torch {torch.__version__} has no CUDA. Install a CUDA build of torch, then this again.")
+        nvcc = Nvcc()
+        extension.extra_link_args += nvcc.libraries()
+        objects = [str(Path(self.build_temp) / f"{Path(source).stem}.cu.o") for source in KERNELS]
+        list(pool.map(nvcc.compile, KERNELS, objects))
+        self.cuda.update(nvcc=".".join(map(str, nvcc.version)), architectures=nvcc.architectures)
+        return objects
 
 
 def extension(name, sources):
-    built = CppExtension(
+    return CppExtension(
         name,
         sources,
-        depends=HEADERS,
+        depends=DEPENDS,
         extra_compile_args=[
             f"-I{HERE / 'csrc'}",
             "-std=c++20",
@@ -230,10 +255,9 @@ def extension(name, sources):
         ],
         extra_link_args=["-fopenmp", *SANITIZE],
     )
-    built.optional = True
-    return built
 
 
+CPU, CUDA = choice("DFT_KERNELS_CPU"), choice("DFT_KERNELS_CUDA")
 setup(
     ext_modules=[extension("dft_kernels._C", SOURCES), extension("dft_kernels._cuda", ["csrc/cuda/bindings.cpp"])],
     cmdclass={"build_ext": OptionalBuild},

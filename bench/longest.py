@@ -1,19 +1,19 @@
 """The longest sequence that trains within a budget of memory: python bench/longest.py [--budget 4] [--csv FILE] ...
 
 Gemma3-270M (V 262144; pip brings it, under the Gemma Terms of Use), batch 1, bf16 weights and gradients, plain SGD
-(no state), activations recomputed layer by layer in every way, since that is how long sequences are trained. A step is
-forward, backward and update; its peak is the largest resident memory of its process from there on, weights and
-libraries included. Each step has a process of its own, in which a step of 16 tokens goes before. The ways:
+(no state), activations recomputed layer by layer in every way, as long sequences are trained. A step is forward,
+backward and update; its peak is the largest resident memory of its process from there on, weights and libraries
+included. Each step runs in a process of its own, after a step of 16 tokens. The ways:
 
     transformers cross-entropy   labels= into the model: its own loss
     attached cross-entropy       the same call after attach(model)
     eager forward KL             log-softmax of both models' logits in fp32, F.kl_div; the teacher is a frozen copy
     attached forward KL          attach, and the frozen copy's hidden states in a TeacherHead
 
-Lengths double from 256 until one does not fit; then the curve says where to look, until one that fits and one that
-does not are 5 % apart. What the allocator keeps differs from run to run, so the longest is run again, and where it
-goes over the budget the next shorter one is, until one has fitted twice. A step may go over the budget up to --limit,
-where it is ended: the plot has it.
+Lengths double from 256 until one does not fit; then the search interpolates, until one that fits and one that does not
+are 5 % apart. What the allocator keeps differs from run to run, so the longest is run again; where it exceeds the
+budget the next shorter one is run again, until one has fitted twice. A step may exceed the budget up to --limit, where
+it is stopped; the plot shows it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dft_kernels import TeacherHead
+from dft_kernels import TeacherHead, attach
 from dft_kernels.benchmarks.measure import give_back, is_out_of_memory
 from dft_kernels.benchmarks.runs import about
 from dft_kernels.benchmarks.tables import write_csv
 from dft_kernels.materials.models import cache_folder, gemma3
 from dft_kernels.models.heads import hidden_states
-from dft_kernels.training.attach import attach
 
 GIB = 1 << 30
 FIRST, COMMON, GRAIN = 256, 1024, 16  # the shortest length, one that all are measured at, what lengths are multiples of
@@ -68,7 +67,7 @@ def attached_kl(model: Any, teacher: Any, ids: Tensor) -> Tensor:
 
 
 class Way(NamedTuple):
-    """How a loss is come by."""
+    """One way to compute the loss of a step."""
 
     loss: Callable[[Any, Any, Tensor], Tensor]
     attached: bool
@@ -120,7 +119,7 @@ def step(folder: str, way: Way, length: int) -> dict[str, Any]:
 
 
 class Seen(NamedTuple):
-    """What came of a step; None, None where it went over the limit."""
+    """Peak bytes and seconds of a step; None, None where it went over the limit."""
 
     peak: int | None
     seconds: float | None
@@ -184,7 +183,7 @@ def longest(peak: Callable[[int], int | None], budget: int, most: int, resolutio
 
 
 def confirmed(again: Callable[[int], int | None], fitting: list[int], budget: int) -> int:
-    """The longest of the lengths that fitted once that does so again; 0 if there is none. again(length): as peak."""
+    """The longest of the lengths that fitted once which fits again; 0 if there is none. again(length): as peak."""
     for length in sorted(fitting, reverse=True):
         found = again(length)
         if found is not None and found <= budget:

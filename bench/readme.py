@@ -1,8 +1,11 @@
-"""Writes the README's tables from the CSVs in bench/results: python bench/readme.py [--check]
+"""Writes the tables of README.md and docs/*.md from the CSVs in bench/results: python bench/readme.py [--check]
 
-A table stands between two comments. The first says where it comes from: a file of `dft-kernels bench --csv`, a shape
-and a dtype; a summary.csv of `dft-kernels demo`; with "stores" after it, a file of bench/teachers.py; with "longest",
-one of bench/longest.py; with "terms", of bench/terms.py; with "target", of bench/targets.py.
+A table stands between two comments, of which the first names its source:
+
+    <!-- table: bench/results/cpu.csv 4096,576,49152 bfloat16 -->     a shape and a dtype of `dft-kernels bench --csv`
+    <!-- table: bench/results/demo-cpu.csv -->                        summary.csv of `dft-kernels demo`
+    <!-- table: bench/results/NAME.csv KIND -->                       KIND: one of KINDS below, by what wrote the CSV
+    <!-- end -->
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import csv
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dft_kernels.benchmarks import tables
@@ -18,13 +21,30 @@ from dft_kernels.benchmarks.problems import Shape
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(?P<open><!-- table: (?P<source>[^\n]*?) -->\n)(?P<body>.*?)(?P<close><!-- end -->)", re.S)
+Rows = list[dict[str, str]]
 
 
-def demo_table(path: Path) -> str:
+def pages() -> list[Path]:
+    """The files that have tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def markdown(head: Iterable[str], lines: Iterable[Iterable[str]], caption: str) -> str:
+    """A table and a line below it."""
+    head = list(head)
+    table = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in table) + f"\n\n{caption}."
+
+
+def where(rows: Rows) -> str:
+    """Machine, torch and commit of rows that were measured on one machine."""
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return f"{rows[0]['machine']}; torch {rows[0]['torch']}; commit {commits}"
+
+
+def demo_table(models: Rows) -> str:
     """Of the demo's summary: a column a model."""
-    with path.open(newline="") as file:
-        models = list(csv.DictReader(file))
-    first, ways = models[0], [model for model in models if model["step_s"]]
+    first = models[0]
     rows: dict[str, Callable[[dict[str, str]], str]] = {
         "KL(teacher ‖ model), nats": lambda m: f"{float(m['kl']):.3f}",
         "perplexity": lambda m: f"{float(m['perplexity']):,.1f}",
@@ -35,88 +55,65 @@ def demo_table(path: Path) -> str:
         ),
         "s a step": lambda m: f"{float(m['step_s']):.2f}" if m["step_s"] else "",
     }
-    lines = [
-        [f"{first['steps']} steps of {first['tokens']} tokens, fp32", *(model["model"] for model in models)],
-        ["---"] * (len(models) + 1),
-        *([name, *map(value, models)] for name, value in rows.items()),
-    ]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    where = f"{first['machine']}; torch {first['torch']}; commit {first['commit']}"
-    assert len(ways) == 2
-    return f"{table}\n\n{where}; captured at {float(first['capture_tokens_s']):,.0f} tokens/s."
+    head = [f"{first['steps']} steps of {first['tokens']} tokens, fp32", *(model["model"] for model in models)]
+    assert sum(bool(model["step_s"]) for model in models) == 2
+    caption = f"{where(models)}; captured at {float(first['capture_tokens_s']):,.0f} tokens/s"
+    return markdown(head, ([name, *map(value, models)] for name, value in rows.items()), caption)
 
 
-def stores_table(path: Path) -> str:
-    """Of bench/teachers.py: a row a teacher."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = {
-        "bytes a token": lambda r: f"{float(r['bytes_a_token']):.0f}",
-        "captured, tokens/s": lambda r: f"{float(r['capture_tokens_s']):.0f}",
-        "read, MB/s": lambda r: f"{float(r['read_mb_s']):.0f}",
-        "loss, x CE": lambda r: f"{float(r['over_ce']):.2f}",
-        "training step over CE's": lambda r: f"{100 * float(r['step_over_ce']) - 100:+.1f} %",
-        "teacher's mass outside": lambda r: f"{100 * float(r['tail']):.1f} %",
-        "loss seen, of the exact KL": lambda r: f"{100 * float(r['kl_seen']):.2f} %",
-        "error of the gradient": lambda r: f"{100 * float(r['gradient_error']):.2f} %",
-        "curve apart": lambda r: f"{float(r['apart']):.1e}",
-        "held-out KL": lambda r: f"{float(r['held_out_kl']):.4f}",
+def stores_table(rows: Rows) -> str:
+    """Of bench/teachers.py: a row a teacher. Empty: not measured for this teacher."""
+    columns: dict[str, tuple[str, Callable[[float], str]]] = {
+        "bytes a token": ("bytes_a_token", lambda x: f"{x:.0f}"),
+        "captured, tokens/s": ("capture_tokens_s", lambda x: f"{x:.0f}"),
+        "read, MB/s": ("read_mb_s", lambda x: f"{x:.0f}"),
+        "loss, x CE": ("over_ce", lambda x: f"{x:.2f}"),
+        "training step over CE's": ("step_over_ce", lambda x: f"{100 * x - 100:+.1f} %"),
+        "teacher's mass outside": ("tail", lambda x: f"{100 * x:.1f} %"),
+        "loss seen, of the exact KL": ("kl_seen", lambda x: f"{100 * x:.2f} %"),
+        "error of the gradient": ("gradient_error", lambda x: f"{100 * x:.2f} %"),
+        "curve apart": ("apart", lambda x: f"{x:.1e}"),
+        "held-out KL": ("held_out_kl", lambda x: f"{x:.4f}"),
     }
-
-    def cell(row: dict[str, str], show: Callable[[dict[str, str]], str]) -> str:
-        try:
-            return show(row)
-        except ValueError:  # an empty cell: it was not measured for this teacher
-            return ""
-
-    lines = [["teacher", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[row["teacher"], *(cell(row, show) for show in columns.values())] for row in rows]
-    first = rows[0]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table}\n\n{first['machine']}; torch {first['torch']}; commit {first['commit']}; {first['steps']} steps."
+    lines = (
+        [row["teacher"], *(show(float(row[name])) if row[name] else "" for name, show in columns.values())]
+        for row in rows
+    )
+    return markdown(["teacher", *columns], lines, f"{where(rows)}; {rows[0]['steps']} steps")
 
 
-def longest_table(path: Path) -> str:
+def longest_table(rows: Rows) -> str:
     """Of bench/longest.py: a row a way."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    first = rows[0]
-    budget = f"{int(first['budget_bytes']) / (1 << 30):g} GiB"
-    lines = [["Gemma3-270M, batch 1", f"longest sequence within {budget}", "peak at 1024 tokens"], ["---"] * 3]
+    budget = f"{int(rows[0]['budget_bytes']) / (1 << 30):g} GiB"
+    lines = []
     for way in dict.fromkeys(row["way"] for row in rows):
         mine = [row for row in rows if row["way"] == way]
         longest = next((f"{row['length']} tokens" for row in mine if row["longest"] == "1"), "none")
         peak = next(row["peak_bytes"] for row in mine if row["length"] == "1024")
         lines.append([way, longest, f"{int(peak) / (1 << 30):.2f} GiB" if peak else "not measured"])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table}\n\n{first['machine']}; torch {first['torch']}; commit {first['commit']}."
+    head = ["Gemma3-270M, batch 1", f"longest sequence within {budget}", "peak at 1024 tokens"]
+    return markdown(head, lines, where(rows))
 
 
-def terms_table(path: Path) -> str:
+def terms_table(rows: Rows) -> str:
     """Of bench/terms.py: a row a term, a column a shape."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
     shapes = list(dict.fromkeys((row["n"], row["h"]) for row in rows))
-    names = list(dict.fromkeys(row["terms"] for row in rows))
+    base, *names = dict.fromkeys(row["terms"] for row in rows)
     over = {(row["terms"], (row["n"], row["h"])): f"{100 * float(row['over_ce']) - 100:+.1f} %" for row in rows}
+    ms = {(row["n"], row["h"]): f"{float(row['ms']):,.0f} ms" for row in rows if row["terms"] == base}
+    head = ["beside cross-entropy, delayed", *(f"N {n}, H {h}" for n, h in shapes)]
+    lines = [[f"{base} alone", *(ms[shape] for shape in shapes)]]
+    lines += [[name, *(over[name, shape] for shape in shapes)] for name in names]
     first = rows[0]
-    base = {(row["n"], row["h"]): f"{float(row['ms']):,.0f} ms" for row in rows if row["terms"] == names[0]}
-    lines = [["beside cross-entropy, delayed", *(f"N {n}, H {h}" for n, h in shapes)], ["---"] * (len(shapes) + 1)]
-    lines += [[f"{names[0]} alone", *(base[shape] for shape in shapes)]]
-    lines += [[name, *(over[name, shape] for shape in shapes)] for name in names[1:]]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    where = f"{first['machine']}; torch {first['torch']}; commit {commits}"
-    return f"{table}\n\nV {first['v']}, bfloat16; {where}; medians of {first['rounds']} interleaved rounds."
+    caption = f"V {first['v']}, bfloat16; {where(rows)}; medians of {first['rounds']} interleaved rounds"
+    return markdown(head, lines, caption)
 
 
-def target_table(path: Path) -> str:
+def target_table(rows: Rows) -> str:
     """Of bench/targets.py: a row a statistic, a column a model, in units of the floor."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
     models = list(dict.fromkeys(row["model"] for row in rows))
     of = {name: next(row for row in rows if row["model"] == name) for name in models}
-    lines = [["distance to the target, in floors", "the floor", *models], ["---"] * (len(models) + 2)]
+    lines = []
     for reading, statistic in dict.fromkeys((row["reading"], row["statistic"]) for row in rows):
         mine = {row["model"]: row for row in rows if (row["reading"], row["statistic"]) == (reading, statistic)}
         floor = f"{float(next(iter(mine.values()))['floor']):.3g}"
@@ -127,29 +124,37 @@ def target_table(path: Path) -> str:
     for title, (name, digits) in numbers.items():
         values = [float(of[model][name]) for model in models]
         lines.append([title, "", *("" if value != value else f"{value:.{digits}f}" for value in values)])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     first = rows[0]
     size = f"{first['steps']} steps of {first['tokens']} tokens of {first['text']}"
     size += f"; {first['count']} passages of {first['length']} tokens"
-    return f"{table}\n\n{size}; {first['machine']}; torch {first['torch']}; commit {first['commit']}."
+    return markdown(["distance to the target, in floors", "the floor", *models], lines, f"{size}; {where(rows)}")
+
+
+def summary_table(rows: Rows) -> str:
+    """Of a CSV that is the table already: its cells as they stand; its last column, `about`, is the caption."""
+    head = [name for name in rows[0] if name != "about"]
+    return markdown(head, ([row[name] for name in head] for row in rows), rows[0]["about"])
+
+
+KINDS: dict[str, Callable[[Rows], str]] = {
+    "demo": demo_table,
+    "stores": stores_table,  # bench/teachers.py
+    "longest": longest_table,  # bench/longest.py
+    "terms": terms_table,  # bench/terms.py
+    "target": target_table,  # bench/targets.py
+    "summary": summary_table,  # written by hand from the runs that its last column names
+}
 
 
 def table(source: str) -> str:
     """What belongs between the comments."""
     name, *rest = source.split()
     path = ROOT / name
-    if not rest:
-        return demo_table(path)
-    if rest == ["stores"]:
-        return stores_table(path)
-    if rest == ["longest"]:
-        return longest_table(path)
-    if rest == ["terms"]:
-        return terms_table(path)
-    if rest == ["target"]:
-        return target_table(path)
-    shape, dtype = rest
-    return tables.markdown(tables.read(path), Shape.parse(shape), dtype)
+    if len(rest) == 2:
+        return tables.markdown(tables.read(path), Shape.parse(rest[0]), rest[1])
+    (kind,) = rest or ["demo"]
+    with path.open(newline="") as file:
+        return KINDS[kind](list(csv.DictReader(file)))
 
 
 def filled(text: str) -> str:
@@ -158,19 +163,21 @@ def filled(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the README, or with --check say whether it is as the CSVs are."""
-    path = ROOT / "README.md"
-    old = path.read_text()
-    new = filled(old)
-    if arguments == ["--check"]:
-        if old != new:
-            print("bench: the tables of README.md must be those of bench/results. Run python bench/readme.py.")
-        return int(old != new)
-    if arguments:
+    """Write the pages, or with --check say which are not as the CSVs are."""
+    if arguments not in ([], ["--check"]):
         print(__doc__)
         return 2
-    path.write_text(new)
-    return 0
+    stale = 0
+    for path in pages():
+        old = path.read_text()
+        new = filled(old)
+        if old != new and arguments:
+            relation = f"the tables of {path.relative_to(ROOT)} must be those of bench/results, got others"
+            print(f"bench: {relation}. Run python bench/readme.py.")
+            stale = 1
+        elif old != new:
+            path.write_text(new)
+    return stale
 
 
 if __name__ == "__main__":

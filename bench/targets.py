@@ -1,15 +1,15 @@
 """What terms of a preset do to a model's writing: python bench/targets.py [--steps 80] [--csv FILE] [--plot FILE]
 
-SmolLM2-135M (pip brings it) on LAMBADA, contemporary fiction (or on the novels that the preset `literary` was counted
-of, which apt brings: --text novels), three times from the same start over the same batches:
+SmolLM2-135M (from pip) is trained on LAMBADA, contemporary fiction (or, --text novels, on the novels behind the preset
+`literary`, from apt), three times from the same start over the same batches:
 
     cross-entropy        alone
-    terms                beside it, of human prefixes: the running means' (`Delayed`)
-    terms and rollouts   and of the model's own text (`OnPolicy`, with its score term and a `ReferenceKL`)
+    terms                and terms of human prefixes, at running means (`Delayed`)
+    terms and rollouts   and terms of the model's own text (`OnPolicy`, with its score term and a `ReferenceKL`)
 
-and before and after each of them `dft-kernels gap` on passages of the novels (held out, where these are trained on),
-statistic by statistic, with the floor that human writing of the same size has; cross-entropy on held-out text of the
-kind that is trained on; seconds a step. Weights are those of half of cross-entropy's hold (`gains`), each.
+Before and after each: `dft-kernels gap` on passages of the novels (held-out ones with --text novels), statistic by
+statistic, with the floor that human writing of the same size has; cross-entropy on held-out text of the kind that is
+trained on; seconds a step. Each term has the weight 0.5 / gain (`gains`).
 """
 
 from __future__ import annotations
@@ -26,19 +26,16 @@ from typing import Any
 import torch
 import transformers
 
+from dft_kernels import DFTConfig, DFTTrainer, detach, shift_labels, targets
 from dft_kernels.benchmarks.runs import about
 from dft_kernels.benchmarks.tables import write_csv
 from dft_kernels.evaluation import gap
 from dft_kernels.evaluation.held_out import held_out
-from dft_kernels.loss.functional import shift_labels
 from dft_kernels.materials.models import cache_folder, lambada, smollm2
 from dft_kernels.materials.texts import documents_of
-from dft_kernels.targets import target_file
-from dft_kernels.targets.corpus import passages
-from dft_kernels.training.attach import detach
+from dft_kernels.targets import passages
 from dft_kernels.training.students import pack
 from dft_kernels.training.target_terms import HumanText, terms_of
-from dft_kernels.training.trainer import DFTConfig, DFTTrainer
 
 LENGTH, BATCH, HELD_OUT = 128, 4, 0.125
 START, CE, TERMS, ROLLOUTS = "start", "cross-entropy", "terms", "terms and rollouts"
@@ -84,11 +81,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Train, measure, write."""
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     made.add_argument("--steps", type=int, default=80)
-    made.add_argument("--text", choices=("lambada", "novels"), default="lambada", help="that is trained on")
-    made.add_argument("--every", type=int, default=2, help="steps for one with rollouts")
-    made.add_argument("--samples", type=int, default=4, help="rollouts from each of a batch's 4 texts")
+    made.add_argument("--text", choices=("lambada", "novels"), default="lambada", help="what is trained on")
+    made.add_argument("--every", type=int, default=2, help="one of so many steps has rollouts")
+    made.add_argument("--samples", type=int, default=4, help="rollouts of each of a batch's 4 texts")
     made.add_argument("--count", type=int, default=96, help="passages of the gap")
-    made.add_argument("--length", type=int, default=128, help="tokens that a model goes on for in it")
+    made.add_argument("--length", type=int, default=128, help="tokens that the model writes after each")
     made.add_argument("--csv", type=Path, default=None)
     made.add_argument("--plot", type=Path, default=None)
     made.add_argument("--cache", type=Path, default=cache_folder())
@@ -96,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = smollm2(options.cache)
     model = model.float()
-    target = target_file.load("literary", tokenizer)
+    target = targets.load("literary", tokenizer)
     ours, others = texts_of(options.text, options.cache)
     ids = pack(ours, tokenizer, LENGTH)
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))[: BATCH * options.steps]]

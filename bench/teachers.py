@@ -1,7 +1,7 @@
 """What a stored teacher costs and what it is worth: python bench/teachers.py [--steps 20] [--csv FILE] [--plot FILE]
 
-SmolLM2-135M, in bf16, over LAMBADA passages (pip brings both), captured as hidden states and as top k; then a student
-of every second layer, trained by the running teacher and from each store, the same steps. For every teacher:
+SmolLM2-135M in bf16 over LAMBADA passages (both from pip), captured as hidden states and as top k; then a student of
+every second layer, trained by the running teacher and from each store for the same steps. For every teacher:
 
     bytes_a_token, capture_tokens_s    of the store; read_mb_s: sequences in random order, files in the page cache
     tail                               mean mass that the teacher has outside of the k tokens
@@ -30,8 +30,10 @@ import torch
 from torch import Tensor
 
 from dft_kernels import (
+    Store,
     TeacherHead,
     TopK,
+    capture,
     linear_cross_entropy,
     linear_distribution_loss,
     linear_distribution_statistics,
@@ -41,8 +43,6 @@ from dft_kernels.benchmarks.runs import about
 from dft_kernels.benchmarks.tables import write_csv
 from dft_kernels.materials.models import cache_folder, lambada, smollm2
 from dft_kernels.models.heads import hidden_states
-from dft_kernels.store.reader import Store
-from dft_kernels.training.capture import capture
 from dft_kernels.training.students import every_second_layer, pack
 
 KS = (16, 64, 128, 1024)

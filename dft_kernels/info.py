@@ -1,19 +1,16 @@
-"""The environment report: `dft-kernels info [--json]`, `python -m dft_kernels.info`."""
+"""The environment report that `dft-kernels info` prints."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import json
 import platform
-import sys
 from typing import Any
 
 import torch
 
 from . import __version__
 from .backends import BACKENDS, extension
-from .loss.selection import SCRATCH_BYTES
+from .loss.planning import SCRATCH_BYTES
 
 _PACKAGES = ("transformers", "triton", "accelerate", "peft", "safetensors")
 
@@ -67,17 +64,3 @@ def render(report: dict[str, Any]) -> str:
 
     walk("", report)
     return "\n".join(lines)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Print the report."""
-    parser = argparse.ArgumentParser(prog="dft-kernels info", description="Versions, backends, build, defaults.")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
-    report = collect()
-    print(json.dumps(report, indent=1) if options.json else render(report))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

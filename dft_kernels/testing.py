@@ -7,17 +7,24 @@ backend, so that it cannot share a mistake with a closed-form gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .divergences import TABLE, Divergence
+from .loss.options import Function, LossOptions, complete
 from .teachers.head import TeacherHead
 from .teachers.logits import TeacherLogits
 from .teachers.mixture import Labels, Mixture
 from .teachers.stream import LogitStream
 from .teachers.top_k import TopK
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Allocations", "allowance", "dense_loss", "record_allocations", "relative_error", "textbook_divergence"]
 
 
 def textbook_divergence(log_p: Tensor, log_q: Tensor, divergence: Any) -> Tensor:
@@ -133,63 +140,46 @@ def dense_loss(
     teacher: Any = None,
     *,
     compute_dtype: torch.dtype | None = torch.float64,
-    bias: Tensor | None = None,
-    low_rank: tuple[Tensor, Tensor] | None = None,
-    divergence: Any = "forward_kl",
-    soft_weight: float = 1.0,
-    hard_weight: float | None = None,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    temperature_scaling: str = "none",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    potential: Tensor | None = None,
-    group: Tensor | None = None,
-    features: Tensor | None = None,
-    feature_weight: Tensor | None = None,
-    entropy_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    row_weight: Tensor | None = None,
-    reduction: str = "mean",
-    num_items: Any = None,
+    **options: Unpack[LossOptions],
 ) -> Tensor:
     """`linear_distribution_loss` on full [N, V] logits, by autograd. weight None: hidden holds logits.
 
     compute_dtype float64: the oracle. None: the eager loss that people write, logits in the input dtype,
-    upcast to fp32 for the log-softmax. Any number of derivatives. Memory: several [N, V] tensors.
+    upcast to fp32 for the log-softmax. Any number of derivatives. Memory: several [N, V] tensors. Options that say how
+    a loss is computed, and return_metrics, change nothing.
     """
+    given = SimpleNamespace(**complete(Function("dense_loss", own=("compute_dtype",)), options))
     lead = hidden.shape[:-1]
 
     def cast(x: Tensor) -> Tensor:
         return x if compute_dtype is None else x.to(compute_dtype)
 
-    raw = cast(hidden).reshape(-1, hidden.shape[-1])
+    raw = cast(hidden).reshape(lead.numel(), hidden.shape[-1])
     if weight is not None:
-        raw = torch.nn.functional.linear(raw, cast(weight), None if bias is None else cast(bias))
-    if low_rank is not None:
-        raw = raw + torch.nn.functional.linear(*map(cast, low_rank)).reshape(raw.shape)
+        raw = torch.nn.functional.linear(raw, cast(weight), None if given.bias is None else cast(given.bias))
+    if given.low_rank is not None:
+        raw = raw + torch.nn.functional.linear(*map(cast, given.low_rank)).reshape(raw.shape)
     if raw.dtype in (torch.bfloat16, torch.float16):
         raw = raw.float()
-    z = _finish(raw, logit_scale, softcap)  # [N, V]
+    z = _finish(raw, given.logit_scale, given.softcap)  # [N, V]
     n, vocab = z.shape
     log_q = z.log_softmax(-1)
     total = torch.zeros(n, dtype=z.dtype, device=z.device)
+    hard_weight = given.hard_weight
     if hard_weight is None:
         hard_weight = 1.0 if teacher is None and target is not None else 0.0
     valid = torch.ones(n, dtype=torch.bool, device=z.device)
     if target is not None:
         target = target.reshape(-1)
-        valid = target != ignore_index
+        valid = target != given.ignore_index
         if hard_weight:
             nll = -log_q.gather(1, torch.where(valid, target, 0)[:, None])[:, 0]
-            if label_smoothing:
-                nll = (1 - label_smoothing) * nll - label_smoothing * log_q.mean(-1)
+            if given.label_smoothing:
+                nll = (1 - given.label_smoothing) * nll - given.label_smoothing * log_q.mean(-1)
             total = total + hard_weight * nll
-    if teacher is not None and soft_weight:
-        tau = temperature if teacher_temperature is None else teacher_temperature
-        log_q_soft = (z / temperature).log_softmax(-1)
+    if teacher is not None and given.soft_weight:
+        tau = given.temperature if given.teacher_temperature is None else given.teacher_temperature
+        log_q_soft = (z / given.temperature).log_softmax(-1)
         if isinstance(teacher, TopK):
             log_p, log_q_soft = _outcomes(teacher, log_q_soft, tau)
         else:
@@ -198,29 +188,29 @@ def dense_loss(
             else:
                 log_p = _teacher_logits(teacher, n, vocab, compute_dtype)
             log_p = (log_p.to(z.dtype) / tau).log_softmax(-1)
-        scale = temperature**2 if temperature_scaling == "squared" else 1.0
-        soft = textbook_divergence(log_p, log_q_soft, divergence)
-        total = total + soft_weight * scale * soft
-    if z_loss:
-        total = total + z_loss * z.logsumexp(-1).square()
-    if potential is not None:
-        rows = potential[torch.zeros(n, dtype=torch.int64) if group is None else group.reshape(-1)]
+        scale = given.temperature**2 if given.temperature_scaling == "squared" else 1.0
+        soft = textbook_divergence(log_p, log_q_soft, given.divergence)
+        total = total + given.soft_weight * scale * soft
+    if given.z_loss:
+        total = total + given.z_loss * z.logsumexp(-1).square()
+    if given.potential is not None:
+        rows = given.potential[torch.zeros(n, dtype=torch.int64) if given.group is None else given.group.reshape(-1)]
         total = total + (log_q.exp() * rows.to(z.dtype)).sum(-1)
-    if features is not None and feature_weight is not None:
-        by = feature_weight.reshape(n, -1).to(z.dtype)
-        total = total + (log_q.exp() @ features.to_dense().to(z.dtype) * by).sum(-1)
-    if entropy_weight is not None:
+    if given.features is not None and given.feature_weight is not None:
+        by = given.feature_weight.reshape(n, -1).to(z.dtype)
+        total = total + (log_q.exp() @ given.features.to_dense().to(z.dtype) * by).sum(-1)
+    if given.entropy_weight is not None:
         minus = torch.where(log_q.isinf(), 0.0, log_q)
-        total = total - entropy_weight.reshape(-1).to(z.dtype) * (log_q.exp() * minus).sum(-1)
-    weights = torch.ones_like(total) if row_weight is None else row_weight.reshape(-1).to(z.dtype)
+        total = total - given.entropy_weight.reshape(-1).to(z.dtype) * (log_q.exp() * minus).sum(-1)
+    weights = torch.ones_like(total) if given.row_weight is None else given.row_weight.reshape(-1).to(z.dtype)
     weights = torch.where(valid, weights, 0.0)
     total = torch.where(weights != 0, total, 0.0) * weights
-    if reduction == "none":
+    if given.reduction == "none":
         return total.reshape(lead)
-    if reduction == "sum":
+    if given.reduction == "sum":
         return total.sum()
-    if num_items is not None:
-        return total.sum() / num_items
+    if given.num_items is not None:
+        return total.sum() / given.num_items
     denominator = weights.sum()
     return total.sum() / (denominator if float(denominator) != 0 else 1.0)
 

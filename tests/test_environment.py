@@ -1,4 +1,4 @@
-"""The installed package: report, build stamp, a machine without a compiler, and what the README promises."""
+"""The installed package: report, build stamp, a machine without a compiler."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ import pytest
 import torch
 
 import dft_kernels
-from dft_kernels import divergences, info
 from dft_kernels.backends import extension
 from dft_kernels.commands import main as cli
 
 ROOT = Path(dft_kernels.__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 
 
 def test_info_as_json_and_as_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,7 +27,7 @@ def test_info_as_json_and_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["backends"]["reference"]["cpu"] == "available"
     assert report["default_memory_budget"]["cpu"] > 0
     assert report["extension"]["loaded"] == (report["extension"]["reason"] is None)
-    assert info.main([]) == 0
+    assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     assert f"torch:{'':36} {torch.__version__}"[:40] in text
     assert "backends.reference.cpu:" in text
@@ -73,16 +71,23 @@ def test_a_stale_stamp_warns_and_the_package_works(monkeypatch: pytest.MonkeyPat
     assert reason is not None
 
 
-def test_without_a_compiler_the_build_succeeds_and_leaves_the_reason(tmp_path: Path) -> None:
+def build_without_a_compiler(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc", dirs_exist_ok=True)
     shutil.copytree(
-        ROOT / "dft_kernels", tmp_path / "dft_kernels", ignore=shutil.ignore_patterns("*.so", "_build.json")
+        ROOT / "dft_kernels",
+        tmp_path / "dft_kernels",
+        ignore=shutil.ignore_patterns("*.so", "_build.json"),
+        dirs_exist_ok=True,
     )
-    environment = {**os.environ, "CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
+    environment = {**os.environ, "CXX": "/nonexistent/c++", "CC": "/nonexistent/cc", **variables}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+
+def test_without_a_compiler_the_build_succeeds_and_leaves_the_reason(tmp_path: Path) -> None:
+    done = build_without_a_compiler(tmp_path)
     assert done.returncode == 0, done.stderr
     assert "was not built" in done.stdout
     code = "import dft_kernels.info as i; r = i.collect(); print(r['extension']['reason']); print(r['backends'])"
@@ -91,31 +96,23 @@ def test_without_a_compiler_the_build_succeeds_and_leaves_the_reason(tmp_path: P
     assert "'reference': {'cpu': 'available'}" in ran.stdout
 
 
-def test_readme_names_everything() -> None:
-    for name in divergences.TABLE:
-        assert f"| `{name}" in README
-    for name in ("TeacherLogits", "TeacherHead", "LogitStream"):
-        assert f"{name}(" in README
-    tree = README.split("## The tree")[1]
-    folders = (ROOT / "dft_kernels", ROOT / "triton_ops")
-    rooms = [p for folder in folders for p in folder.iterdir() if not p.name.startswith(("_", "."))]
-    missing = [
-        p.name for p in rooms if p.name.removesuffix(".so") == p.name and p.name != "py.typed" and p.name not in tree
-    ]
-    assert not missing
+def test_without_a_compiler_a_build_that_demands_the_extension_fails(tmp_path: Path) -> None:
+    done = build_without_a_compiler(tmp_path, DFT_KERNELS_CPU="1")
+    assert done.returncode != 0
+    assert "dft_kernels: DFT_KERNELS_CPU=1, but " in done.stderr
 
 
-def test_readme_example_runs() -> None:
-    transformers = pytest.importorskip("transformers")
-    shape = {"vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    names = {
-        role: transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=size, intermediate_size=size, **shape))
-        for role, size in (("model", 16), ("teacher", 24))
-    }
-    example = re.search(r"```python\n(.*?)```", README, re.S)
-    assert example is not None
-    scope = {"torch": torch, "ids": torch.randint(0, 64, (2, 9)), **names}
-    exec(example[1], scope)
-    assert float(scope["loss"].detach()) > 0
-    assert names["model"].lm_head.weight.grad.abs().sum() > 0
-    assert names["teacher"].lm_head.weight.grad is None
+def test_a_part_that_is_left_out_keeps_what_is_there(tmp_path: Path) -> None:
+    """The stamp of CPU kernels that fit the running torch, and of no others."""
+    stamp = tmp_path / "dft_kernels" / "_build.json"
+    for torch_version, kept in ((torch.__version__, True), ("1.0", False)):
+        (tmp_path / "dft_kernels").mkdir(exist_ok=True)
+        stamp.write_text(
+            json.dumps({"torch": torch_version, "cuda": torch.version.cuda, "built": True, "reason": None})
+        )
+        done = build_without_a_compiler(tmp_path, DFT_KERNELS_CPU="0", DFT_KERNELS_CUDA="0")
+        assert done.returncode == 0, done.stderr
+        written = json.loads(stamp.read_text())
+        assert written["built"] is kept
+        assert written["torch"] == torch.__version__
+        assert written["cuda_kernels"]["reason"] == "DFT_KERNELS_CUDA=0 at the build"

@@ -9,17 +9,11 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from walk_models import TINY
 
-# one configuration for all: every kind takes what it knows
-TINY = {
-    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
-    "pad_token_id": 0, "n_embd": 16, "n_layer": 2, "n_head": 2, "d_model": 16, "num_heads": 2, "num_layers": 2,
-    "ffn_dim": 24, "word_embed_proj_dim": 16, "num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1,
-    "moe_intermediate_size": 8, "state_size": 4, "n_positions": 64, "rotary_dim": 4,
-    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout", "residual_dropout", "hidden_dropout"), 0.0),
-    **dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), 0.0),
-}  # fmt: skip
+SMALL = {**TINY, "vocab_size": 100}
+DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "residual_dropout", "hidden_dropout")
+DROPOUTS += ("resid_pdrop", "attn_pdrop", "embd_pdrop")
 IDS = torch.arange(3, 27).view(2, 12)
 WORDS = [f"word{n}" for n in range(90)]
 
@@ -29,7 +23,7 @@ def tiny(kind: str = "llama", **more: Any) -> Any:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of settings that one kind or another does not know
-        config = transformers.CONFIG_MAPPING[kind](**{**TINY, **more})
+        config = transformers.CONFIG_MAPPING[kind](**{**TINY, **dict.fromkeys(DROPOUTS, 0.0), **more})
         model = transformers.AutoModelForCausalLM.from_config(config).float().train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -44,12 +38,6 @@ def far(kind: str = "llama", **more: Any) -> Any:
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
     return model.eval()
-
-
-def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {name: g for name, g in zip(named, found, strict=True) if g is not None}
 
 
 def word_tokenizer(words: list[str], pre: Any = None, decoder: Any = None) -> Any:

@@ -1,7 +1,7 @@
 """Row kernels in Triton: statistics and gradients of rows of logits against labels and target distributions.
 
-Knows torch and triton only. Logits of any floating dtype, arithmetic and statistics in fp32, 64-bit row offsets.
-`TRITON_INTERPRET=1`, set before this is imported, runs the same kernels on CPU tensors.
+Imports torch and triton only. Logits of any floating dtype, arithmetic and statistics in fp32, 64-bit row offsets.
+With `TRITON_INTERPRET=1` set before this is imported, the same kernels run on CPU tensors.
 """
 
 from .columns import accumulate_columns, probabilities

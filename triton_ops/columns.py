@@ -3,8 +3,8 @@
     q[n, v] = exp((z[n, v] - lse_n) - low_n)
     columns[g, v] += sum over the rows n of group g of weight_n q[n, v]
 
-A column sum reads each logit once, in an order that depends on shapes and groups alone: no atomics, the same bits
-every time.
+A column sum reads each logit once and uses no atomics: the order of its additions depends on shapes and groups alone,
+so that the result has the same bits every time.
 """
 
 import torch
@@ -24,8 +24,8 @@ def column_kernel(
     statistics,  # [STATISTICS, R]
     statistics_stride,
     weight,  # [R] or None: all 1
-    order,  # [R] rows by segment, or None: as they come
-    starts,  # [segments + 1]: where a segment begins in that order
+    order,  # [R]: the rows by segment, or None: 0, 1, 2 ...
+    starts,  # [segments + 1]: where each segment begins in `order`
     columns,  # [segments, V]
     V,
     scale,
@@ -34,17 +34,18 @@ def column_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a block of columns and segment of rows, ROWS at a time."""
+    """columns[segment, v] += sum over the rows of a segment of weight q[row, v]. One program a block of columns and
+    segment, ROWS rows a step."""
     segment = tl.program_id(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     begin, end = tl.load(starts + segment), tl.load(starts + segment + 1)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(begin, end, ROWS):
-        place = first + tl.arange(0, ROWS)
-        here = place < end
-        row = place.to(tl.int64)
+        position = first + tl.arange(0, ROWS)
+        here = position < end
+        row = position.to(tl.int64)
         if order is not None:
-            row = tl.load(order + place, mask=here, other=0)
+            row = tl.load(order + position, mask=here, other=0)
         share = tl.where(here, 1.0, 0.0)
         if weight is not None:
             share = tl.load(weight + row, mask=here, other=0.0)
@@ -65,7 +66,7 @@ def column_kernel(
 def probability_kernel(
     logits, logits_stride, statistics, statistics_stride, out, V, scale, cap, CAP: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One program a row and block of columns; out [R, V] contiguous."""
+    """out [R, V] = q, contiguous. One program a row and block of columns."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     lse, low = (
@@ -76,7 +77,7 @@ def probability_kernel(
     tl.store(out + row * V + at, tl.exp((z - lse) - low), mask=at < V)
 
 
-_SEGMENTS = 8  # parts that the rows of one group are cut into, so that few columns still fill the machine
+_SEGMENTS = 8  # that the rows of a single group are split into, so that few columns still fill the device
 
 
 def accumulate_columns(rows: Rows, statistics: Tensor, weight: Tensor | None, columns: Tensor) -> None:

@@ -1,25 +1,24 @@
 """The row kernel: statistics of a row of logits, its gradient, or both in one launch, for every divergence.
 
-One program a row. With z = cap(scale * raw), q = softmax(z), qT = softmax(z / T), p the target's softmax at its
-temperature, (f, g) the divergence's pair (divergences.py), the statistics are the quantities listed below, and with
-their cotangents a (LOG_PROB), m (MEAN_LOG_PROB), h (ENTROPY), l (LSE), d (DIVERGENCE), c (POTENTIAL)
+One program a row. With z = cap tanh(scale raw / cap), q = softmax(z), qT = softmax(z / T), p the target's softmax at
+its temperature, (f, g) the divergence's pair (divergences.py), H the entropy of q, G the row's potential, and the
+cotangents a (of LOG_PROB), m (MEAN_LOG_PROB), h (ENTROPY), l (LSE), d (DIVERGENCE), c (POTENTIAL):
 
     dz = q (l - a - m - h (log q + H) + c (G - <q, G>)) + a e_y + m / V + d (g - qT sum g) / T
-    draw = dz * scale * (1 - (z / cap)^2)
+    draw = dz scale (1 - (z / cap)^2)
 
-What a logit costs in device memory, b bytes of it and t of its target's (4 each where a product made them, 2 for a
+Device memory traffic a logit, with b bytes of it and t of its target's (4 each where a product made them, 2 for a
 teacher's bf16 logits), o of its gradient:
 
     statistics   b           log-sum-exps and everything at T = 1, online (Milakov and Gimelshein, arXiv:1805.02867)
-                 2 (b + t)   with the value of a divergence, which is summed from addends >= 0 once these are known
+                 2 (b + t)   with the value of a divergence, whose f needs the log-sum-exps first
     gradient     b + t + o
     both         2 b + o without a target
-                 2 (b + t) + o for forward and reverse KL, whose sum g is known with the log-sum-exps; the value is
-                 summed in the gradient's sweep
-                 3 (b + t) + o for the other divergences
+                 2 (b + t) + o with a FLAT or LINEAR divergence, whose value is summed in the gradient's sweep
+                 3 (b + t) + o with any other
 
-Each sweep goes over the row against the direction of the one before, so that what it reads first is what was read
-last; the last one goes from the end, so that `out` may be the upper half of the memory of `logits`.
+Each sweep goes in the direction opposite to the one before, so that it begins with what that has left in the L2 cache.
+The last one goes from the end of the row, so that `out` may be the upper half of the memory of `logits`.
 """
 
 import triton
@@ -27,8 +26,8 @@ import triton.language as tl
 
 from .divergences import FLAT, LINEAR, SWEEP, tanh, times
 
-# The statistics of a row, as indices into [STATISTICS, R]; LSE and the low parts as in csrc/rows_cpu.h:
-# log q = (z - LSE) - LSE_LOW is good to an ulp of itself.
+# The statistics of a row, as indices into [STATISTICS, R]. A log-sum-exp is the nearest fp32 number and the rounding
+# error of that: log q = (z - LSE) - LSE_LOW is then accurate to an ulp of log q, z - LSE only to an ulp of LSE.
 LOG_PROB = tl.constexpr(0)
 MEAN_LOG_PROB = tl.constexpr(1)
 ENTROPY = tl.constexpr(2)
@@ -47,7 +46,7 @@ STATISTICS = 14
 
 _FLAT, _LINEAR, _SWEEP = (tl.constexpr(kind) for kind in (FLAT, LINEAR, SWEEP))
 
-# the same as bits of WANTED and LIVE
+# The same as bits of WANTED and LIVE
 HAS_LOG_PROB = tl.constexpr(1 << 0)
 HAS_MEAN_LOG_PROB = tl.constexpr(1 << 1)
 HAS_ENTROPY = tl.constexpr(1 << 2)
@@ -56,13 +55,13 @@ HAS_DIVERGENCE = tl.constexpr(1 << 4)
 HAS_POTENTIAL = tl.constexpr(1 << 5)
 HAS_CORRECT = tl.constexpr(1 << 6)
 HAS_AGREEMENT = tl.constexpr(1 << 7)
-_LOWEST = tl.constexpr(-3e38)  # below any logit but -inf, and finite: the step from it to -inf is -inf
-AT_ONE = tl.constexpr(0b101111)  # what stands on q = softmax(z): all before CORRECT but DIVERGENCE
+_LOWEST = tl.constexpr(-3e38)  # below any logit but -inf, and finite: the difference to -inf is -inf, not NaN
+AT_ONE = tl.constexpr(0b101111)  # what depends on q = softmax(z) at T = 1: all before CORRECT but DIVERGENCE
 
 
 @triton.jit
 def finish(raw, scale, cap, CAP: tl.constexpr):
-    """z = cap(scale * raw) in fp32, cap(x) = cap tanh(x / cap)"""
+    """z = cap tanh(scale raw / cap) in fp32; without CAP z = scale raw"""
     z = raw.to(tl.float32) * scale
     if CAP:
         z = cap * tanh(z / cap)
@@ -71,15 +70,15 @@ def finish(raw, scale, cap, CAP: tl.constexpr):
 
 @triton.jit
 def _read(row, at, V, reach, scale, cap, CAP: tl.constexpr):
-    """A block of finished logits, -inf beyond the vocabulary. reach: V, or where a row can be read beyond it the next
-    multiple of 16, so that the load is a wide one whatever V is"""
+    """A block of finished logits, -inf beyond the vocabulary. reach: V, or the next multiple of 16 where a row can be
+    read that far, so that loads are 16 bytes wide for any V"""
     raw = tl.load(row + at, mask=at < reach, other=0.0)
     return tl.where(at < V, finish(raw, scale, cap, CAP), float("-inf"))
 
 
 @triton.jit
 def _start(step, V, BLOCK: tl.constexpr, BACKWARDS: tl.constexpr):
-    """Where a sweep's step begins"""
+    """The column at which a step of a sweep begins"""
     if BACKWARDS:
         return (tl.cdiv(V, BLOCK) - 1 - step) * BLOCK
     else:
@@ -88,7 +87,7 @@ def _start(step, V, BLOCK: tl.constexpr, BACKWARDS: tl.constexpr):
 
 @triton.jit
 def _lse(origin, total):
-    """log sum exp as the nearest number and what that rounding dropped"""
+    """origin + log(total) as the nearest number, and the rounding error of that"""
     rest = tl.log(total)
     lse = origin + rest
     return lse, tl.where(tl.abs(lse) < float("inf"), (origin - lse) + rest, 0.0)
@@ -125,13 +124,13 @@ def row_kernel(
     SAME: tl.constexpr,  # T = 1
     CAP: tl.constexpr,
     TARGET_CAP: tl.constexpr,
-    WANTED: tl.constexpr,  # bits: the statistics to compute, 0: they are there
+    WANTED: tl.constexpr,  # bits: the statistics to compute, 0: they are given
     LIVE: tl.constexpr,  # bits: what has a cotangent
     GRADIENT: tl.constexpr,
     IN_PLACE: tl.constexpr,  # out is memory of logits
     BLOCK: tl.constexpr,
 ):
-    """One program a row: up to three sweeps over it, see the head of this file."""
+    """One program a row: up to three sweeps over it, see the docstring of this module."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
     steps = tl.cdiv(V, BLOCK)
@@ -153,9 +152,9 @@ def row_kernel(
         TARGET: tl.constexpr = PAIR is not None or AGREES
         ONE: tl.constexpr = AT_ONE & WANTED or (PAIR is not None and SAME)
         SOFT: tl.constexpr = PAIR is not None and not SAME
-        # Every lane keeps the maximum of what it has seen and sums relative to it, so that a sweep has no barrier. A
-        # step d from the maximum to a logit costs one exponential, e = exp(-|d|): if d > 0 the sums shrink by e and
-        # the logit counts 1, else it counts e.
+        # Every lane keeps the maximum of what it has seen and sums relative to that, so that a sweep has no barrier.
+        # With d = z - maximum, one exponential e = exp(-|d|) serves both cases: if d > 0 the sums are rescaled by e and
+        # the logit adds 1, else it adds e.
         zeros = tl.zeros([BLOCK], tl.float32)
         top, total, soft_total = zeros + _LOWEST, zeros, zeros
         target_top, target_total = zeros + _LOWEST, zeros
@@ -195,7 +194,7 @@ def row_kernel(
                 target_top = tl.maximum(target_top, t)
             top = tl.maximum(top, z)
 
-        # The lanes meet
+        # Reduction over the lanes
         origin = tl.max(top, 0)
         back = top - origin
         if ONE:
@@ -286,7 +285,7 @@ def row_kernel(
 
     if GRADIENT:
         cotangents += row
-        base, every, hit = 0.0, 0.0, 0.0  # q's factor, what every entry gets, what the label's gets
+        base, every, hit = 0.0, 0.0, 0.0  # the factor of q; added to every entry; added to the label's
         active = False
         if HAS_LSE & LIVE:
             base = tl.load(cotangents + LSE * cotangents_stride)
@@ -315,7 +314,7 @@ def row_kernel(
             soft_by = tl.load(cotangents + DIVERGENCE * cotangents_stride)
             active = active | (soft_by != 0)
             soft_by = soft_by * inverse
-        SUMMED: tl.constexpr = WANTED and PAIR is not None and SUMS != _SWEEP  # the value is still to come
+        SUMMED: tl.constexpr = WANTED and PAIR is not None and SUMS != _SWEEP  # the value is summed here
         value = tl.zeros([BLOCK], tl.float32)
         out += row * out_stride
         for step in range(steps):

@@ -1,4 +1,4 @@
-"""Launches of the row kernel: what rows are, and the three ways to run it."""
+"""Launches of the row kernel: the description of rows, and the three ways to run it."""
 
 from dataclasses import dataclass
 
@@ -23,11 +23,10 @@ from .row_kernel import (
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of raw logits [R, V] of any floating dtype, what finishes them, and what they are compared with.
+    """Rows of raw logits of any floating dtype, how they are finished (z = cap tanh(scale raw / cap)), and the target
+    that they are compared with. logits and target may have any row stride; their stride along V is 1."""
 
-    logits and target may have any row stride, and a stride of 1 along V."""
-
-    logits: Tensor
+    logits: Tensor  # [R, V] raw
     scale: float = 1.0
     cap: float | None = None
     label: Tensor | None = None  # [R] int64; outside 0..V-1: LOG_PROB = NaN
@@ -56,13 +55,14 @@ def row_gradient(
     """out [R, V] = d / d(raw logits), of any floating dtype, from what `row_statistics` returned.
 
     cotangents [6, R] fp32 of LOG_PROB to POTENTIAL, LSE's being cotangents[LSE] + lse_slope * LSE where lse_slope [R]
-    is given. A row of `out` may lie in its own row of logits: in the same place and dtype, or in its upper half.
+    is given. A row of `out` may share the memory of its own row of logits: all of it in the same dtype, or its upper
+    half.
     """
     _launch(rows, statistics, 0, live, cotangents, lse_slope, out)
 
 
 def row_step(rows: Rows, wanted: int, live: int, cotangents: Tensor, lse_slope: Tensor | None, out: Tensor) -> Tensor:
-    """Both in one launch."""
+    """row_statistics and row_gradient in one launch; returns the statistics."""
     statistics = _empty_statistics(rows)
     _launch(rows, statistics, wanted, live, cotangents, lse_slope, out)
     return statistics
@@ -73,7 +73,7 @@ def _empty_statistics(rows: Rows) -> Tensor:
 
 
 def _reach(rows: Tensor) -> int:
-    """How far a row may be read: to the multiple of 16 after V where every row has that much memory, else V."""
+    """How far a row may be read: to the next multiple of 16 where every row has that much memory, else V."""
     count, vocab = rows.shape
     reach = -(-vocab // 16) * 16
     last = rows.storage_offset() + (count - 1) * rows.stride(0) + reach

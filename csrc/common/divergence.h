@@ -1,12 +1,20 @@
-// The divergences of dft_kernels/divergences.py as pairs (f, g): D(p, q) = sum_v f, g = df / dlog q. For host and
-// device; no torch header. Every addend f is >= 0.
+// The divergences of dft_kernels/divergences.py, D(p, q) = sum_v f(log p_v, log q_v), as pairs (f, g) with
+// g = df / dlog q; p is the target, q = softmax(z / T) the model. The gradient of D with respect to the logits is
 //
-// M supplies the number type and its functions: M::N, set, exp (of what is not large), exp_any, expm1, log1p, abs,
-// max, select(condition, a, b).
-// On a CPU N is a vector of lanes (simd.h), on a GPU a float. lp = log p, lq = log q, a = the parameter; a
-// probability of zero is log = -inf, and then d below may be NaN: every use of it is guarded by its probability.
-// flat: sum_v g = 0 whatever p and q are, so that a gradient needs no sum over v beforehand.
-// linear: sum_v g = sum_v q (log q - log p), which can be summed beside the log-sum-exps.
+//     dD/dz_v = (g_v - q_v sum_u g_u) / T
+//
+// Shared by the CPU and CUDA kernels; no torch header. Every f is >= 0, so that a sum of them does not cancel.
+//
+// Each divergence is a class template over the arithmetic M: the number type M::N (a float or double on a GPU, a SIMD
+// vector on a CPU, see cpu/simd.h), its M::Scalar, and the functions set, exp (of arguments up to 88), exp_any, expm1,
+// log1p, abs, max, select(condition, a, b).
+//
+//     eval(lp, lq, q, a, f, g)   lp = log p, lq = log q, a the divergence's parameter; writes f and g
+//     flat                       sum_v g = 0 for any p and q: the gradient needs no sum over v beforehand
+//     linear                     sum_v g = sum_v q (log q - log p): accumulated beside the log-sum-exps
+//
+// A probability of zero is a log of -inf. The difference of two such logs is NaN, so every use of a difference is
+// guarded by its probability.
 #pragma once
 
 #include <cmath>
@@ -19,25 +27,14 @@
 
 namespace dft {
 
-enum DivergenceId {  // the ids of divergences.TABLE
-  kForwardKl,
-  kReverseKl,
-  kJensenShannon,
-  kSkewKl,
-  kSkewReverseKl,
-  kAlphaDivergence,
-  kTotalVariation,
-  kSquaredHellinger,
-  kDivergences,
-};
-
+// What the divergences have in common
 template <class M>
 struct Pieces {
   using N = typename M::N;
   using T = typename M::Scalar;
 
-  // e^d - 1 - d for |d| <= 1/2: the series sum d^k / k! from k = 2, so that nothing cancels; up to k = 8 it holds to
-  // 4e-8 relative, up to 17 to 1e-20
+  // e^d - 1 - d for |d| <= 1/2, by its series sum_{k >= 2} d^k / k!, in which nothing cancels. Relative error 4e-8 with
+  // terms up to k = 8, 1e-20 up to k = 17.
   DFT_FN N excess(N d) {
     constexpr int last = sizeof(T) == 4 ? 8 : 17;
     T c = T(1);
@@ -50,18 +47,18 @@ struct Pieces {
     return y * (d * d);
   }
 
-  // x (log x - log y) - x + y with d = log y - log x
+  // x (log x - log y) - x + y, given d = log y - log x
   DFT_FN N kl(N x, N y, N d) {
     N far = y - x * (T(1) + d);
     N addend = M::select(M::abs(d) < T(0.5), x * excess(d), far);
     return M::select(x > T(0), addend, y);
   }
 
-  // q * factor with 0 * anything = 0
+  // q * factor, and 0 where q = 0 whatever the factor is
   DFT_FN N times(N q, N factor) { return M::select(q > T(0), q * factor, M::set(T(0))); }
 
-  // With m = w p + (1 - w) q and d = log p - log q: over_q = log(m / q), over_p = log(m / p). An error of d comes
-  // out as a share of it.
+  // over_q = log(m / q) and over_p = log(m / p) of the mixture m = w p + (1 - w) q, given d = log p - log q. The error
+  // of the result is a fraction of that of d.
   DFT_FN void mix(N d, T w, N& over_q, N& over_p) {
     N zero = M::set(T(0));
     N share = M::select(d > T(0), M::set(T(1) - w), M::set(w));
@@ -71,7 +68,7 @@ struct Pieces {
   }
 };
 
-// KL(p || q)
+// KL(p || q) = sum p (log p - log q) - p + q; Hinton et al., arXiv:1503.02531
 template <class M>
 struct ForwardKl {
   static constexpr bool flat = true, linear = false;
@@ -80,11 +77,11 @@ struct ForwardKl {
   DFT_FN void eval(N lp, N lq, N q, T, N& f, N& g) {
     N p = M::exp(lp), d = lq - lp;
     f = Pieces<M>::kl(p, q, d);
-    g = M::select(M::abs(d) < T(0.5), f + p * d, q - p);  // which does not cancel where p and q nearly agree
+    g = M::select(M::abs(d) < T(0.5), f + p * d, q - p);  // the first does not cancel where p and q nearly agree
   }
 };
 
-// KL(q || p)
+// KL(q || p) = sum q (log q - log p) - q + p; MiniLLM, arXiv:2306.08543
 template <class M>
 struct ReverseKl {
   static constexpr bool flat = false, linear = true;
@@ -96,7 +93,7 @@ struct ReverseKl {
   }
 };
 
-// a KL(p || m) + (1 - a) KL(q || m), m = a p + (1 - a) q
+// Jensen-Shannon: a KL(p || m) + (1 - a) KL(q || m) with m = a p + (1 - a) q; GKD, arXiv:2306.13649
 template <class M>
 struct JensenShannon {
   static constexpr bool flat = false, linear = false;
@@ -110,7 +107,7 @@ struct JensenShannon {
   }
 };
 
-// KL(p || m), m = a p + (1 - a) q
+// Skew KL: KL(p || m) with m = a p + (1 - a) q; DistiLLM, arXiv:2402.03898
 template <class M>
 struct SkewKl {
   static constexpr bool flat = false, linear = false;
@@ -124,7 +121,7 @@ struct SkewKl {
   }
 };
 
-// KL(q || m), m = a q + (1 - a) p
+// Skew reverse KL: KL(q || m) with m = a q + (1 - a) p; DistiLLM, arXiv:2402.03898
 template <class M>
 struct SkewReverseKl {
   static constexpr bool flat = false, linear = false;
@@ -138,7 +135,8 @@ struct SkewReverseKl {
   }
 };
 
-// (p^a q^(1 - a) - a p - (1 - a) q) / (a (a - 1))
+// Amari's alpha-divergence: sum (p^a q^(1 - a) - a p - (1 - a) q) / (a (a - 1)); Cichocki and Amari,
+// Entropy 12 (2010) 1532-1568
 template <class M>
 struct AlphaDivergence {
   static constexpr bool flat = false, linear = false;
@@ -148,14 +146,14 @@ struct AlphaDivergence {
     N d = lp - lq, zero = M::set(T(0));
     N any = M::max(lp, lq);
     N power = M::select(any > M::set(-INFINITY), M::exp_any(a * lp + (T(1) - a) * lq), zero);
-    N near = q * (Pieces<M>::excess(a * d) - a * Pieces<M>::excess(d));  // the linear terms cancel
+    N near = q * (Pieces<M>::excess(a * d) - a * Pieces<M>::excess(d));  // the linear terms of the two series cancel
     N far = power - a * M::exp(lp) - (T(1) - a) * q;
     f = M::select(M::max(M::abs(d), M::abs(a * d)) < T(0.5), near, far) / (a * (a - T(1)));
     g = (q - power) / a;
   }
 };
 
-// 1/2 |p - q|
+// Total variation: 1/2 sum |p - q|; f-distill, arXiv:2307.15190
 template <class M>
 struct TotalVariation {
   static constexpr bool flat = false, linear = false;
@@ -168,7 +166,7 @@ struct TotalVariation {
   }
 };
 
-// 1/2 (sqrt p - sqrt q)^2
+// Squared Hellinger distance: 1/2 sum (sqrt p - sqrt q)^2; Hellinger, J. reine angew. Math. 136 (1909)
 template <class M>
 struct SquaredHellinger {
   static constexpr bool flat = false, linear = false;
@@ -180,5 +178,17 @@ struct SquaredHellinger {
     g = T(0.5) * (q - M::exp(T(0.5) * (lp + lq)));
   }
 };
+
+// All of them, in the order of their ids in divergences.TABLE
+template <template <class> class... D>
+struct DivergenceList {
+  static constexpr int size = sizeof...(D);
+};
+using Divergences = DivergenceList<ForwardKl, ReverseKl, JensenShannon, SkewKl, SkewReverseKl, AlphaDivergence,
+                                   TotalVariation, SquaredHellinger>;
+constexpr int kDivergences = Divergences::size;
+constexpr const char* kDivergenceNames[kDivergences] = {"forward_kl",      "reverse_kl",       "jensen_shannon",
+                                                        "skew_kl",         "skew_reverse_kl",  "alpha_divergence",
+                                                        "total_variation", "squared_hellinger"};
 
 }  // namespace dft

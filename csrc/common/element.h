@@ -1,12 +1,14 @@
-// What the kernels of every device share with those who call them.
+// The dtypes of tensors and the numbering of the row statistics: what the kernels of every device share with their
+// callers.
 #pragma once
 
 namespace dft {
 
-// The floating types that logits, targets and gradients come in
+// The dtype of logits, targets and gradients
 enum class Element { f32, f64, bf16, f16 };
 
-// The quantities of a row (backends/contract.py), as indices into [kRows, R]; those before kCorrect have cotangents.
+// The row statistics (backends/contract.py), as indices into a table [kRows, R] and as bits 1 << Row of a set; those
+// before kCorrect are differentiable and have cotangents.
 enum Row {
   kLogProb,
   kMeanLogProb,
@@ -24,5 +26,8 @@ enum Row {
   kTargetLseLow,
   kRows,
 };
+
+// The set of those that depend on softmax(z) at T = 1, and so on its log-sum-exp
+constexpr int kAtOne = 1 << kLogProb | 1 << kMeanLogProb | 1 << kEntropy | 1 << kLse | 1 << kPotential;
 
 }  // namespace dft

@@ -1,4 +1,4 @@
-// at::Tensor in the words of the kernels.
+// From ATen's dtypes to those of the kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>

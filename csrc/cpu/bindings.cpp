@@ -1,4 +1,4 @@
-// The pybind11 module dft_kernels._C: what this binary was built from, and the CPU chunk step.
+// The extension module dft_kernels._C: what this binary was built from, and the CPU chunk step.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -28,7 +28,7 @@ static py::dict build_info() {
 using Optional = std::optional<at::Tensor>;
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The compiled room of dft_kernels.";
+  m.doc() = "The CPU kernels of dft_kernels.";
   m.def("build_info", &build_info, "Compiler, C++ standard and torch version of this binary.");
   m.def("instruction_set", &instruction_set, "The compiled instruction set that the CPU kernels run with.");
   m.def("multiplies_bf16", &multiplies_bf16, "Whether this processor multiplies bf16 tile by tile.");

@@ -1,35 +1,17 @@
-// The gradient's sweep, seen from one token: everything that does not depend on the vocabulary entry is folded here.
+// The arguments of sweep 3 (Gradient in rows.h): every factor of the gradient that does not depend on the vocabulary
+// entry, folded into constants of each token. With the statistics and their cotangents as at the head of rows.h:
+//
+//     factor = l - a - m - h H - c <q, G> - sum_k s_k <q, phi_k>
 #pragma once
 
 #include <limits>
 
-#include "step.h"
+#include "chunk_step.h"
 #include "sums.h"
 
 namespace dft {
 
-// What a step makes of its arguments once
-struct Tables {
-  Tensor potential;  // [V, G]
-  int64_t groups = 1;
-  Tensor entries;               // of the features
-  std::vector<int64_t> filled;  // vocabulary entries that have features
-};
-
-inline Numbers<int64_t> ids_of(const Tensor& ids) {
-  Tensor flat = ids.contiguous();
-  return {flat.const_data_ptr<int64_t>(), flat.const_data_ptr<int64_t>() + flat.numel()};
-}
-// none where there is one group: rows then share their sums and their potential without looking
-inline Numbers<int64_t> groups_of(const ChunkArguments& chunk, int64_t c, int64_t groups) {
-  if (!chunk.group || groups == 1) return {};
-  Numbers<int64_t> out(c, 0);
-  Tensor group = chunk.group->contiguous();
-  std::copy_n(group.const_data_ptr<int64_t>(), group.numel(), out.begin());
-  return out;
-}
-
-// [c] each; null or empty: not there
+// [c] each; features [K, c]. Null or empty: absent.
 template <class T>
 struct Constants {
   Merged<T> lse, soft_lse, target_lse;
@@ -58,7 +40,7 @@ struct Constants {
   }
 };
 
-// columns: whether q is asked for whatever is differentiated
+// columns: whether sums of q over rows are asked for, which need lse whatever is differentiated
 template <class T>
 Constants<T> fold(const StepArguments& a, const Tables& tables, const ChunkArguments& chunk, const Tensor& statistics,
                   const Tensor& features, const Tensor& cotangents, const optional<Tensor>& feature_cotangents,
@@ -74,8 +56,7 @@ Constants<T> fold(const StepArguments& a, const Tables& tables, const ChunkArgum
     for (int64_t r = 0; r < rows; r++)
       if (values[r] != 0) out.active[r] = T(1);
   }
-  const bool hard =
-      live(kLogProb) || live(kMeanLogProb) || live(kEntropy) || live(kLse) || live(kPotential) || feature_cotangents;
+  const bool hard = a.differentiated & kAtOne || feature_cotangents;
   if (hard || columns) {
     out.lse = {known(kLse), known(kLseLow)};
     out.factor = seed(kLse);
@@ -119,7 +100,7 @@ Constants<T> fold(const StepArguments& a, const Tables& tables, const ChunkArgum
       const T *from = cotangent.template const_data_ptr<T>(), *found = features.template const_data_ptr<T>();
       out.features.assign(k * c, T(0));
       out.entry = tables.entries.template const_data_ptr<T>();
-      for (int64_t r0 = 0; r0 < rows; r0 += kLanes)  // in blocks that leave whole cache lines
+      for (int64_t r0 = 0; r0 < rows; r0 += kLanes)  // in blocks that write whole cache lines
         for (int64_t j = 0; j < k; j++)
           for (int64_t r = r0; r < std::min(rows, r0 + kLanes); r++) {
             T x = from[r * k + j];

@@ -15,10 +15,10 @@ namespace {
 
 constexpr size_t kPage = size_t(2) << 20;
 
-// Large pages, where the system gives them: fewer faults at the first touch.
+// Asks for huge pages: fewer page faults at the first access.
 void advise(void* memory, size_t bytes) {
 #if defined(__linux__)
-  madvise(memory, bytes, MADV_HUGEPAGE);  // a refusal is no error
+  madvise(memory, bytes, MADV_HUGEPAGE);  // advice: a refusal is no error
 #else
   (void)memory, (void)bytes;
 #endif
@@ -44,7 +44,7 @@ struct Pool {
       free.erase(fits);
       return out;
     }
-    if (fits != free.begin()) drop(std::prev(fits));  // the next smaller one: calls have grown
+    if (fits != free.begin()) drop(std::prev(fits));  // replaces the next smaller one: calls have grown
     void* memory = std::aligned_alloc(kPage, bytes);
     TORCH_CHECK_WITH(OutOfMemoryError, memory, "dft_kernels: no memory for ", bytes,
                      " bytes of scratch. Lower memory_budget.");

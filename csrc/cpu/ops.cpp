@@ -1,11 +1,11 @@
-// The operator library dft_kernels, C++ side: schemas live here, kernels register against them.
+// The torch operator library dft_kernels, as far as it is defined in C++.
 #include <ATen/Version.h>
 #include <torch/library.h>
 
 #include <string>
 #include <vector>
 
-// The instruction sets of the processor this runs on, of those the kernels care about.
+// The instruction sets of this processor, of those that the kernels can use.
 static std::vector<std::string> instruction_sets() {
   std::vector<std::string> sets{at::get_cpu_capability()};
 #if defined(__x86_64__) && defined(__GNUC__)

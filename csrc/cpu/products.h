@@ -1,5 +1,5 @@
-// The products of the CPU chunk step: which of the compiled kernels run here, packed operands, threads, and where a
-// chunk's logits come from.
+// The products of the CPU chunk step, in bf16 by brgemm or by ATen: choice of the compiled kernels, packed operands,
+// division of the vocabulary among threads, logits = hidden weight.T and the products of their gradient.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -21,7 +21,7 @@ namespace dft {
 using at::Tensor;
 using std::optional;
 
-// A vector that starts on a cache line: a product whose packed operand does not is a quarter slower.
+// An allocator of cache-line aligned vectors: with an unaligned packed operand a product is a quarter slower.
 template <class X>
 struct OnCacheLine {
   using value_type = X;
@@ -35,7 +35,7 @@ struct OnCacheLine {
 template <class X>
 using Numbers = std::vector<X, OnCacheLine<X>>;
 
-// bench/LOG.md says how these were found
+// Measured, see bench/LOG.md
 constexpr int64_t kTile = 64;     // vocabulary rows a tile: with 512 tokens 128 KB of logits
 constexpr int64_t kBlock = 2048;  // vocabulary rows an ATen product
 constexpr int64_t kTokens = 64;   // columns of a tile's logits a brgemm call
@@ -71,7 +71,7 @@ const Kernels<T>& kernels() {
   return chosen;
 }
 
-// Whether the tile product (bf16 x bf16 -> fp32) runs here: brgemm throws where the processor lacks it.
+// Whether bf16 x bf16 -> fp32 by brgemm runs here: it throws where the processor lacks the instructions.
 inline bool has_tile_product() {
   static const bool works = [] {
     Numbers<at::BFloat16> a(2 * 32), b(2 * 32);
@@ -122,7 +122,7 @@ inline Numbers<uint32_t> pack_tokens(const Tensor& x, int64_t c) {
   return out;
 }
 
-// Runs f(thread, first row, end row) over rows [begin, end), each thread a run of whole tiles.
+// f(thread, first, end) for each thread's part of the vocabulary rows [begin, end), a run of whole tiles
 template <class F>
 void share(int64_t begin, int64_t end, F f) {
   int64_t threads = at::get_num_threads(), tiles = (end - begin + kTile - 1) / kTile;
@@ -132,6 +132,7 @@ void share(int64_t begin, int64_t end, F f) {
   });
 }
 
+// row [n] as T [c], padded with 0
 template <class T>
 Numbers<T> padded(const Tensor& row, int64_t c) {
   Numbers<T> out(c, T(0));
@@ -140,13 +141,12 @@ Numbers<T> padded(const Tensor& row, int64_t c) {
   return out;
 }
 
-// One product of a chunk's logits, left [R, K] (hidden states) times the transpose of right [V, K] (a head), and the
-// two products that lead back from dlogits.
+// One product of a chunk's logits: left [R, K] (hidden states) times the transpose of right [V, K] (a head).
 template <class T>
 struct Factor {
   Tensor left, right, wide;  // wide: left in T, where ATen multiplies
-  bool tiles;                // multiplied tile by tile
-  Numbers<uint32_t> packed;
+  bool tiles;                // bf16, multiplied tile by tile by brgemm
+  Numbers<uint32_t> packed;  // left, by pack_hidden
 
   Factor(Tensor x, const Tensor& w, int64_t c, bool tiles) : left(std::move(x)), right(w), tiles(tiles) {
     if (left.stride(1) != 1) left = left.contiguous();
@@ -174,7 +174,7 @@ struct Factor {
   }
 };
 
-// Where the gradients of a factor go, and what they pass through on the way: dleft [R, K], dright [V, K]
+// The gradients of a factor: dleft [R, K] = dlogits right, dright [V, K] (+)= dlogits.T left
 template <class T>
 class FactorGradient {
  public:
@@ -191,7 +191,7 @@ class FactorGradient {
     }
   }
 
-  // dright of vocabulary rows [v, v + m), from dlogits as the sweep left them: rounded, over half of their logits
+  // dright of vocabulary rows [v, v + m), from bf16 dlogits [m, c] that occupy the first half of each row of logits
   void tile(int64_t thread, int64_t v, int64_t m, const T* logits) {
     if constexpr (sizeof(T) == 4) {
       if (!factor_.tiles || !dright_) return;
@@ -201,7 +201,7 @@ class FactorGradient {
       if (rounds_) kernels<T>().round(to, dright_->template data_ptr<at::BFloat16>() + v * k_, Element::bf16, m * k_);
     }
   }
-  // both, of dlogits [n, R] of vocabulary rows [v, v + n), where ATen multiplies
+  // both, from dlogits [n, R] of vocabulary rows [v, v + n), where ATen multiplies
   void block(int64_t v, int64_t n, const Tensor& dlogits) {
     if (dright_) {
       Tensor out = dright_->narrow(0, v, n);
@@ -212,7 +212,7 @@ class FactorGradient {
     }
     if (dleft_) at::addmm_out(wide_, wide_, dlogits.t(), factor_.block(v, n), v == 0 ? 0.0 : 1.0);
   }
-  // dleft, of all of the tiles' dlogits [R, V]
+  // dleft, from the dlogits [R, V] of all tiles
   void finish(T* logits, int64_t vocab) {
     if (!dleft_) return;
     Tensor out = *dleft_;
@@ -230,18 +230,18 @@ class FactorGradient {
   int64_t c_, k_;
   bool first_, rounds_;
   Numbers<uint32_t> packed_;
-  std::vector<Numbers<float>> rounding_;  // of each thread
-  Tensor wide_;
+  std::vector<Numbers<float>> rounding_;  // of each thread: a tile of dright before it is rounded
+  Tensor wide_;                           // dleft in T
 };
 
-// One matrix of logits of the chunk: where they come from, and where they are kept, [V, c]
+// A chunk's logits of one model: the products that make them and the workspace [V, c] that holds them
 template <class T>
 struct Source {
   const HeadArguments& head;
   Tensor hidden;  // [R, H], or [R, V] where the head has no weight
   T* logits;
   int64_t vocab, c;
-  std::vector<Factor<T>> factors;  // of a head: hidden and weight, and a low-rank pair
+  std::vector<Factor<T>> factors;  // hidden and weight, then down and up of a low-rank adapter; none: given logits
   Numbers<T> bias;
 
   Source(const HeadArguments& head, Tensor x, T* logits, int64_t vocab, int64_t c, const optional<Tensor>& down = {},
@@ -260,13 +260,14 @@ struct Source {
   bool tiles() const { return !factors.empty() && factors[0].tiles; }
   bool blocks() const { return !factors.empty() && !factors[0].tiles; }
   Finish<T> finish(int64_t v) const { return {bias.empty() ? nullptr : bias.data() + v, T(head.scale), T(head.cap)}; }
-  // the logits of vocabulary rows [v, v + n) as a tensor [n, R]
+  // [n, R]: the logits of vocabulary rows [v, v + n)
   Tensor view(int64_t v, int64_t n) const {
     return at::from_blob(logits + v * c, {n, hidden.size(0)}, {c, 1}, factors[0].wide.options());
   }
   void multiply_block(int64_t v, int64_t n) const {
     for (size_t i = 0; i < factors.size(); i++) factors[i].multiply_block(view(v, n), v, n, i > 0);
   }
+  // Writes the raw logits of a tile, unless multiply_block has done so.
   void fill_tile(int64_t v, int64_t m) const {
     if constexpr (sizeof(T) == 4)
       if (tiles())

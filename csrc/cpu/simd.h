@@ -1,9 +1,9 @@
-// A number type of several lanes and the functions the row mathematics needs of it, on GCC/Clang vector extensions:
-// one source for AVX-512, AVX2, SSE2 and NEON, the width being chosen by the flags it is compiled with. Everything
-// is in an unnamed namespace: each translation unit keeps its own copy, and no linker can mix instruction sets.
+// SIMD vectors and the functions that the row kernels need of them (M of common/divergence.h), on GCC/Clang vector
+// extensions: one source for AVX-512, AVX2, SSE2 and NEON, the width being chosen by the compiler's flags. Everything
+// is in an unnamed namespace: each translation unit has its own copy, and no linker can mix instruction sets.
 //
-// Accuracy over the arguments that occur (tests/test_native.py measures it): exp, expm1, log1p, tanh within 3 ulp
-// in float; in double they are the C library's, lane by lane. exp flushes results below 2.4e-38 to zero.
+// Accuracy over the arguments that occur (tests/backends/test_native.py measures it): exp, expm1, log1p, tanh within 3
+// ulp in float; in double they are the C library's, lane by lane. exp flushes results below 2.4e-38 to zero.
 #pragma once
 
 #include <cmath>
@@ -50,7 +50,7 @@ struct Common {
   DFT_INLINE N select(I condition, N a, N b) { return condition ? a : b; }
   DFT_INLINE N max(N a, N b) { return a > b ? a : b; }
   DFT_INLINE T sum(N x) {
-    T of[4] = {};  // so that no addition waits for all before it
+    T of[4] = {};  // four independent chains of additions
     for (int l = 0; l < size; l++) of[l % 4] += x[l];
     return (of[0] + of[1]) + (of[2] + of[3]);
   }
@@ -113,7 +113,7 @@ struct Lanes<float> : Common<float, int32_t> {
     N n = __builtin_convertvector(e, N);
     N y = q * (f * f * f) + n * -2.12194440e-4f;
     y = y - 0.5f * f * f + f + n * 0.693359375f;
-    y = y + (x - (u - 1.0f)) * max(2.0f - u, N{});  // what 1 + x lost, over u where that is worth a bit
+    y = y + (x - (u - 1.0f)) * max(2.0f - u, N{});  // the rounding error of 1 + x, times an approximation of 1 / u
     return x == -1.0f ? set(-INFINITY) : y;
   }
   DFT_INLINE N tanh(N x) {

@@ -1,5 +1,5 @@
-// What the threads of the chunk step keep of their shares of the vocabulary, and how it meets: sums, maxima, and where
-// a sparse target's tokens are.
+// What each thread of the chunk step accumulates over its part of the vocabulary, the reduction over threads, and the
+// tokens of a sparse target by tile.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace dft {
 
 template <class T>
-struct Online {  // a thread's sums over its share of the vocabulary
+struct Online {  // [c] each: a thread's sums over its part of the vocabulary, see Sums in rows.h
   Numbers<T> max;
   Numbers<Integer<T>> arg;
   Numbers<double> sum[2], spread, pulled;
@@ -29,7 +29,9 @@ struct Online {  // a thread's sums over its share of the vocabulary
   }
 };
 
-// Entropy and mean potential [c] of all threads' sums at T = 1
+// Entropy and mean potential [c] from all threads' sums at T = 1, in double:
+//
+//     H = log sum exp(z - top) - sum exp(z - top) (z - top) / sum exp(z - top)
 template <class T>
 void merge_moments(const std::vector<Online<T>>& parts, Numbers<double>& entropy, Numbers<double>& potential) {
   const size_t c = parts[0].max.size();
@@ -48,14 +50,14 @@ void merge_moments(const std::vector<Online<T>>& parts, Numbers<double>& entropy
   }
 }
 
-// A log-sum-exp [c], and what its rounding dropped
+// A log-sum-exp [c], and the rounding error of that
 template <class T>
 struct Merged {
   Numbers<T> lse, low;
   LogSumExp<T> data() const { return {lse.empty() ? nullptr : lse.data(), low.empty() ? nullptr : low.data()}; }
 };
 
-// of all threads' sums at temperature k, and of the logits [rows, count] of which these sums know nothing
+// from all threads' sums at temperature k, and from logits apart [rows, count] that are not in these sums
 template <class T>
 Merged<T> merge(const std::vector<Online<T>>& parts, int k, T inverse, const T* apart = nullptr, size_t rows = 0,
                 size_t count = 0) {
@@ -76,6 +78,7 @@ Merged<T> merge(const std::vector<Online<T>>& parts, int k, T inverse, const T* 
   return out;
 }
 
+// The argmax [c] of all threads' maxima; of equal ones the lowest index
 template <class T>
 Numbers<int64_t> merge_arg(const std::vector<Online<T>>& parts) {
   Numbers<int64_t> out(parts[0].max.size());
@@ -88,7 +91,7 @@ Numbers<int64_t> merge_arg(const std::vector<Online<T>>& parts) {
   return out;
 }
 
-// The same where logits `apart` at ids [R, k] are not in the sums
+// The same where the logits apart [R, k] at ids [R, k] are not in the sums
 template <class T>
 Numbers<int64_t> merge_arg(const std::vector<Online<T>>& parts, const Tensor& ids, const Tensor& apart) {
   auto out = merge_arg(parts);
@@ -104,13 +107,14 @@ Numbers<int64_t> merge_arg(const std::vector<Online<T>>& parts, const Tensor& id
   return out;
 }
 
-// The tokens [R, k] of a sparse target by the tile of the vocabulary that they are in
-class Places {
+// The tokens [R, k] of a sparse target, sorted by the tile of the vocabulary that they are in
+class SparseTokens {
  public:
-  struct Place {
-    int32_t v, row, slot;  // slot: of [R, k], flat
+  struct Token {
+    int32_t v, row, slot;  // slot: its index in [R, k], flat
   };
-  Places(const Tensor& index, int64_t vocab) : starts_((vocab + kTile - 1) / kTile + 1, 0), places_(index.numel()) {
+  SparseTokens(const Tensor& index, int64_t vocab)
+      : starts_((vocab + kTile - 1) / kTile + 1, 0), tokens_(index.numel()) {
     const Tensor ids = index.contiguous();
     const int64_t* v = ids.const_data_ptr<int64_t>();
     const int64_t count = ids.numel(), k = ids.size(1);
@@ -121,20 +125,21 @@ class Places {
     for (size_t tile = 1; tile < starts_.size(); tile++) starts_[tile] += starts_[tile - 1];
     std::vector<int64_t> next(starts_.begin(), starts_.end() - 1);
     for (int64_t slot = 0; slot < count; slot++)
-      places_[next[v[slot] / kTile]++] = {int32_t(v[slot]), int32_t(slot / k), int32_t(slot)};
+      tokens_[next[v[slot] / kTile]++] = {int32_t(v[slot]), int32_t(slot / k), int32_t(slot)};
   }
-  // f(i, row, slot) for every place of the tile that starts at v, i counted from there
+  // f(i, row, slot) for every token v + i of the tile that starts at v
   template <class F>
   void in_tile(int64_t v, F f) const {
     for (int64_t at = starts_[v / kTile]; at < starts_[v / kTile + 1]; at++)
-      f(places_[at].v - v, places_[at].row, places_[at].slot);
+      f(tokens_[at].v - v, tokens_[at].row, tokens_[at].slot);
   }
 
  private:
   std::vector<int64_t> starts_;
-  std::vector<Place> places_;
+  std::vector<Token> tokens_;
 };
 
+// The sum [n] over threads, in their order
 inline Numbers<double> total(const std::vector<Numbers<double>>& parts) {
   Numbers<double> out(parts[0]);
   for (size_t t = 1; t < parts.size(); t++)

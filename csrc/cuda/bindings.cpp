@@ -1,6 +1,6 @@
-// The pybind11 module of the CUDA row kernels: the functions of triton_ops, on tensors of a CUDA device. No CUDA
-// header: the device's stream and guard come through c10's device-generic interface, so that it compiles and links
-// against a torch without CUDA too.
+// The extension module dft_kernels._cuda: the functions of triton_ops by the CUDA row kernels, on tensors of a CUDA
+// device. No CUDA header: the device's stream and guard come through c10's device-generic interface, so that it
+// compiles and links against a torch without CUDA too.
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -9,10 +9,12 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <iterator>
 #include <string>
 #include <vector>
 
 #include "rows.h"
+#include "common/divergence.h"
 #include "common/tensors.h"
 
 namespace py = pybind11;
@@ -31,11 +33,9 @@ const char* run_divergent_barrier();
 
 namespace {
 
-// divergences.TABLE, by id
-const std::vector<std::string> kNames = {"forward_kl",      "reverse_kl",       "jensen_shannon",  "skew_kl",
-                                         "skew_reverse_kl", "alpha_divergence", "total_variation", "squared_hellinger"};
+const std::vector<std::string> kNames(std::begin(kDivergenceNames), std::end(kDivergenceNames));
 
-// triton_ops.rows.Rows, field by field
+// triton_ops.rows.Rows, field by field; shapes there
 struct Rows {
   at::Tensor logits;
   double scale;
@@ -45,7 +45,7 @@ struct Rows {
   std::optional<double> target_cap;
   std::string divergence;
   double parameter, temperature, target_temperature;
-  std::string design;  // beyond triton_ops': a name of Design
+  std::string design;  // a name of Design; triton_ops has none
 
   at::ScalarType number() const { return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
   at::TensorOptions options() const { return logits.options().dtype(number()); }
@@ -60,7 +60,7 @@ Matrix matrix(const at::Tensor& t, const char* name, const Rows& rows) {
   return {t.const_data_ptr(), t.stride(0), element_of(t.scalar_type()), padded};
 }
 
-// A vector or table of one type, in one piece; null where it is not there.
+// The data of a contiguous tensor of this type; null where there is no tensor.
 template <class Pointer = const void*>
 Pointer numbers(const Optional& t, at::ScalarType type, const char* name, const Rows& rows) {
   if (!t) return nullptr;
@@ -152,7 +152,7 @@ at::Tensor row_step(const Rows& rows, int64_t wanted, int64_t live, const at::Te
   return statistics;
 }
 
-constexpr int64_t kSegments = 8;  // parts that the rows of one group are cut into, so that few columns fill the device
+constexpr int64_t kSegments = 8;  // that the rows of one group are split into, so that few columns fill the device
 
 void accumulate_columns(const Rows& rows, const at::Tensor& statistics, const Optional& weight,
                         const at::Tensor& columns) {

@@ -1,5 +1,5 @@
-// What device code needs of the machine it runs on. tests/cuda_on_host compiles the same kernels for the CPU, with its
-// own threads, barriers and shuffles in the place of CUDA's.
+// The device functions and launches that the kernels use, and the arithmetic of divergence.h on a GPU.
+// tests/cuda_on_host compiles the same kernels for the CPU, with its own threads, barriers and shuffles.
 #pragma once
 
 #include <cmath>
@@ -33,9 +33,9 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, int threads, CUstre
   return message_of(cudaLaunchKernelEx(&how, kernel, std::forward<Arguments>(arguments)...));
 }
 
-// ------------------------------------------------------------- clusters of blocks, and copies that run by themselves
+// ------------------------------------------------------------------------ thread-block clusters and bulk copies
 
-// Launches as many clusters of `size` blocks as run at a time (at most `most`), each block with `bytes` of arena().
+// Launches as many clusters of `size` blocks as are resident at a time, at most `most`; arena() has `bytes`.
 template <class... Parameters, class... Arguments>
 const char* launch_clusters(void (*kernel)(Parameters...), int64_t most, int size, int threads, int bytes,
                             CUstream_st* stream, Arguments&&... arguments) {
@@ -50,12 +50,12 @@ const char* launch_clusters(void (*kernel)(Parameters...), int64_t most, int siz
   int resident = 0;
   error = cudaOccupancyMaxActiveClusters(&resident, kernel, &how);
   if (error != cudaSuccess) return message_of(error);
-  if (resident == 0) return kNoRoom;
+  if (resident == 0) return kDoesNotFit;
   how.gridDim.x = unsigned((most < resident ? most : resident) * size);
   return message_of(cudaLaunchKernelEx(&how, kernel, std::forward<Arguments>(arguments)...));
 }
 
-// At most what a block of the current device can have
+// `bytes`, or less where a block of the current device cannot have that much shared memory
 inline int64_t arena_limit(int64_t bytes) {
   int device = 0, most = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
@@ -76,7 +76,7 @@ __device__ __forceinline__ char* arena() {
   return memory;
 }
 
-// Counts the bytes of the copies that were announced to it; a new round begins when all have come.
+// An mbarrier: counts the bytes of the copies announced to it; a phase ends when all have arrived.
 struct alignas(8) Arrival {
   uint64_t state;
 };
@@ -95,7 +95,7 @@ __device__ __forceinline__ void arrival_expect(Arrival* a, uint32_t bytes) {
                : "memory");
 }
 
-// Waits for the end of the round of this parity (0 for the first, 1 for the second, 0 ...)
+// Waits for the end of the phase of this parity (0 for the first, 1 for the second, 0 ...)
 __device__ __forceinline__ void arrival_wait(Arrival* a, uint32_t parity) {
   uint32_t done = 0;
   while (!done)
@@ -105,7 +105,7 @@ __device__ __forceinline__ void arrival_wait(Arrival* a, uint32_t parity) {
                  : "memory");
 }
 
-// 16-byte aligned, a multiple of 16 bytes; announced to `a` before
+// Starts a copy of global memory to shared memory: 16-byte aligned, a multiple of 16 bytes, announced to `a` before
 __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes, Arrival* a) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(to)),
@@ -119,7 +119,7 @@ __device__ __forceinline__ void cluster_barrier() {
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
 }
-// The same place of another block's arena
+// The same address in the shared memory of another block of the cluster
 template <class T>
 __device__ __forceinline__ T* of_rank(T* mine, unsigned rank) {
   return static_cast<T*>(__cluster_map_shared_rank(mine, rank));
@@ -134,7 +134,7 @@ __device__ __forceinline__ T* of_rank(T* mine, unsigned rank) {
 
 namespace dft::cuda {
 
-// The functions divergence.h asks for, of one number. exp is the hardware's (2 ulp), as much of it as q and p need.
+// The arithmetic M of divergence.h on single numbers. exp in fp32 is the hardware's: 2 ulp, enough for q and p.
 template <class T>
 struct Math {
   using N = T;

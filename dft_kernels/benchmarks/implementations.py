@@ -1,4 +1,4 @@
-"""Who is measured: ours by each backend, the losses that people write in PyTorch, and other libraries' (peers.py).
+"""What is measured: ours by each backend, the losses that people write in PyTorch, and other libraries' (peers.py).
 
 An implementation is prepared for a case before anything is timed; what it cannot do here is said as a reason.
 """
@@ -30,13 +30,13 @@ class Unavailable(Exception):  # noqa: N818 - no error: a fact about this machin
 
 
 class Implementation(NamedTuple):
-    """Someone's loss."""
+    """One implementation of the losses."""
 
     name: str
     package: str  # that it comes in
     losses: tuple[str, ...]
     prepare: Callable[[Case], Call]  # raises Unavailable or ImportError
-    compiled: bool = False  # compiles itself for the shapes it meets
+    compiled: bool = False  # compiles itself for each new shape
     ours: bool = False
 
     def version(self) -> str:

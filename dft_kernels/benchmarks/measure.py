@@ -137,7 +137,7 @@ class Race:
 
 
 def turned(names: list[str], number: int) -> list[str]:
-    """The order in a round: another each time, so that nobody always follows the same one."""
+    """The order in a round: another each time, so that none always follows the same one."""
     return random.Random(number).sample(names, len(names))
 
 
@@ -173,13 +173,13 @@ def give_back() -> None:
         try:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         except (OSError, AttributeError):
-            return  # another C library; what it keeps counts for nobody
+            return  # another C library; what it keeps is not counted
 
 
 def peak_bytes(case: Case, implementation: Implementation, call: Call, x: Inputs) -> int | None:
     """Peak memory of one call over that just before it, returned gradients included.
 
-    Libraries' own first-call buffers are nobody's loss memory, so a call of a few rows and words goes before; of this
+    Buffers that libraries allocate once are not the loss's, so a call of a few rows and words goes before; of this
     shape, where something compiles or tunes itself for a shape. None where the system does not say.
     """
     shaped = implementation.compiled or case.device == "cuda"

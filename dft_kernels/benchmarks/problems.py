@@ -42,7 +42,7 @@ class Shape(NamedTuple):
         """From "N,H,V"."""
         parts = text.split(",")
         if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-            raise ValueError(f"bench: --shape must be three positive integers N,H,V, got {text!r}. Try 4096,576,49152.")
+            raise ValueError(f"bench: shape must be three positive integers N,H,V, got {text!r}. Try 4096,576,49152.")
         return cls(*map(int, parts))
 
     def __str__(self) -> str:

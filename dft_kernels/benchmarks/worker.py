@@ -1,4 +1,4 @@
-"""A process that measures and says what it sees as it goes, so that what dies takes nothing along but itself."""
+"""A process that measures and reports each result at once, so that a crash loses nothing but its own measurement."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def run(job: Job, say: Callable[[Event], None]) -> None:
     table = job.table()
 
     def attempt(name: str, action: Callable[[], Any]) -> Any:
-        """The action's result; where it fails, None, and the implementation is out of the race, or all of them where
-        what fails is nobody's own."""
+        """The action's result, or None where it fails; then that implementation is measured no further, or none is
+        where the failure is not of one of them."""
         say(Event("begin", name))
         try:
             return action()

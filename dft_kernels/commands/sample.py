@@ -3,77 +3,59 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 from typing import Any
 
 import transformers
 
 from ..evaluation.held_out import distinct
 from ..generation.sampling import continuations
-from ..materials.models import cache_folder
-from ..materials.sources import MODEL_HELP, TEXT_HELP, model_of, texts_of, trained_model_of
+from ..materials.sources import MODEL_HELP, model_of, texts_of, trained_model
+from .arguments import Help, Number, Parser, Whole
+from .flags import add_cache, add_sampling, add_seed, add_text
+from .printing import console
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The options of `dft-kernels sample`."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="dft-kernels sample",
         description="Continue prompts with a trained model and with its base, side by side, by the same random draws.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     add = made.add_argument
     add("model", help="what dft-kernels train saved: a model, an adapter of PEFT, or a correction; or any model")
     add("--base", default=None, help=f"{MODEL_HELP}; by default what it was trained from")
-    add("--prompt", nargs="+", default=None, help="texts to continue")
-    add("--text", nargs="+", default=None, help=f"instead, the beginnings of some of its passages: {TEXT_HELP}")
-    add("--count", type=int, default=4, help="prompts taken of --text")
-    add("--prompt-tokens", type=int, default=24, help="tokens of such a prompt")
-    add("--length", type=int, default=48, help="new tokens")
-    add("--temperature", type=float, default=1.0, help="of both models; 0: the likeliest token")
-    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
-    add("--seed", type=int, default=0, help="of the draws")
-    add("--cache", type=Path, default=cache_folder(), metavar="DIR", help="where models and texts of pip are kept")
+    of = made.add_mutually_exclusive_group(required=True)
+    of.add_argument("--prompt", nargs="+", default=None, help="texts to continue")
+    add_text(of, "instead, the beginnings of some of its passages: ")
+    add("--count", type=Whole(1), default=4, help="prompts taken of --text")
+    add("--prompt-tokens", type=Whole(1), default=24, help="tokens of such a prompt")
+    add("--length", type=Whole(1), default=48, help="new tokens")
+    add_sampling(made, Number(least=0), "of both models; 0: the likeliest token")
+    add_seed(made, "of the draws")
+    add_cache(made)
     return made
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command."""
-    options = parser().parse_args(arguments)
-    try:
-        return _run(options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"dft-kernels {error}", file=sys.stderr)
-        return 1
-
-
-def _run(options: argparse.Namespace) -> int:
-    from rich.console import Console
+def run(options: argparse.Namespace) -> int:
+    """Load, continue, and print."""
     from rich.table import Table
 
-    if (options.prompt is None) == (options.text is None):
-        raise ValueError("sample: --prompt or --text must be given, one of the two, got none or both. Name a prompt.")
-    for name in ("count", "prompt_tokens", "length"):
-        if getattr(options, name) < 1:
-            raise ValueError(
-                f"sample: --{name.replace('_', '-')} must be positive, got {getattr(options, name)}. Raise it."
-            )
-    if options.temperature < 0 or not 0 < options.top_p <= 1:
-        got = f"{options.temperature}, {options.top_p}"
-        raise ValueError(f"sample: --temperature must be at least 0 and --top-p in (0, 1], got {got}. Change them.")
     transformers.utils.logging.disable_progress_bar()
-    console = Console()
-    with console.status("models"):
-        model, tokenizer, base = trained_model_of(options.model, options.base, options.cache)
-        models = {options.model: model}
-        if base is not None:
-            models = {base: model_of(base, options.cache)[0], **models}
+    out = console()
+    chosen = trained_model(options.model, options.base)
     texts = options.prompt if options.text is None else texts_of(options.text, options.cache)[: options.count]
+    with out.status("models"):
+        model, tokenizer = chosen.load(options.cache)
+        models = {options.model: model}
+        if chosen.base is not None:
+            models = {chosen.base: model_of(chosen.base, options.cache, argument="base")[0], **models}
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     if options.text is not None:
         prompts = [ids[: options.prompt_tokens] for ids in prompts]
     if not all(prompts):
-        raise ValueError("sample: every prompt must hold a token, got an empty one. Leave it out.")
+        given = "prompt" if options.text is None else "text"
+        raise ValueError(f"sample: {given} must hold a token, each of them, got an empty one. Leave it out.")
     drawn = {"temperature": options.temperature, "top_p": options.top_p}
     if options.temperature == 0:
         drawn = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -81,11 +63,11 @@ def _run(options: argparse.Namespace) -> int:
         name: continuations(one, tokenizer, prompts, options.length, options.seed, **drawn)
         for name, one in models.items()
     }
-    console.print(side_by_side(tokenizer, prompts, made))
+    out.print(side_by_side(tokenizer, prompts, made))
     table = Table("distinct-n of these", *made)
     for n in (1, 2, 3):
         table.add_row(f"{n}", *(f"{distinct(ids, n):.3f}" for ids in made.values()))
-    console.print(table)
+    out.print(table)
     return 0
 
 

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ..store.reader import Store
+from ..store.reader import Store
+from .arguments import Parser, input_folder
+from .printing import progress
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The options of `dft-kernels store`."""
-    made = argparse.ArgumentParser(prog="dft-kernels store", description="What a teacher store holds.")
+    made = Parser(prog="dft-kernels store", description="What a teacher store holds.")
     made.add_argument("what", choices=("info", "verify"), help="info: contents and sizes; verify: read all of it")
-    made.add_argument("folder", type=Path, help="what `dft-kernels capture --out` made")
+    made.add_argument("folder", type=input_folder, help="what `dft-kernels capture --out` made")
     return made
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; 1 where the store is not whole."""
-    options = parser().parse_args(arguments)
-    from ..store.reader import Store
-
-    try:
-        store = Store(options.folder, verify=False)
-        if options.what == "verify":
-            _verify(store)
-    except ValueError as error:
-        print(f"dft-kernels {error}", file=sys.stderr)
-        return 1
+def run(options: argparse.Namespace) -> int:
+    """Print what the store holds, after all of it was read where asked for."""
+    store = Store(options.folder, verify=False)
+    if options.what == "verify":
+        total = store.bytes + (store.head_part.bytes if store.head_part else 0)
+        with progress("checksums", total, "bytes") as tick:
+            store.check_sums(tick)
+        store.check_values()
     print(describe(store), end="")
     if options.what == "verify":
         print("every checksum, shape and row is as it was written")
@@ -53,14 +47,3 @@ def describe(store: Store) -> str:
         + (f", head {store.head_part.bytes / 1e6:,.1f} MB" if store.head_part else ""),
     }
     return "".join(f"{name:10} {text}\n" for name, text in lines.items())
-
-
-def _verify(store: Store) -> None:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    total = store.bytes + (store.head_part.bytes if store.head_part else 0)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress("checksums", *columns, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        store.check_sums(lambda count: bar.advance(task, count))
-    store.check_values()

@@ -8,69 +8,75 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..materials.models import cache_folder
-from ..materials.sources import TEXT_HELP, passages_of, tokenizer_of
+from ..materials.sources import check_text, passages_of, tokenizer_of
 from ..materials.texts import RECIPES, documents_of
 from ..targets import corpus, target_file
 from ..targets.blend import KINDS, blend, style_vector
 from ..targets.comparison import between
 from ..targets.punctuation import CLASSES
 from ..targets.target import Target
+from .arguments import Checked, Number, OutputFile, Parser, each_of, output_folder
+from .flags import add_cache, add_seed, add_text
+from .printing import console, progress
 
 _TOKENIZER_HELP = "a folder or name for transformers, or smollm2, which pip brings"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The options of `dft-kernels target`."""
-    made = argparse.ArgumentParser(prog="dft-kernels target", description="Statistics of human writing.")
+    made = Parser(prog="dft-kernels target", description="Statistics of human writing.")
     commands = made.add_subparsers(dest="what", required=True)
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
+    def command(name: str, text: str) -> Parser:
         one = commands.add_parser(name, help=text, description=text)
-        one.add_argument("--cache", type=Path, default=cache_folder(), metavar="DIR", help="what pip and apt bring")
+        add_cache(one)
         return one
 
     build = command("build", "compute a target from texts, in one pass")
-    build.add_argument("--text", required=True, nargs="+", help=TEXT_HELP)
+    add_text(build, required=True)
     build.add_argument("--tokenizer", help=_TOKENIZER_HELP + "; without it, text statistics alone")
-    build.add_argument("--out", required=True, type=Path, metavar="FILE")
+    build.add_argument("--out", required=True, type=OutputFile(), metavar="FILE")
     build.add_argument("--name", help="of the target; by default that of --out")
     build.add_argument("--source", help="what the texts are; by default their names")
     build.add_argument("--licence", default="not stated", help="of the texts")
-    build.add_argument("--seed", type=int, default=0, help="of the random halves")
+    add_seed(build, "of the random halves")
     command("list", "the presets")
     show = command("show", "a target's statistics, and how far another lies from it")
-    show.add_argument("target", help="a file or a preset")
-    show.add_argument("--against", metavar="TARGET|TEXT", help="a file or preset, or what --text of build names")
-    show.add_argument("--plot", type=Path, metavar="FILE.png", help="frequencies, lengths, hazards, punctuation")
-    mix = command("blend", "several targets as one")
-    mix.add_argument("targets", nargs="+", help="files or presets")
-    how = mix.add_mutually_exclusive_group(required=True)
-    how.add_argument("--weights", nargs="+", type=float, help="one each, of sum 1")
-    how.add_argument(
-        "--gamma", type=float, help="of two: (1 - gamma) the first + gamma the second, extrapolating outside 0..1"
+    show.add_argument("target", type=Checked(target_file.load), help="a file or a preset")
+    show.add_argument(
+        "--against",
+        type=Checked(_check_against),
+        metavar="TARGET|TEXT",
+        help="a file or preset, or what --text of build names",
     )
-    mix.add_argument("--max-clipped", type=float, default=0.1, help="share of a statistic that gamma may push below 0")
+    show.add_argument(
+        "--plot", type=OutputFile(".png"), metavar="FILE.png", help="frequencies, lengths, hazards, punctuation"
+    )
+    mix = command("blend", "several targets as one")
+    mix.add_argument("targets", nargs="+", type=Checked(target_file.load), help="files or presets")
+    how = mix.add_mutually_exclusive_group(required=True)
+    how.add_argument("--weights", nargs="+", type=Number(), help="one each, of sum 1")
+    how.add_argument(
+        "--gamma", type=Number(), help="of two: (1 - gamma) the first + gamma the second, extrapolating outside 0..1"
+    )
+    mix.add_argument(
+        "--max-clipped",
+        type=Number(least=0, most=1),
+        default=0.1,
+        help="share of a statistic that gamma may push below 0",
+    )
     mix.add_argument("--kind", choices=KINDS, default="linear", help="mixture, or normalised product")
-    mix.add_argument("--out", required=True, type=Path, metavar="FILE")
+    mix.add_argument("--out", required=True, type=OutputFile(), metavar="FILE")
     presets = command("presets", "the presets for a tokenizer, from their texts")
-    presets.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)}; none: all")
+    presets.add_argument("names", **each_of(tuple(RECIPES)), help=f"of {', '.join(RECIPES)}; none: all")
     presets.add_argument("--tokenizer", required=True, help=_TOKENIZER_HELP)
-    presets.add_argument("--out", required=True, type=Path, metavar="DIR")
+    presets.add_argument("--out", required=True, type=output_folder, metavar="DIR")
     return made
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command."""
-    options = parser().parse_args(arguments)
-    try:
-        _COMMANDS[options.what](options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"dft-kernels {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("dft-kernels target: stopped; nothing was written", file=sys.stderr)
-        return 130
+def run(options: argparse.Namespace) -> int:
+    """Run one of its commands."""
+    _COMMANDS[options.what](options)
     return 0
 
 
@@ -113,7 +119,7 @@ def _list(options: argparse.Namespace) -> None:
         about = target_file.load(name).about
         source = about.source.split(" (Debian")[0]
         table.add_row(name, f"{about.tokens or 0:,}", about.tokenizer or "", about.licence, source)
-    _print(table)
+    console().print(table)
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -129,10 +135,21 @@ def _show(options: argparse.Namespace) -> None:
         print(options.plot)
 
 
+def _is_target(name: str) -> bool:
+    return name in target_file.presets() or Path(name).suffix == ".safetensors"
+
+
+def _check_against(name: str) -> None:
+    if _is_target(name):
+        target_file.load(name)
+    else:
+        check_text(name)
+
+
 def _other(name: str, target: Target, cache: Path) -> Target:
     """What `--against` names: a target, or a text that is counted here, with the target's tokenizer where that is
     known by its name."""
-    if name in target_file.presets() or Path(name).suffix == ".safetensors":
+    if _is_target(name):
         return target_file.load(name)
     tokenizer = None
     if target.about.tokenizer is not None:
@@ -143,7 +160,7 @@ def _other(name: str, target: Target, cache: Path) -> Target:
             print(f"dft-kernels {error} Text statistics alone are compared.", file=sys.stderr)
             tokenizer = None
     size = Path(name).stat().st_size if Path(name).is_file() else None
-    return _counted(passages_of([name], cache), size, tokenizer, name=Path(name).name)
+    return _counted(passages_of([name], cache, "against"), size, tokenizer, name=Path(name).name)
 
 
 def _blend(options: argparse.Namespace) -> None:
@@ -163,20 +180,8 @@ _COMMANDS = {"build": _build, "list": _list, "show": _show, "blend": _blend, "pr
 
 
 def _counted(passages: Iterator[str], total: int | None, tokenizer: Any, **about: Any) -> Target:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        about["name"],
-        BarColumn(),
-        MofNCompleteColumn(),
-        "characters",
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=total)
-        target = corpus.build(passages, tokenizer, tick=lambda count: bar.advance(task, count), **about)
+    with progress(about["name"], total, "characters") as tick:
+        target = corpus.build(passages, tokenizer, tick=tick, **about)
     for text in target.warnings:
         print(f"dft-kernels target: {about['name']}: too small for {text}", file=sys.stderr)
     return target
@@ -205,12 +210,12 @@ def _describe(target: Target) -> None:
     table = Table("statistic", "value", title="what it holds")
     for name, text in summary(target).items():
         table.add_row(name, text)
-    _print(table)
+    console().print(table)
     if target.noise:
         floors = Table("distance", "noise floor", title="between random halves of the text itself")
         for name, value in target.noise.items():
             floors.add_row(name, f"{value:.4g}")
-        _print(floors)
+        console().print(floors)
     for text in target.warnings:
         print(f"too small for {text}")
 
@@ -227,7 +232,7 @@ def _describe_distances(target: Target, other: Target) -> None:
         largest = max((floor for floor in floors if floor is not None), default=0.0)
         ratio = f"{value / largest:.1f}" if largest else ""
         table.add_row(name, f"{value:.4g}", *("" if floor is None else f"{floor:.3g}" for floor in floors), ratio)
-    _print(table)
+    console().print(table)
 
 
 def summary(target: Target) -> dict[str, str]:
@@ -269,9 +274,3 @@ def _indices(count: int) -> Any:
     import torch
 
     return torch.arange(count, dtype=torch.float64)
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -51,8 +51,8 @@ def windows(texts: Sequence[str], tokenizer: Any, prompt: int, length: int, coun
         if len(long) >= count:
             return torch.tensor(long[:count])
     raise ValueError(
-        f"gap: --text must hold {count} passages of {size} tokens, got {len(long)}. Name more text, or lower --count, "
-        "--prompt or --length."
+        f"windows: texts must hold {count} passages of {size} tokens, got {len(long)}. Name more text, or lower "
+        "--count, --prompt or --length."
     )
 
 
@@ -165,3 +165,17 @@ def _features(target: Target, vocab: int) -> Tensor:
                        torch.stack([token, kind + 1])], 1)  # fmt: skip
     values = torch.cat([end, torch.ones(len(token))])
     return torch.sparse_coo_tensor(index, values, (vocab, 1 + classes), check_invariants=True).coalesce()
+
+
+def verdict(gaps: list[Gap]) -> list[str]:
+    """What there is to close, and what not, in words."""
+    lines = []
+    for reading in (FORCED, OWN):
+        some = [gap for gap in gaps if gap.reading == reading]
+        wide = sorted((gap for gap in some if gap.ratio > CLOSED), key=lambda gap: -gap.ratio)
+        if not wide:
+            lines.append(f"{reading}: nothing to close: no statistic is {CLOSED:g} times its floor.")
+            continue
+        named = ", ".join(f"{gap.statistic} ({gap.ratio:.1f})" for gap in wide)
+        lines.append(f"{reading}: {len(wide)} of {len(some)} above {CLOSED:g} times their floor: {named}.")
+    return lines

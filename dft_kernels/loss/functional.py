@@ -1,10 +1,9 @@
-"""The functions users call. Each checks its call into a `Problem`, runs one operator, and shapes the result."""
+"""The functions users call. Each checks its call into a `Problem`, runs it, and shapes the result."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,9 +13,34 @@ from ..errors import fail
 from ..teachers.contract import Source
 from . import autograd
 from .autograd import InplaceLoss
+from .build import build
 from .metrics import Metrics, metrics_of
-from .problem import Problem, build
+from .options import LOSS, OF_LOGITS, STATISTICS, Function, LossOptions, StatisticsOptions, documented
+from .problem import Problem
 from .row_loss import loss_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_OF_CROSS_ENTROPY = ("teacher", "weight")
+LINEAR_DISTRIBUTION_LOSS = Function("linear_distribution_loss")
+DISTRIBUTION_LOSS = Function("distribution_loss", OF_LOGITS, ("logits", "", ""), projected=False)
+LINEAR_CROSS_ENTROPY = Function(
+    "linear_cross_entropy",
+    tuple(name for name in LOSS if name != "bias"),
+    ("input", "linear_weight", "linear_bias"),
+    (*_OF_CROSS_ENTROPY, "linear_bias"),
+    labelled=True,
+)
+CROSS_ENTROPY = Function(
+    "cross_entropy",
+    OF_LOGITS,
+    ("logits", "", ""),
+    (*_OF_CROSS_ENTROPY, "inplace_gradient"),
+    projected=False,
+    labelled=True,
+)
+LINEAR_DISTRIBUTION_STATISTICS = Function("linear_distribution_statistics", STATISTICS, statistics=True)
 
 
 @dataclass(frozen=True)
@@ -37,39 +61,13 @@ class DistributionStatistics:
     empty: Tensor
 
 
+@documented(LINEAR_DISTRIBUTION_LOSS)
 def linear_distribution_loss(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor | None = None,
     teacher: Any = None,
-    *,
-    bias: Tensor | None = None,
-    low_rank: tuple[Tensor, Tensor] | None = None,
-    divergence: Any = "forward_kl",
-    soft_weight: float = 1.0,
-    hard_weight: float | None = None,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    temperature_scaling: str = "none",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    potential: Tensor | None = None,
-    group: Tensor | None = None,
-    num_groups: int = 1,
-    features: Tensor | None = None,
-    feature_weight: Tensor | None = None,
-    entropy_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    row_weight: Tensor | None = None,
-    reduction: str = "mean",
-    num_items: Any = None,
-    chunk_size: int | None = None,
-    memory_budget: int | None = None,
-    compact: bool = True,
-    backend: str = "auto",
-    return_metrics: bool | Collection[str] = False,
+    **options: Unpack[LossOptions],
 ) -> Any:
     """The loss of distribution fine-tuning, from hidden states, never holding the [N, V] logits.
 
@@ -118,53 +116,23 @@ def linear_distribution_loss(
     fp32. FLOPs: 2NHV a product; 3 products forward and backward, 4 with a `TeacherHead`, one less for each of
     hidden and weight that needs no gradient, 1 without any; reduction="none" costs one more.
     """
-    problem = build(
-        "linear_distribution_loss",
-        hidden,
-        weight,
-        target,
-        teacher,
-        bias=bias,
-        low_rank=low_rank,
-        divergence=divergence,
-        soft_weight=soft_weight,
-        hard_weight=hard_weight,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        temperature_scaling=temperature_scaling,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        potential=potential,
-        group=group,
-        num_groups=num_groups,
-        features=features,
-        feature_weight=feature_weight,
-        entropy_weight=entropy_weight,
-        ignore_index=ignore_index,
-        row_weight=row_weight,
-        reduction=reduction,
-        num_items=num_items,
-        chunk_size=chunk_size,
-        memory_budget=memory_budget,
-        compact=compact,
-        backend=backend,
-        return_metrics=return_metrics,
-    )
-    return _finish(problem, hidden, teacher, {"return_metrics": return_metrics})
+    return _loss(LINEAR_DISTRIBUTION_LOSS, hidden, weight, target, teacher, options)
 
 
-def distribution_loss(logits: Tensor, target: Tensor | None = None, teacher: Any = None, **terms: Any) -> Any:
+@documented(DISTRIBUTION_LOSS)
+def distribution_loss(
+    logits: Tensor, target: Tensor | None = None, teacher: Any = None, **options: Unpack[LossOptions]
+) -> Any:
     """`linear_distribution_loss` for a caller who already holds logits [..., V]: the same terms, no log-softmax copies.
 
     Takes every keyword of `linear_distribution_loss` but `bias` and `low_rank`; logit_scale and softcap act on
     `logits`. Beyond the returned gradient [..., V] in the logits' dtype, the extra memory is O(chunk x V). Errors are
     the same.
     """
-    return _finish(_of_logits("distribution_loss", logits, target, teacher, terms), logits, teacher, terms)
+    return _loss(DISTRIBUTION_LOSS, logits, None, target, teacher, options)
 
 
+@documented(LINEAR_CROSS_ENTROPY)
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -172,89 +140,56 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    **ours: Any,
+    teacher: Any = None,
+    **options: Unpack[LossOptions],
 ) -> Any:
     """Cross-entropy of `input @ linear_weight.T + linear_bias`, as `F.linear_cross_entropy`, without logits.
 
     input: [..., H]; linear_weight: [V, H]; target: [...] int64; weight: [V] rescales each class, and "mean"
-    then divides by the sum of the labels' weights. `ours`: keywords of `linear_distribution_loss`. Two
-    departures from torch: the loss is fp32 whatever the input, and 0 (not NaN) where every row is ignored.
+    then divides by the sum of the labels' weights; all else as in `linear_distribution_loss`. Two departures from
+    torch: the loss is fp32 whatever the input, and 0 (not NaN) where every row is ignored.
     Class probabilities, K-dimensional losses, and weight together with label_smoothing are refused.
     """
-    teacher = ours.pop("teacher", None)
-    problem = build(
-        "linear_cross_entropy",
-        input,
-        linear_weight,
-        target,
-        teacher,
-        names=("input", "linear_weight", "linear_bias"),
-        labelled=True,
-        bias=linear_bias,
-        class_weight=weight,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        **ours,
-    )
-    return _finish(problem, input, teacher, ours)
+    more = {"bias": linear_bias, "class_weight": weight}
+    return _loss(LINEAR_CROSS_ENTROPY, input, linear_weight, target, teacher, options, **more)
 
 
+@documented(CROSS_ENTROPY)
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
     *,
     weight: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
     inplace_gradient: bool = False,
-    **ours: Any,
+    teacher: Any = None,
+    **options: Unpack[LossOptions],
 ) -> Any:
     """Cross-entropy of logits [..., V] with target [...], as `F.cross_entropy` with the class dimension last.
 
     Arguments and departures are those of `linear_cross_entropy`. inplace_gradient=True writes the gradient over
     the logits, so that not even it costs memory: they are spent (their version is bumped, so that autograd
-    refuses whoever still needs them), one backward is allowed, and torch.compile breaks its graph there.
+    refuses whoever still needs them), one backward is allowed, torch.compile breaks its graph there, and transforms
+    of torch.func are refused.
     """
-    teacher = ours.pop("teacher", None)
-    terms = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing, **ours}
-    problem = _of_logits("cross_entropy", logits, target, teacher, {"class_weight": weight, "labelled": True, **terms})
+    problem = build(CROSS_ENTROPY, logits, None, target, teacher, options, class_weight=weight)
     if not (inplace_gradient and problem.need_hidden):
-        return _finish(problem, logits, teacher, terms)
-    if reduction == "none" or not logits.is_contiguous():
-        got = f"reduction={reduction!r}, contiguous={logits.is_contiguous()}"
-        relation = "come with a scalar reduction and contiguous logits"
+        return _finish(problem, logits, teacher, options)
+    transformed = autograd.transformed(problem)
+    if problem.reduction == "none" or not logits.is_contiguous() or transformed:
+        got = f"reduction={problem.reduction!r}, contiguous={logits.is_contiguous()}, torch.func={transformed}"
+        relation = "come with a scalar reduction, contiguous logits and no transform of torch.func"
         fail("cross_entropy", "inplace_gradient=True", relation, got, "Leave inplace_gradient at False")
     reason = "inplace_gradient writes over its argument; leave it at False to compile"
-    return torch.compiler.disable(_inplace, reason=reason)(problem, logits, terms)
+    return torch.compiler.disable(_inplace, reason=reason)(problem, logits, options)
 
 
+@documented(LINEAR_DISTRIBUTION_STATISTICS)
 def linear_distribution_statistics(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor | None = None,
     teacher: Any = None,
-    *,
-    group: Tensor | None = None,
-    num_groups: int = 1,
-    features: Tensor | None = None,
-    bias: Tensor | None = None,
-    low_rank: tuple[Tensor, Tensor] | None = None,
-    divergence: Any = "forward_kl",
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    row_weight: Tensor | None = None,
-    chunk_size: int | None = None,
-    memory_budget: int | None = None,
-    compact: bool = True,
-    backend: str = "auto",
+    **options: Unpack[StatisticsOptions],
 ) -> DistributionStatistics:
     """Differentiable statistics of the model's distributions, never holding the [N, V] logits.
 
@@ -268,30 +203,7 @@ def linear_distribution_statistics(
 
     Memory: O(chunk x V) + [num_groups, V]. FLOPs: 1 product forward, 3 backward, each plus the teacher's.
     """
-    problem = build(
-        "linear_distribution_statistics",
-        hidden,
-        weight,
-        target,
-        teacher,
-        statistics=True,
-        group=group,
-        num_groups=num_groups,
-        features=features,
-        bias=bias,
-        low_rank=low_rank,
-        divergence=divergence,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        row_weight=row_weight,
-        chunk_size=chunk_size,
-        memory_budget=memory_budget,
-        compact=compact,
-        backend=backend,
-    )
+    problem = build(LINEAR_DISTRIBUTION_STATISTICS, hidden, weight, target, teacher, options)
     result: DistributionStatistics = _outside_graph(_statistics, teacher)(problem, hidden.shape[:-1])
     return result
 
@@ -305,14 +217,15 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     if not isinstance(labels, Tensor) or labels.ndim == 0:
         got = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         fail("shift_labels", "labels", "be a tensor [..., T]", got, "Pass token ids", TypeError)
+    if labels.shape[-1] == 0:
+        return labels.clone()
     return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
 
 
-def _of_logits(function: str, logits: Tensor, target: Any, teacher: Any, terms: dict[str, Any]) -> Problem:
-    for name in ("bias", "low_rank"):
-        if name in terms:
-            fail(function, name, "be left out", "one", "Add it to the logits, or call the linear_ function", TypeError)
-    return build(function, logits, None, target, teacher, names=("logits", "", ""), projected=False, **terms)
+def _loss(
+    function: Function, hidden: Any, weight: Any, target: Any, teacher: Any, options: LossOptions, **more: Any
+) -> Any:
+    return _finish(build(function, hidden, weight, target, teacher, options, **more), hidden, teacher, options)
 
 
 def _outside_graph(function: Any, teacher: Any) -> Any:
@@ -323,25 +236,27 @@ def _outside_graph(function: Any, teacher: Any) -> Any:
     return torch.compiler.disable(function, reason=reason)
 
 
-def _finish(problem: Problem, hidden: Tensor, teacher: Any, terms: dict[str, Any]) -> Any:
-    """Run the operator that the reduction asks for: the loss, or (loss, metrics)."""
+def _finish(problem: Problem, hidden: Tensor, teacher: Any, options: LossOptions) -> Any:
+    """Run what the reduction asks for: the loss, or (loss, metrics)."""
     run = _outside_graph(_rows_loss if problem.reduction == "none" else _scalar_loss, teacher)
     loss, metrics = run(problem, hidden.shape[:-1])
-    return (loss, metrics) if terms.get("return_metrics") else loss
+    return (loss, metrics) if options.get("return_metrics") else loss
 
 
 def _scalar_loss(problem: Problem, lead: torch.Size) -> tuple[Tensor, Metrics | None]:
-    loss, _, rows, features, mean, *_ = autograd.loss(*problem)
+    loss, _, rows, features, mean, *_ = autograd.loss(problem)
     return loss, metrics_of(problem, rows, features, mean, lead)
 
 
-def _inplace(problem: Problem, logits: Tensor, terms: dict[str, Any]) -> Any:
+def _inplace(problem: Problem, logits: Tensor, options: LossOptions) -> Any:
     loss, _, rows, features, mean, *_ = InplaceLoss.apply(logits, problem)
-    return (loss, metrics_of(problem, rows, features, mean, logits.shape[:-1])) if terms.get("return_metrics") else loss
+    return (
+        (loss, metrics_of(problem, rows, features, mean, logits.shape[:-1])) if options.get("return_metrics") else loss
+    )
 
 
 def _rows_loss(problem: Problem, lead: torch.Size) -> tuple[Tensor, Metrics | None]:
-    *rows, features, mean, _ = autograd.statistics(*problem)
+    *rows, features, mean, _ = autograd.statistics(problem)
     weight = problem.row_weight
     if weight is not None and problem.target is not None:
         weight = torch.where(problem.target != problem.ignore_index, weight, 0.0)
@@ -351,7 +266,7 @@ def _rows_loss(problem: Problem, lead: torch.Size) -> tuple[Tensor, Metrics | No
 
 
 def _statistics(problem: Problem, lead: torch.Size) -> DistributionStatistics:
-    *rows, features, mean, group_weight = autograd.statistics(*problem)
+    *rows, features, mean, group_weight = autograd.statistics(problem)
     return DistributionStatistics(
         log_prob=None if problem.target is None else rows[Row.LOG_PROB.value].reshape(lead),
         entropy=rows[Row.ENTROPY.value].reshape(lead),

@@ -1,4 +1,4 @@
-"""What the pass of a loss knows beside it."""
+"""Metrics that the pass of a loss computes beside it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .row_loss import hard_rows, soft_rows
 
 @dataclass(frozen=True)
 class Metrics:
-    """What the loss's own pass knows of every token, detached, in hidden's leading shape; 0 or False for ignored
+    """Of every token, from the loss's own pass, detached, in hidden's leading shape; 0 or False for ignored
     rows, None where it was not asked for, or the call had nothing to compute it from.
 
     loss of a row = hard_weight * hard_loss + soft_weight * soft_loss + ...; entropy and lse are the model's at

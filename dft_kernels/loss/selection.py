@@ -1,12 +1,11 @@
 """The rows of a call that are in play, and how they are cut into chunks.
 
-The only place that looks at the values of labels and groups, at the one host synchronisation there is, before
-any product.
+The only module that reads the values of labels and groups, at the one host synchronisation there is, before any
+product.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
@@ -14,15 +13,10 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .. import backends
 from ..backends.extension import repeats
 from ..teachers.contract import Rows
 from ..teachers.top_k import TopK
 from .problem import Problem
-
-SCRATCH_BYTES = {"cpu": 512 << 20, "cuda": 1536 << 20}  # default memory_budget
-SCRATCH_BYTES_ELSEWHERE = 512 << 20
-_EVEN = 32  # rows a chunk are a multiple of this: backends pad to it
 
 
 @dataclass(frozen=True)
@@ -175,37 +169,3 @@ def _denominator(problem: Problem, count: int, weight: Tensor | None) -> Tensor:
         return torch.full((), max(1, count), dtype=problem.dtype, device=device)
     total = weight.sum()
     return torch.where(total == 0, 1.0, total)
-
-
-def scratch_bytes(device: torch.device) -> int:
-    """The default of `memory_budget` on `device`."""
-    return SCRATCH_BYTES.get(device.type, SCRATCH_BYTES_ELSEWHERE)
-
-
-def most_rows(problem: Problem) -> int:
-    """The largest chunk: `chunk_size`, else what fits the budget, up to where the backend gains no more."""
-    if problem.chunk_size is not None:
-        return problem.chunk_size
-    backend = backends.choose(problem.backend, problem.hidden.device, problem.hidden.dtype)
-    row_bytes = (
-        backend.chunk_bytes(problem.hidden.dtype, problem.weight is not None, problem.target_bytes) * problem.vocab
-    )
-    budget = problem.memory_budget or scratch_bytes(problem.hidden.device)
-    rows = max(1, min(backend.best_rows, budget // row_bytes))
-    return rows if rows < _EVEN else rows // _EVEN * _EVEN
-
-
-def plan_rows(problem: Problem, count: int) -> int:
-    """Rows a chunk for `count` rows: at most `most_rows`; where the planner is free, evenly spread."""
-    most = most_rows(problem)
-    if count <= most or problem.chunk_size is not None:
-        return max(1, min(count, most))
-    even = math.ceil(count / math.ceil(count / most))
-    return min(most, math.ceil(even / _EVEN) * _EVEN)
-
-
-def dweight_dtype(problem: Problem) -> torch.dtype:
-    """The dtype that dweight is summed in: the accumulation dtype, but bf16 where a single chunk rounds it once
-    (fp16 has not the range for an unscaled sum). A matter of shapes alone, so that a traced call knows it."""
-    alone = problem.hidden.dtype != torch.float16 and problem.hidden.shape[0] <= most_rows(problem)
-    return problem.hidden.dtype if alone else problem.dtype

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..backends.contract import Row
 from .checks import Checks
+from .problem import Problem
 
 METRICS = {  # of `Metrics`: the row quantities that each is
     "hard_loss": (Row.LOG_PROB,),
@@ -32,17 +33,15 @@ def metric_names(check: Checks, return_metrics: Any) -> frozenset[str]:
     return frozenset(names)
 
 
-def wanted(
-    loss: frozenset[Row], metrics: frozenset[str], statistics: bool, labelled: bool, taught: bool, smoothed: bool
-) -> int:
+def wanted(problem: Problem, loss: frozenset[Row], metrics: frozenset[str], statistics: bool) -> int:
     """Bit r: Row(r) is computed, for the loss, the metrics, or as the statistics that are returned."""
     rows = {Row.LSE, Row.ENTROPY, Row.LOG_PROB, Row.DIVERGENCE} if statistics else set(loss)
     for name in metrics:
         rows |= set(METRICS[name])
-    if "hard_loss" in metrics and smoothed:
+    if "hard_loss" in metrics and problem.label_smoothing != 0:
         rows.add(Row.MEAN_LOG_PROB)
-    if not labelled:
+    if problem.target is None:
         rows -= {Row.LOG_PROB, Row.MEAN_LOG_PROB, Row.CORRECT}
-    if not taught:
+    if not problem.has_teacher:
         rows -= {Row.DIVERGENCE, Row.AGREEMENT}
     return sum(1 << row for row in rows)

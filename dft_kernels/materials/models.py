@@ -15,9 +15,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
@@ -118,7 +119,7 @@ def smollm2_folder(cache: Path) -> Path:
 
 def gemma3(cache: Path) -> tuple[Any, Any]:
     """Gemma3-270M (V 262144, H 640, 18 layers, tied head): model, tokenizer. It is under the Gemma Terms of Use
-    (ai.google.dev/gemma/terms), which whoever downloads and uses it accepts; nothing of it is part of this package."""
+    (ai.google.dev/gemma/terms), which you accept by downloading it; nothing of it is part of this package."""
     return _causal_lm(_folder("gemma-3-270m", GEMMA3, cache))
 
 
@@ -163,12 +164,22 @@ def lambada(cache: Path) -> list[str]:
     return [request["context"] + request["continuation"] for request in requests]
 
 
-def read_texts(files: list[Path]) -> list[str]:
-    """The user's own texts, UTF-8, one string a file."""
+def read_texts(files: Iterable[str | Path], argument: str = "text") -> list[str]:
+    """The user's own texts, UTF-8, one string a file. argument: what named them, for errors."""
     texts = []
     for path in files:
-        try:
-            texts.append(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"materials: --text must name readable UTF-8 files, got {path}: {error}.") from error
+        with reading(path, argument) as text:
+            texts.append(text.read())
     return texts
+
+
+@contextmanager
+def reading(path: str | Path, argument: str = "text") -> Iterator[TextIO]:
+    """A UTF-8 file, open; ValueError, while it is, where it cannot be read."""
+    try:
+        with Path(path).open(encoding="utf-8") as text:
+            yield text
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"materials: {argument} must name readable UTF-8 files, got {path}: {error}. Check the name, or convert it."
+        ) from error

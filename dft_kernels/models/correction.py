@@ -1,4 +1,4 @@
-"""An adapter of the logits: trained alone, kept in a small file of its own."""
+"""A low-rank adapter of the head that is trained alone and saved in a file of its own."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class CorrectionHead(nn.Module):
 def add_correction(model: Any, rank: int = 16, bias: bool = False) -> CorrectionHead:
     """Freeze `model`, a causal LM of transformers, and give its head a `CorrectionHead`, which is returned.
 
-    The model's forward, generate and evaluation have it in their logits; `attach(model)` trains it. Files of the whole
-    model hold it too; `save_correction` writes it alone. ValueError where the head has an adapter already.
+    It is part of the logits in forward, generate and evaluation; `attach(model)` trains it. `save_pretrained` saves it
+    with the model, `save_correction` alone. ValueError where the head has an adapter already.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         _fail("add_correction", "rank must be an int of at least 1", rank, "16 is a start")
@@ -61,7 +61,7 @@ def add_correction(model: Any, rank: int = 16, bias: bool = False) -> Correction
 
 
 def remove_correction(model: Any) -> None:
-    """Take the correction away again; what was frozen stays frozen."""
+    """Remove the correction; parameters that `add_correction` froze stay frozen."""
     layer = output_layer(model)
     _correction_of(layer, "remove_correction")
     delattr(layer, CORRECTION)

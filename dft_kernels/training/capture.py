@@ -42,7 +42,7 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sparse_rows(hidden: Tensor, head: Head, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of hidden states [R, H], a few rows of logits at a time."""
+    """`top_k` of the logits of hidden states [R, H], computed a few rows at a time."""
     assert head.weight is not None
     vocab, found = head.weight.shape[0], []
     for rows in hidden.split(max(1, _LOGITS // vocab)):
@@ -65,7 +65,7 @@ def _windows(lengths: Sequence[int], first: int, rows: int) -> Iterator[range]:
 
 
 def _batches(lengths: Sequence[int], window: range, tokens: int) -> Iterator[list[int]]:
-    """Sequences of a window, those of like length together, at most `tokens` with padding a batch."""
+    """Batches of the sequences of a window, of similar length, with at most `tokens` tokens each, padding included."""
     batch: list[int] = []
     for number in sorted(window, key=lambda n: (-lengths[n], n)):
         if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:

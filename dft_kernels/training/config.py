@@ -1,37 +1,22 @@
-"""What `dft-kernels train` is told: a typed configuration, as a YAML file, as flags, or as a file and flags over it."""
+"""What a training job is: typed, checked before anything is loaded, and as a YAML file."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from argparse import ArgumentDefaultsHelpFormatter
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from ..materials.models import cache_folder
 from ..materials.sources import MODEL_HELP, TEXT_HELP
-from .target_terms import TERMS
-from .trainer import DFTConfig
-
-_OTHER_DEFAULTS = {  # than Trainer's, for a command that a person watches
-    "output_dir": "dft_out",
-    "learning_rate": 2e-5,
-    "num_train_epochs": 1.0,
-    "logging_steps": 10,
-    "save_total_limit": 2,
-    "dataloader_pin_memory": torch.cuda.is_available(),
-}
+from .target_terms import TERMS, read_terms
 
 
 @dataclass
 class Job:
     """What is trained on what; the rest is `DFTConfig`'s."""
-
-    _argument_group_name = "model, text, teacher"
 
     model: str | None = field(default=None, metadata={"help": f"what is trained: {MODEL_HELP}"})
     text: list[str] | None = field(default=None, metadata={"help": f"{TEXT_HELP}; not with a store, which has its own"})
@@ -78,6 +63,11 @@ class Job:
         prompted = self.principles is None or (self.teacher is not None and not stored)
         _need(prompted, "principles", "come with a teacher that is run", self.teacher, "Name a model as the teacher")
 
+        for name, own_text in (("terms", False), ("rollout_terms", True)):
+            try:
+                read_terms(getattr(self, name) or (), own_text)
+            except ValueError as error:
+                raise ValueError(f"train: {name}: {str(error).removeprefix('terms: ')}") from error
         named = self.terms or self.rollout_terms
         both = (self.target is None) == (named is None)
         relation = "be given together with terms or rollout_terms"
@@ -91,70 +81,36 @@ class Job:
         return self.teacher is not None and (Path(self.teacher) / MANIFEST).exists()
 
 
-def parser() -> transformers.HfArgumentParser:
-    """Every field of `Job` and `DFTConfig` as a flag."""
-    made = transformers.HfArgumentParser(
-        [Job, DFTConfig],
-        prog="dft-kernels train",
-        usage="dft-kernels train [CONFIG.yaml] [--model NAME] [--text FILE ...] [--teacher STORE|MODEL] [options]",
-        description="Train a causal LM towards a teacher's distributions, or by cross-entropy alone. CONFIG.yaml holds "
-        "the same names; a flag goes before it. Stopped at any moment, the same command goes on from its checkpoint.",
-        formatter_class=ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    made.set_defaults(**_OTHER_DEFAULTS)
-    return made
-
-
-def parse(arguments: list[str]) -> tuple[Job, DFTConfig, dict[str, Any]]:
-    """The configuration, typed, and as it was given. ValueError for an unknown key, SystemExit for a value that its
-    type does not take (with argparse's own words) and for --help."""
-    made, known = parser(), {one.name for kind in (Job, DFTConfig) for one in fields(kind) if one.init}
-    given: dict[str, Any] = {}
-    if arguments and not arguments[0].startswith("-"):
-        given = _read(Path(arguments[0]), known)
-        arguments = [*_flags(given), *arguments[1:]]
-    names = [one.split("=")[0] for one in arguments if one.startswith("--")]
-    for name in names:
-        if name not in made._option_string_actions:
-            _unknown(name, "a flag", [one for one in made._option_string_actions if one.startswith("--")])
-    job, options, rest = made.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    _need(not rest, "arguments", "be CONFIG.yaml and flags", " ".join(rest), "See --help")
-    return job, options, given
-
-
-def _read(file: Path, known: set[str]) -> dict[str, Any]:
+def read(file: Path, known: Collection[str]) -> dict[str, Any]:
+    """A YAML file of names and values; ValueError, naming the file, where it is none, and the key that is not known."""
     import yaml
 
     try:
         given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(
             f"train: {file} must be a readable YAML file, got: {error}. See dft-kernels train --help."
         ) from error
     _need(isinstance(given, dict), str(file), "hold names and values", type(given).__name__, "Write NAME: VALUE lines")
     for name in given:
         if name not in known:
-            _unknown(str(name), f"a key of {file}", sorted(known))
+            near = difflib.get_close_matches(str(name), known, 1, 0.0)[0]
+            relation = f"be a key of {file} that there is"
+            _need(False, str(name), relation, "none of that name", f"Did you mean {near}?")
     return dict(given)
 
 
-def _flags(given: dict[str, Any]) -> list[str]:
+def as_flags(given: dict[str, Any]) -> list[str]:
     """A file's values as flags, so that both are read by the same types."""
     out = []
     for name, value in given.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        out += [f"--{name}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in values)]
+        if isinstance(value, list):
+            out += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            out.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return out
-
-
-def _unknown(name: str, what: str, known: list[str]) -> None:
-    near = difflib.get_close_matches(name, known, 1, 0.0)
-    raise ValueError(f"train: {name} must be {what} that there is, got none of that name. Did you mean {near[0]}?")
 
 
 def _need(holds: bool, name: str, relation: str, got: object, remedy: str) -> None:
     if not holds:
-        raise ValueError(f"train: {name} must {relation}, got {got}. {remedy}.")
+        raise ValueError(f"train: {name} must {relation}, got {got}. {remedy}{'' if remedy.endswith('?') else '.'}")

@@ -15,10 +15,10 @@ SHOWN = ("loss", "soft_loss", "hard_loss", "teacher_agreement")
 
 
 class ProgressCallback(transformers.ProgressCallback):  # type: ignore[misc]
-    """Trainer's, and behind its bar the last SHOWN that were logged."""
+    """Trainer's progress bar, followed by the last logged values of SHOWN."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
-        """Trainer's line, and the bar's end."""
+        """Print Trainer's log line and update the end of the bar."""
         super().on_log(args, state, control, logs=logs, **more)
         shown = {name: f"{logs[name]:.4g}" for name in SHOWN if name in (logs or {})}
         if shown and self.training_bar is not None:  # which the first process alone has
@@ -26,14 +26,14 @@ class ProgressCallback(transformers.ProgressCallback):  # type: ignore[misc]
 
 
 class TermsCallback(transformers.TrainerCallback):  # type: ignore[misc]
-    """The end of a step for its terms' running statistics (`Delayed`, by name), their file in every checkpoint, and the
-    end of training where all constraints among them hold."""
+    """Updates the running statistics of terms (`Delayed`, by name) after each step, saves them in every checkpoint, and
+    stops the training where asked once all constraints among them hold."""
 
     def __init__(self, terms: dict[str, Any]) -> None:
         self.terms = terms
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Where the step had them; the same steps have in every process."""
+        """Update the terms that this step had; every process has them in the same steps."""
         for delayed in self.terms.values():
             if delayed.pending is not None:
                 delayed.update()
@@ -44,7 +44,7 @@ class TermsCallback(transformers.TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = control.should_log = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """By the first process alone: the others' are equal."""
+        """Save from the first process: all processes hold equal statistics."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             torch.save({name: delayed.state_dict() for name, delayed in self.terms.items()}, folder / TERMS_FILE)

@@ -20,7 +20,7 @@ from .attach import Held
 
 
 class Reference:
-    """A model as it is now, whatever becomes of it: PEFT's with its adapters off, any other a frozen copy."""
+    """A model as it is now: PEFT's with its adapters disabled, any other as a frozen copy."""
 
     def __init__(self, model: Any, device: Any = None) -> None:
         self.adapted = hasattr(model, "disable_adapter")
@@ -33,7 +33,7 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Tensor]) -> TeacherHead:
-        """Its rows of a batch [B, T]."""
+        """The reference's distributions for a batch [B, T]."""
         training = self.model.training
         self.model.eval()
         try:
@@ -61,7 +61,7 @@ class OwnText:
         self.drawn = (-1, 0)  # the last step, and its batches so far
 
     def _seed(self, trainer: Any) -> int:
-        """Of a batch's draws: another in every process, batch and step, the same when resumed."""
+        """The seed of a batch's samples: different in every process, batch and step, the same after a resume."""
         step, count = trainer.state.global_step, self.drawn[1]
         self.drawn = (step, count + 1 if step == self.drawn[0] else 1)
         of = (trainer.args.seed, step, self.drawn[1], trainer.args.process_index)
@@ -78,7 +78,7 @@ class OwnText:
         return [prompt for prompt in cut for _ in range(self.args.rollout_samples)]
 
     def step(self, trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Draw, and add the gradient of the terms to the parameters' in two halves; their value."""
+        """Sample, add the gradient of the terms to the parameters' in two halves, and return the value of the terms."""
         plain = trainer.accelerator.unwrap_model(model)
         prompts = self.prompts(inputs)
         if len(prompts) < 4:

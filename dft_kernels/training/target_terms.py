@@ -114,6 +114,48 @@ def asks_for_text(weights: Sequence[str]) -> bool:
     return any(given.endswith((f"={FLOOR}", TIMES)) for given in weights)
 
 
+class Asked(NamedTuple):
+    """NAME=WEIGHT, read. how: FLOOR, whose weight is 1, TIMES for a weight relative to the gain, or ""."""
+
+    name: str
+    weight: float
+    how: str
+
+
+def _known(own_text: bool) -> dict[str, Callable[[Target, int], DistributionTerm]]:
+    if not own_text:
+        return TERMS
+    known = {name: make for name, make in TERMS.items() if name != "calibration"}
+    return {**known, "reference_kl": lambda target, vocab: ReferenceKL()}
+
+
+def read_terms(weights: Sequence[str], own_text: bool = False) -> list[Asked]:
+    """NAME=WEIGHT, ... of `terms_of`; ValueError for a name that is not known, or what is no weight."""
+    known, found = _known(own_text), []
+    for given in weights:
+        name, _, weight = given.partition("=")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+            where = " of the model's own text" if own_text else ""
+            raise ValueError(
+                f"terms: {name} must be one of {', '.join(known)}{where}, got another. Did you mean {near}?"
+            )
+        if weight == FLOOR:
+            found.append(Asked(name, 1.0, FLOOR))
+            continue
+        try:
+            by = float(weight.removesuffix(TIMES))
+        except ValueError:
+            by = math.nan
+        if not math.isfinite(by):
+            raise ValueError(
+                f"terms: {name} must come as {name}=WEIGHT, {name}=0.5{TIMES} or {name}={FLOOR}, got {given!r}. Write "
+                f"{name}=0.5{TIMES}."
+            )
+        found.append(Asked(name, by, TIMES if weight.endswith(TIMES) else ""))
+    return found
+
+
 def terms_of(
     target: Target,
     weights: Sequence[str],
@@ -132,33 +174,16 @@ def terms_of(
             f"terms: the target must be of at most the model's {vocab} tokens, got {target.vocab_size}. Build it with "
             "the model's tokenizer."
         )
-    known = {**TERMS, "reference_kl": lambda target, vocab: ReferenceKL()} if own_text else TERMS
-    known = {name: make for name, make in known.items() if not (own_text and name == "calibration")}
     found: list[tuple[float, DistributionTerm]] = []
     relative: list[tuple[int, str]] = []
-    for given in weights:
-        name, _, weight = given.partition("=")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
-            where = " of the model's own text" if own_text else ""
-            raise ValueError(
-                f"terms: {name} must be one of {', '.join(known)}{where}, got another. Did you mean {near}?"
-            )
-        if weight == FLOOR:
+    known = _known(own_text)
+    for name, weight, how in read_terms(weights, own_text):
+        if how == FLOOR:
             found.append((1.0, _at_floor(name, known[name](target, vocab), text)))
             continue
-        try:
-            by = float(weight.removesuffix(TIMES))
-        except ValueError:
-            by = math.nan
-        if not math.isfinite(by):
-            raise ValueError(
-                f"terms: {name} must come as {name}=WEIGHT, {name}=0.5{TIMES} or {name}={FLOOR}, got {given!r}. Write "
-                f"{name}=0.5{TIMES}."
-            )
-        if weight.endswith(TIMES):
+        if how == TIMES:
             relative.append((len(found), name))
-        found.append((by, known[name](target, vocab)))
+        found.append((weight, known[name](target, vocab)))
     if not found:
         raise ValueError(f"terms: one term at least must be named, got none. There are {', '.join(known)}.")
     if relative:

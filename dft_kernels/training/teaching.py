@@ -1,4 +1,4 @@
-"""What `DFTTrainer` calls a teacher, and what makes the `teacher` of a loss of it and a batch."""
+"""The kinds of teacher that `DFTTrainer` takes, and how each becomes the `teacher` argument of a loss per batch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _PACKED = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_len
 
 
 class Running:
-    """A causal LM, run without gradient on every batch: on its input_ids, or on teacher_input_ids where it has them,
-    whose last columns are those."""
+    """A causal LM that is run without gradient on every batch: on input_ids, or on teacher_input_ids (whose last
+    columns are the input_ids) where the batch has them."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model = model.to(device).eval().requires_grad_(False)
@@ -31,7 +31,7 @@ class Running:
 
     @torch.no_grad()
     def __call__(self, inputs: dict[str, Any]) -> TeacherHead:
-        """Its rows, one for each of input_ids [B, T]."""
+        """The teacher's distributions, a row for each of input_ids [B, T]."""
         head = self.head
         assert head.weight is not None
         if PROMPTED[0] in inputs:
@@ -61,7 +61,7 @@ class Running:
 
 
 def parts_of(teacher: Any) -> list[Any]:
-    """A mixture's parts, or the teacher alone; every one of them of a kind that is served."""
+    """The parts of a mixture, or the teacher alone, each checked to be of a supported kind."""
     mixed = isinstance(teacher, Mixture)
     parts = list(teacher.teachers) if mixed else [] if teacher is None else [teacher]
     for part in parts:
@@ -88,7 +88,7 @@ def parts_of(teacher: Any) -> list[Any]:
 
 
 def stand_in(teacher: Any, device: torch.device) -> Any:
-    """The teacher of one row over two tokens, for the checks of a call before there is a batch."""
+    """A teacher of one row over two tokens, to check the arguments of a loss before there is a batch."""
     if isinstance(teacher, Mixture):
         parts = [part if isinstance(part, Labels) else stand_in(part, device) for part in teacher.teachers]
         return Mixture(parts, teacher.weights, teacher.kind)

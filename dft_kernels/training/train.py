@@ -1,10 +1,11 @@
-"""`dft-kernels train`: a model towards a teacher, from one configuration."""
+"""A training job, from its configuration to what is saved."""
 
 from __future__ import annotations
 
 import json
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from torch.utils.data import Dataset, Subset
 from ..evaluation.held_out import HeldOut, held_out
 from ..loss.functional import shift_labels
 from ..materials.models import read_texts
-from ..materials.sources import ABOUT, model_of, texts_of
+from ..materials.sources import ABOUT, check_model, model_of, texts_of
 from ..models.correction import CORRECTION_FILE, add_correction, save_correction
 from ..models.heads import output_layer
 from ..store.reader import Store
 from ..targets import target_file
+from ..targets.target import Target
 from .capture import sequences_of
 from .collators import PrinciplesCollator
-from .config import Job, parse
+from .config import Job
 from .target_terms import HumanText, asks_for_text, terms_of
 from .teaching import asked
 from .trainer import DFTConfig, DFTTrainer
@@ -64,7 +66,7 @@ class StopOnInterrupt(transformers.TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop, and save where the step was taken."""
-        if args.world_size > 1:  # all of them at one step, whoever was told first
+        if args.world_size > 1:  # all processes at one step, whichever got the signal
             told = torch.tensor(float(self.stopped), device=args.device)
             torch.distributed.all_reduce(told)
             self.stopped = bool(told)
@@ -77,98 +79,115 @@ class StopOnInterrupt(transformers.TrainerCallback):
             signal.signal(number, handler)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command."""
-    try:
-        job, options, _ = parse(sys.argv[2:] if arguments is None else arguments)
-        return run(job, options)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"dft-kernels {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("dft-kernels train: stopped; the same command goes on from its last checkpoint", file=sys.stderr)
-        return 130
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to. before, after: of held-out text, None where it was not measured; stopped: at `step`, by a
+    signal, with a checkpoint and nothing saved."""
+
+    before: HeldOut | None
+    after: HeldOut | None
+    metrics: dict[str, float]
+    history: list[Any]
+    step: int
+    stopped: bool
 
 
-def run(job: Job, options: DFTConfig) -> int:
-    """Train, measure, save; print what came out."""
-    from rich.console import Console
+class Run:
+    """A job with everything loaded. resume: the checkpoint that it goes on from, None at its beginning."""
 
-    transformers.utils.logging.disable_progress_bar()  # of loading; Trainer's own stays
-    console = Console()
-    if options.world_size > 1:
-        console.quiet = not options.should_log
+    def __init__(
+        self, job: Job, trainer: DFTTrainer, kept: Any, teacher: Any, resume: str | None, stop: StopOnInterrupt
+    ) -> None:
+        self.job, self.trainer, self.teacher, self.resume, self.stop = job, trainer, teacher, resume, stop
+        self.out = Path(trainer.args.output_dir)
+        self.batches = [trainer.data_collator([kept[number]]) for number in range(len(kept))]
+
+    def train(self) -> Outcome:
+        """Measure, train, save, measure; the folder says from the beginning what its checkpoints are of."""
+        trainer, writes = self.trainer, self.trainer.args.should_save
+        if writes:
+            _tell(self.job, self.out)
+        before, after = self._measure(), None
+        found = trainer.train(resume_from_checkpoint=self.resume)
+        if not self.stop.stopped:
+            self._save()
+            after = None if trainer.is_fsdp_enabled else self._measure()  # its parts are not here
+            if writes:
+                measured = {when: one and vars(one) for when, one in (("before", before), ("after", after))}
+                _tell(self.job, self.out, held_out=measured)
+        state = trainer.state
+        return Outcome(before, after, found.metrics, state.log_history, state.global_step, self.stop.stopped)
+
+    def _measure(self) -> HeldOut | None:
+        if not self.batches:
+            return None
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return held_out(model, self.batches, asked(self.teacher, self.trainer.args.device))
+
+    def _save(self) -> None:
+        """The result, in whole or what was trained of it, and the tokenizer."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        if not self.job.correction_rank:
+            self.trainer.save_model(str(self.out))
+        elif self.trainer.args.should_save:
+            save_correction(model, self.out / CORRECTION_FILE)
+            self.trainer.processing_class.save_pretrained(self.out)
+
+
+def prepare(job: Job, options: DFTConfig) -> Run:
+    """Load a job's parts, small ones first: ValueError for what is wrong with any, before a model is loaded where that
+    can be known, and before anything is written."""
     assert job.model is not None
-    cache, out = Path(job.cache), Path(options.output_dir or "")
-    resume = options.resume_from_checkpoint or _resumable(job, out)
-    with console.status("model, text, teacher"):
-        model, tokenizer = model_of(job.model, cache, getattr(torch, job.dtype))
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        teacher, training, kept, collate = _materials(job, tokenizer, cache)
-    terms = _terms(job, options, tokenizer, model, training)
-    model = _adapted(model, job)
-    trainer = DFTTrainer(
-        model,
-        options,
-        teacher,
-        **terms,
-        train_dataset=training,
-        data_collator=collate,
-        processing_class=tokenizer,
-        callbacks=[stop := StopOnInterrupt()],
-    )
-    if options.should_save:
-        _tell(job, out)
-    batches = [collate([kept[number]]) for number in range(len(kept))]
-    before = _measure(trainer, teacher, batches)
-    if resume is not None:
-        console.print(f"going on from {resume}", soft_wrap=True)
-    found = trainer.train(resume_from_checkpoint=resume)
-    if stop.stopped:
-        where = f"stopped at step {trainer.state.global_step}; the same command goes on from its checkpoint"
-        console.print(where, soft_wrap=True)
-        return 130
-    _save(trainer, job, out)
-    after = None if trainer.is_fsdp_enabled else _measure(trainer, teacher, batches)  # its parts are not here
-    if options.should_save:
-        measured = {when: one and vars(one) for when, one in (("before", before), ("after", after))}
-        _tell(job, out, held_out=measured)
-    console.print(report(before, after, found.metrics, trainer.state.log_history))
-    console.print(f"saved in {out}; dft-kernels sample {out} --prompt '...' puts it beside {job.model}", soft_wrap=True)
-    return 0
-
-
-def _materials(job: Job, tokenizer: Any, cache: Path) -> tuple[Any, Any, Any, Any]:
-    """Teacher, training sequences, held-out ones, and what makes a batch of them."""
+    cache = Path(job.cache)
+    resume = options.resume_from_checkpoint or _resumable(job, Path(options.output_dir or ""))
+    check_model(job.model)
     teacher: Any = None
-    data: Any
     if job.stored:
-        assert job.teacher is not None
-        teacher = data = Store(job.teacher, tokenizer)
+        try:
+            teacher = Store(str(job.teacher))
+        except ValueError as error:
+            raise ValueError(f"train: teacher: {str(error).removeprefix('store: ')}") from error
+    elif job.teacher is not None:
+        check_model(job.teacher, "teacher")
+    target = None if job.target is None else target_file.load(job.target)
+    principles = None if job.principles is None else read_texts([job.principles], "principles")[0]
+    texts = None if job.stored else texts_of(job.text or [], cache)
+
+    model, tokenizer = model_of(job.model, cache, getattr(torch, job.dtype))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if target is not None and target.about.tokenizer_sha256 is not None:
+        target_file.check_tokenizer(str(job.target), target, tokenizer)
+    data: Any = teacher
+    if texts is None:
+        teacher.check_tokenizer(tokenizer)
         collate: Any = teacher.collate
     else:
-        data = Sequences(sequences_of(texts_of(job.text or [], cache), tokenizer, job.length))
-        if job.teacher is not None:
-            teacher, _ = model_of(job.teacher, cache, flag="--teacher")
+        data = Sequences(sequences_of(texts, tokenizer, job.length))
         collate = transformers.DataCollatorForSeq2Seq(tokenizer)
-        if job.principles is not None:
-            collate = PrinciplesCollator.from_text(read_texts([Path(job.principles)])[0], tokenizer)
+        if principles is not None:
+            collate = PrinciplesCollator.from_text(principles, tokenizer)
     if len(data) <= job.held_out:
         raise ValueError(
-            f"train: the texts must hold more than the {job.held_out} sequences that are held out, got {len(data)}. "
+            f"train: text must hold more than the {job.held_out} sequences that are held out, got {len(data)}. "
             "Give more text, or a smaller --held_out or --length."
         )
+    if texts is not None and job.teacher is not None:
+        teacher, _ = model_of(job.teacher, cache, argument="teacher")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()  # the same when resumed
-    return teacher, Subset(data, order[job.held_out :]), Subset(data, order[: job.held_out]), collate
+    training, kept = Subset(data, order[job.held_out :]), Subset(data, order[: job.held_out])
+    terms = {} if target is None else _terms(target, job, options, model, training)
+    trainer = DFTTrainer(
+        _adapted(model, job), options, teacher, **terms, train_dataset=training, data_collator=collate,
+        processing_class=tokenizer, callbacks=[stop := StopOnInterrupt()],
+    )  # fmt: skip
+    return Run(job, trainer, kept, teacher, resume, stop)
 
 
-def _terms(job: Job, options: DFTConfig, tokenizer: Any, model: Any, training: Any) -> dict[str, Any]:
+def _terms(target: Target, job: Job, options: DFTConfig, model: Any, training: Any) -> dict[str, Any]:
     """terms and rollout_terms of DFTTrainer. Noise floors are of as many rows as a running mean looks back on; gains
     are measured where the model is to be trained, if it fits there whole."""
-    if job.target is None:
-        return {}
-    target, out = target_file.load(job.target, tokenizer), {}
+    out = {}
     batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * options.world_size
     steps = (1 + options.terms_decay) / (1 - options.terms_decay)
     for name, given, own in (("terms", job.terms, False), ("rollout_terms", job.rollout_terms, True)):
@@ -224,45 +243,6 @@ def _adapted(model: Any, job: Job) -> Any:
         raise ValueError("train: lora_rank needs PEFT, got none. pip install peft.") from error
     config = peft.LoraConfig(r=job.lora_rank, lora_alpha=2 * job.lora_rank, target_modules="all-linear")
     return peft.get_peft_model(model, config)
-
-
-def _measure(trainer: DFTTrainer, teacher: Any, batches: list[dict[str, Tensor]]) -> HeldOut | None:
-    if not batches:
-        return None
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return held_out(model, batches, asked(teacher, trainer.args.device))
-
-
-def _save(trainer: DFTTrainer, job: Job, out: Path) -> None:
-    """The result, in whole or what was trained of it, and the tokenizer."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if job.correction_rank:
-        if trainer.args.should_save:
-            save_correction(model, out / CORRECTION_FILE)
-            trainer.processing_class.save_pretrained(out)
-    else:
-        trainer.save_model(str(out))
-
-
-def report(before: HeldOut | None, after: HeldOut | None, metrics: dict[str, float], history: list[Any]) -> Any:
-    """The run as a table."""
-    from rich.table import Table
-
-    table = Table(title=f"{history[-1]['step'] if history else 0} steps, {metrics.get('train_runtime', 0):,.0f} s")
-    for heading in ("held-out text, nats a token", "before", "after"):
-        table.add_column(heading, justify="left" if heading.startswith("held") else "right")
-    if before is not None and after is not None:
-        rows = {"cross-entropy": "cross_entropy", "perplexity": "perplexity", "entropy": "entropy",
-                "next token right": "accuracy", "KL(teacher || model)": "kl"}  # fmt: skip
-        for name, attribute in rows.items():
-            values = [getattr(one, attribute) for one in (before, after)]
-            if None not in values:
-                table.add_row(name, *(f"{value:.4f}" for value in values))
-    speed = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
-    memory = [entry["peak_memory_gb"] for entry in history if "peak_memory_gb" in entry]
-    if speed:
-        table.caption = f"{sorted(speed)[len(speed) // 2]:,.0f} tokens/s, peak memory {max(memory):.2f} GB"
-    return table
 
 
 def last_checkpoint(folder: Path) -> str | None:

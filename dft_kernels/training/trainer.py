@@ -12,8 +12,9 @@ import transformers
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..loss.build import build
 from ..loss.metrics import Metrics
-from ..loss.problem import build
+from ..loss.options import Function
 from ..store.reader import Store
 from ..teachers.mixture import Mixture
 from ..terms import Delayed, DistributionTerm, OnPolicy
@@ -284,7 +285,7 @@ class DFTTrainer(transformers.Trainer):
 def _check(function: str, args: DFTConfig, teacher: Any, device: Any = "cpu", **more: Any) -> None:
     """What a loss's own checks can tell before there is a batch: on one row, two tokens, nothing computed."""
     hidden, label = torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    build(function, hidden, hidden.new_zeros(2, 1), label, teacher, **args.terms, **more)
+    build(Function(function), hidden, hidden.new_zeros(2, 1), label, teacher, {**args.terms, **more})
 
 
 def _end_of(model: Any, more: dict[str, Any]) -> int | None:

@@ -8,7 +8,9 @@ from cases import CASES, PRESENT, compare, make, present
 
 from dft_kernels.backends import BACKENDS
 from dft_kernels.backends.contract import Chunk, Gradients
-from dft_kernels.loss.problem import build, loss_terms
+from dft_kernels.loss.build import build
+from dft_kernels.loss.options import Function
+from dft_kernels.loss.problem import loss_terms
 from dft_kernels.loss.row_loss import loss_cotangents
 from dft_kernels.loss.selection import select_rows
 from dft_kernels.teachers.contract import DenseTarget
@@ -47,7 +49,7 @@ def test_the_halves_are_the_step(case: str, backend: str) -> None:
     """chunk_statistics and chunk_gradient, between which others may meet, do what chunk_step does."""
     arguments = make(CASES[case], torch.bfloat16)
     given = [arguments.pop(name, None) for name in ("hidden", "weight", "target", "teacher")]
-    problem = build("test", *given, **arguments)
+    problem = build(Function("test"), *given, arguments)
     terms, selection = problem.terms(loss_terms(problem)), select_rows(problem)
     rows = selection.blocks(16)[0]
     assert problem.target is not None

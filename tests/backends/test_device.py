@@ -13,8 +13,10 @@ from cases import CASES, compare, leaves, make, present
 import dft_kernels as dk
 from dft_kernels.backends import BACKENDS
 from dft_kernels.backends.cuda import CudaBackend
-from dft_kernels.loss import autograd
-from dft_kernels.loss.problem import build
+from dft_kernels.loss import operators
+from dft_kernels.loss.build import build
+from dft_kernels.loss.loop import compute_loss
+from dft_kernels.loss.options import Function
 from dft_kernels.testing import relative_error
 
 CUDA = torch.cuda.is_available()
@@ -50,14 +52,14 @@ def test_no_synchronisation_without_compaction(case: str, backend: str, monkeypa
     arguments = {name: empty(value) for name, value in make(CASES[case], torch.bfloat16).items()}
     given = [arguments.pop(name, None) for name in ("hidden", "weight", "target", "teacher")]
     arguments |= {"compact": False, "chunk_size": 11, "backend": backend}
-    problem = build("test", *given, **arguments, return_metrics=True)
+    problem = build(Function("test"), *given, {**arguments, "return_metrics": True})
     needs = {"need_hidden": True, "need_weight": True, "need_bias": problem.bias is not None}
-    loss, *_, dhidden, dweight, _, _, _ = autograd.compute_loss(problem._replace(**needs))
+    loss, *_, dhidden, dweight, _, _, _ = compute_loss(problem._replace(**needs))
     assert loss.device.type == "meta"
     assert (dhidden.shape, dweight.shape) == (given[0].shape, given[1].shape)
     assert len(launches) >= (3 if backend == "triton" else 0)
     with pytest.raises((RuntimeError, NotImplementedError)):  # the test can fail: compaction does synchronise
-        autograd.compute_loss(problem._replace(compact=True, **needs))
+        compute_loss(problem._replace(compact=True, **needs))
 
 
 @gpu
@@ -114,8 +116,8 @@ def test_another_stream_and_the_same_bits(backend: str) -> None:
 def test_opcheck_on_a_gpu(backend: str) -> None:
     arguments = make(CASES["everything"], torch.float32, "cuda") | {"backend": backend}
     given = [arguments.pop(name, None) for name in ("hidden", "weight", "target", "teacher")]
-    problem = build("test", *given, chunk_size=11, **arguments)
-    torch.library.opcheck(autograd.loss._opoverload, tuple(problem), rtol=1e-2, atol=1e-3)
+    problem = build(Function("test"), *given, {"chunk_size": 11, **arguments})
+    torch.library.opcheck(operators.loss._opoverload, tuple(problem), rtol=1e-2, atol=1e-3)
 
 
 @gpu

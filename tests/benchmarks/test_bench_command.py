@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from dft_kernels.benchmarks import plots, runs, tables
+from dft_kernels.benchmarks import plots, runs, selection, tables
 from dft_kernels.benchmarks.peers import everyone
 from dft_kernels.benchmarks.problems import LOSSES, PRESETS, SWEEPS, Case, Shape
 from dft_kernels.benchmarks.tables import Row
@@ -182,8 +182,8 @@ def test_the_command_lists_who_runs_here(capsys: pytest.CaptureFixture[str]) -> 
         ),
         (["--backend", "--peer", "QuACK", "--loss", "forward_kl"], "--backend, --peer and --loss must leave something"),
         (["--plot", "x.jpg"], "--plot must end in .png, got x.jpg"),
-        (["--memory-limit", "-1"], "--memory-limit must be positive gigabytes, got -1"),
-        (["--csv", "."], ". must be a file's name, got a folder"),
+        (["--memory-limit", "-1"], "--memory-limit must be above 0, got -1"),
+        (["--csv", "."], "--csv must be a file's name, got ., a folder"),
         (["--show", "nowhere.csv"], "No such file"),
     ],
 )
@@ -263,17 +263,17 @@ def test_ctrl_c_leaves_no_process_behind() -> None:
 
 def test_a_trace_of_one_step(tmp_path: Path) -> None:
     case = SMALL
-    name = command.trace(case, ["QuACK", "dft_kernels native", "eager"], tmp_path / "trace.json")
+    name = selection.trace(case, ["QuACK", "dft_kernels native", "eager"], tmp_path / "trace.json")
     assert name == "dft_kernels native"
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert any("dft_kernels::loss" in event.get("name", "") for event in events)
-    with pytest.raises(ValueError, match="needs an implementation of"):
-        command.trace(case, ["Liger FusedLinearKLDiv"], tmp_path / "none.json")
+    with pytest.raises(ValueError, match="must have an implementation of"):
+        selection.trace(case, ["Liger FusedLinearKLDiv"], tmp_path / "none.json")
 
 
 def test_presets_and_sweeps_hold_what_they_say() -> None:
     def plan(*arguments: str) -> dict[Case, bool]:
-        return command.plan(command.parser().parse_args(arguments), "cpu")
+        return command.todo(command.parser().parse_args(arguments), "cpu")
 
     assert list(plan()) == [
         Case(Shape(256, 576, 49152), "bfloat16", loss, "both", "cpu")

@@ -1,17 +1,26 @@
-"""bench/: the microbenchmarks, the GPU script, the committed results and what the README says of them."""
+"""bench/: the microbenchmarks, the GPU script, the committed results and what the pages say of them."""
 
 from __future__ import annotations
 
+import csv
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from dft_kernels.benchmarks import tables
 from dft_kernels.benchmarks.problems import LOSSES
 
 ROOT = Path(__file__).parent.parent.parent
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 
 
 def run(*command_line: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -75,18 +84,53 @@ def test_gpu_script_has_one_option() -> None:
     assert run("bench/gpu.sh", "--wet-run").returncode == 2
 
 
-def test_the_readme_has_the_tables_of_the_results() -> None:
+def test_the_pages_have_the_tables_of_the_results() -> None:
     done = run(sys.executable, "bench/readme.py", "--check")
     assert done.returncode == 0, done.stdout
 
 
-def test_the_readme_claims_nothing_that_no_table_holds() -> None:
+def test_every_result_is_shown() -> None:
+    shown = {source for text in PAGES.values() for source in re.findall(r"bench/results/([\w-]+\.(?:csv|png))", text)}
+    assert shown == {path.name for path in (ROOT / "bench" / "results").iterdir()}
+
+
+def test_a_stale_table_is_found_and_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """In README.md and in docs/ alike."""
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "bench" / "readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "bench").symlink_to(ROOT / "bench")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    for path, text in PAGES.items():
+        (tmp_path / path).write_text(text.replace("Gemma3-270M, batch 1", "?").replace("dft_kernels native | 1.0", "?"))
+    assert readme.main(["--check"]) == 1
+    assert re.findall(r"tables of (\S+) must", capsys.readouterr().out) == ["README.md", "docs/performance.md"]
+    assert readme.main([]) == 0
+    assert {path: (tmp_path / path).read_text() for path in PAGES} == PAGES
+
+
+def test_the_pages_claim_nothing_that_no_table_holds() -> None:
     """Measured quantities stand in tables that come from CSVs; elsewhere only what is not a measurement."""
-    text = (ROOT / "README.md").read_text()
-    assert text.count("<!-- table: bench/results/") >= 2
-    prose = re.sub(r"<!-- table: .*?<!-- end -->|```.*?```", "", text, flags=re.S)
-    quantities = re.findall(r"\d[\d.,]* ?(?:s|ms|MB|GB|KB|x|%|minutes|hours)\b", prose)
-    assert set(quantities) <= {"180 MB", "9 minutes", "0.5x"}, quantities  # a download, a limit of gpu.sh, a weight
+    known = {"180 MB", "9 minutes", "0.5x", "80 GB"}  # a download, a limit of gpu.sh, a weight, a GPU's name
+    tables_alone = re.compile(r"<!-- table: .*?<!-- end -->|```.*?```", re.S)
+    for path, text in PAGES.items():
+        prose = tables_alone.sub("", text)
+        quantities = re.findall(r"\d[\d.,]* ?(?:s|ms|MB|GB|GiB|KB|x|%|minutes|hours)\b", prose)
+        assert set(quantities) <= known, (path, quantities)
+
+
+def test_the_readme_says_of_the_gpu_what_the_table_says() -> None:
+    with (ROOT / "bench" / "results" / "h100.csv").open(newline="") as file:
+        rows = {row["bfloat16, forward and backward"]: list(row.values()) for row in csv.DictReader(file)}
+    ratio = {name: [cell.split(",")[0] for cell in cells[1:3]] for name, cells in rows.items()}  # CE, forward KL
+    said = " ".join(PAGES["README.md"].split("**On a GPU**")[1].split("##")[0].split())
+    peer, ours, cuda = (ratio[name] for name in ("torch.compile(eager)", "dft_kernels triton", "dft_kernels cuda"))
+    assert f"takes {peer[0]} times the floor for cross-entropy and {peer[1]} for forward KL" in said
+    assert f"our Triton kernels take {ours[0]} and {ours[1]}, our CUDA kernels {cuda[0]} and {cuda[1]}." in said
+    assert "2026-11-27 at commit 0e6a826" in said
 
 
 def test_our_peak_is_the_lowest_of_the_committed_table() -> None:

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: csrc/*.cu and their binding, compiled for the host under a stand-in for
+"""The CUDA kernels on the CPU: csrc/cuda and its binding, compiled for the host under a stand-in for
 CUDA's threads (cuda_on_host.h), as the backend "cuda" of this test run."""
 
 from __future__ import annotations

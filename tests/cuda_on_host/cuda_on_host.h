@@ -1,5 +1,5 @@
-// CUDA's threads, barriers, shuffles, clusters and bulk copies on a CPU, as far as csrc/*.cu use them: the same kernel
-// source, executed. Included by csrc/gpu.h in the place of CUDA's headers where DFT_CUDA_ON_HOST is defined.
+// CUDA's threads, barriers, shuffles, clusters and bulk copies on a CPU, as far as csrc/cuda uses them: the same kernel
+// source, executed. csrc/cuda/gpu.h includes it instead of CUDA's headers where DFT_CUDA_ON_HOST is defined.
 //
 // Clusters of blocks run one after another. The threads of a cluster are fibres on one CPU thread: each runs until it
 // waits, at a barrier of its block or cluster, in an exchange of its warp or for a copy. A warp gets as far as it can by

@@ -8,8 +8,9 @@ from cases import CASES, PRESENT, leaves, make
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dft_kernels as dk
-from dft_kernels.loss import autograd
-from dft_kernels.loss.problem import build
+from dft_kernels.loss import operators
+from dft_kernels.loss.build import build
+from dft_kernels.loss.options import Function
 from dft_kernels.testing import relative_error
 
 
@@ -84,12 +85,14 @@ def test_opcheck(case, dtype):
         name: value for name, value in arguments.items() if name not in ("hidden", "weight", "target", "teacher")
     }
     problem = build(
-        "test", *(arguments.get(name) for name in ("hidden", "weight", "target", "teacher")), chunk_size=11, **options
+        Function("test"),
+        *(arguments.get(name) for name in ("hidden", "weight", "target", "teacher")),
+        {"chunk_size": 11, **options},
     )
-    torch.library.opcheck(autograd.loss._opoverload, tuple(problem), rtol=1e-2, atol=1e-3)
-    torch.library.opcheck(autograd.statistics._opoverload, tuple(problem), rtol=1e-2, atol=1e-3)
+    torch.library.opcheck(operators.loss._opoverload, tuple(problem), rtol=1e-2, atol=1e-3)
+    torch.library.opcheck(operators.statistics._opoverload, tuple(problem), rtol=1e-2, atol=1e-3)
     torch.library.opcheck(
-        autograd.scale._opoverload,
+        operators.scale._opoverload,
         (torch.randn(5, 4), torch.tensor(2.0), torch.bfloat16, None, None),
         rtol=1e-2,
         atol=1e-3,

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 import dft_kernels
-from dft_kernels.commands import store as command
+from dft_kernels.commands import main as cli
 from dft_kernels.store.manifest import Contents
 from dft_kernels.store.reader import Store
 from dft_kernels.store.writer import StoreWriter
@@ -188,7 +188,7 @@ def test_damage_is_refused_by_file_and_field(what: str, said: str, tmp_path: Pat
     damage(folder, what)
     with pytest.raises(ValueError, match=said):
         Store(folder)
-    assert command.main(["verify", str(folder)]) == 1
+    assert cli.main(["store", "verify", str(folder)]) == 1
     assert "dft-kernels store: " in capsys.readouterr().err
 
 
@@ -240,14 +240,14 @@ def test_rows_that_no_capture_writes(tmp_path: Path, capsys: Any) -> None:
     found["indices"][2, 1] = found["indices"][2, 0]
     with StoreWriter(folder, contents("topk")) as writer:
         writer.append([tokens], **{name: [value] for name, value in found.items()})
-    assert command.main(["verify", str(folder)]) == 1
+    assert cli.main(["store", "verify", str(folder)]) == 1
     assert "log_probs must be of distinct ids and sum to 1 with tail, got row 2" in capsys.readouterr().err
 
 
 def test_info(tmp_path: Path, capsys: Any) -> None:
     folder = write(tmp_path / "store", "topk")
-    assert command.main(["info", str(folder)]) == 0
-    assert command.main(["verify", str(folder)]) == 0
+    assert cli.main(["store", "info", str(folder)]) == 0
+    assert cli.main(["store", "verify", str(folder)]) == 0
     said = capsys.readouterr().out
     size = sum(os.path.getsize(path) for path in folder.glob("shard-*")) / sum(LENGTHS)
     assert f"8 sequences, {sum(LENGTHS)} tokens in 3 shards" in said

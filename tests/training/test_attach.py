@@ -10,62 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import IDS, gradients, tiny
+from tiny_models import IDS, tiny
+from walk_models import TINY, assert_same, gradients
 
 import dft_kernels
 from dft_kernels.models.heads import head_of, hidden_states
 from dft_kernels.training.attach import attach, detach
-
-# that this configuration builds small with the transformers at hand; an older one lacks a few
-ALL = """
-    apertus arcee aria_text bitnet bloom cohere cohere2 cohere2_moe ctrl cwm deepseek_v4 doge ernie4_5
-    ernie4_5_moe exaone4 exaone_moe falcon_mamba flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe gpt-sw3 gpt2
-    gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe granitemoeshared helium
-    hunyuan_v1_dense hunyuan_v1_moe hyperclovax internlm3 jais2 jetmoe lfm2 llama mamba mimo_v2_flash minimax
-    minimax_m2 ministral ministral3 mistral mixtral moshi mpt nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe
-    openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe rwkv seed_oss smollm3 solar_open
-    stablelm starcoder2 vaultgemma xglm
-""".split()  # noqa: SIM905 - eighty lines otherwise
-KINDS = [kind for kind in ALL if kind in transformers.CONFIG_MAPPING]
-
-
-def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    whole = sum(float(g.double().square().sum()) for g in theirs.values()) ** 0.5
-    apart = sum(float((ours[n] - g).double().square().sum()) for n, g in theirs.items()) ** 0.5
-    assert apart < 1e-5 * whole
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore")
-def test_every_architecture(kind: str) -> None:
-    """Loss and gradients of the plain model; its logits where they are asked for; its own forward elsewhere."""
-    model = tiny(kind)
-    plain = model(input_ids=IDS, labels=IDS)
-    expected = gradients(model, plain.loss)
-    attach(model)
-    fused = model(input_ids=IDS, labels=IDS, return_logits=True)
-    torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(fused.logits, plain.logits, rtol=1e-4, atol=1e-4)
-    assert_same(gradients(model, fused.loss), expected)
-    assert model(input_ids=IDS, labels=IDS).logits is None
-
-
-def test_there_are_dozens() -> None:
-    assert len(KINDS) >= 60
-    assert {
-        "llama",
-        "mistral",
-        "mixtral",
-        "qwen2",
-        "qwen3",
-        "gemma2",
-        "gemma3_text",
-        "phi",
-        "gpt2",
-        "opt",
-        "mamba",
-    } <= set(KINDS)
 
 
 @pytest.mark.parametrize("kind", ["cpmant", "trocr"])
@@ -292,11 +242,43 @@ def test_other_adapters_on_the_head_are_refused() -> None:
         (peft.LoraConfig(r=2, target_modules=["lm_head"], use_dora=True), "got DoraLinearVariant"),
         (peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]), "got Linear"),
     ):
-        with pytest.raises(ValueError, match=f"must have a plain lm_head, or one adapted by LoRA, {said}"):
+        with pytest.raises(
+            ValueError, match=f"must have a plain lm_head, or one adapted by LoRA or trainable tokens, {said}"
+        ):
             attach(peft.get_peft_model(tiny(tie_word_embeddings=False), config))
     lora = peft.get_peft_model(tiny(), peft.LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="must have a plain lm_head, got one with an adapter"):
         head_of(lora)  # a teacher's
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rows", [[3, 5, 9], {"lm_head": [3, 5]}, {"embed_tokens": [3, 5], "lm_head": [7, 9]}], ids=str)
+@pytest.mark.filterwarnings("ignore")
+def test_trainable_tokens_of_the_head(rows: Any, tied: bool) -> None:
+    """Rows of the head, and those of a tied embedding; disabled and merged they are what PEFT makes of them."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=rows, init_lora_weights=False)
+    wrapped = peft.get_peft_model(tiny("gemma2", tie_word_embeddings=tied), config)
+    deltas = [p for name, p in wrapped.named_parameters() if "trainable_tokens_delta" in name]
+    with torch.no_grad():
+        for delta in deltas:
+            delta += torch.randn(delta.shape, generator=torch.Generator().manual_seed(1))
+    plain = wrapped(input_ids=IDS, labels=IDS)
+    expected = gradients(wrapped, plain.loss)
+    assert sum("trainable_tokens_delta" in name for name in expected) == len(deltas)
+    fused = attach(wrapped)(input_ids=IDS, labels=IDS, return_logits=True)
+    torch.testing.assert_close(fused.loss, plain.loss)
+    torch.testing.assert_close(fused.logits, plain.logits)
+    assert_same(gradients(wrapped, fused.loss), expected)
+    for state in ("disabled", "merged"):
+        if state == "merged":
+            wrapped.merge_adapter()
+        with wrapped.disable_adapter() if state == "disabled" else torch.no_grad():
+            logits = wrapped(input_ids=IDS).logits
+            loss = wrapped(input_ids=IDS, labels=IDS).loss
+        torch.testing.assert_close(
+            loss, torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 64), IDS[:, 1:].reshape(-1))
+        )
 
 
 def test_a_frozen_backbone() -> None:
@@ -325,6 +307,10 @@ def test_mistakes() -> None:
         model(input_ids=IDS, teacher=teacher)
     with pytest.raises(ValueError, match=r"labels must be given with inputs_embeds"):
         detach(model) and attach(model)(inputs_embeds=torch.zeros(2, 12, 16), teacher=teacher)
-    mixtral = attach(tiny("mixtral", output_router_logits=True))
-    with pytest.raises(ValueError, match=r"output_router_logits must be False"):
-        mixtral(input_ids=IDS, labels=IDS)
+    for kind in ("t5", "bart"):
+        torch.manual_seed(0)
+        seq2seq = transformers.AutoModelForSeq2SeqLM.from_config(transformers.CONFIG_MAPPING[kind](**TINY))
+        with pytest.raises(
+            ValueError, match=r"must be a causal LM of transformers, got \w+, an encoder-decoder\. Pass"
+        ):
+            attach(seq2seq)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from tiny_models import WORDS, far
 
 import dft_kernels
-from dft_kernels.commands import capture as command
+from dft_kernels.commands import main as cli
 from dft_kernels.models.heads import head_of, hidden_states
 from dft_kernels.store.reader import Store
 from dft_kernels.testing import relative_error
@@ -157,40 +156,24 @@ def test_a_padded_vocabulary_is_sliced_where_it_is_said(kind: str, tmp_path: Pat
     assert not (tmp_path / "t").exists()
 
 
-def test_the_readmes_loop(tmp_path: Path, tokenizer: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it stands there, from a store to an optimiser's steps."""
-    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
-    (loop,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "DataLoader" in block]
-    capture(far(), tokenizer, sequences_of(texts(24), tokenizer, 20), tmp_path / "teacher", "topk", k=20)
-    far(num_hidden_layers=1).save_pretrained(tmp_path / "student")
-    tokenizer.save_pretrained(tmp_path / "student")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(loop, "README.md", "exec"), {})
-    said = capsys.readouterr().out
-    assert said.count("loss ") >= 3
-
-
 def test_the_command(tmp_path: Path, tokenizer: Any, capsys: Any) -> None:
     far().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "a.txt").write_text(" ".join(texts()))
     out = tmp_path / "store"
-    line = ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "a.txt"), "--out", str(out), "--length", "16"]
-    assert command.main([*line, "--kind", "topk", "--k", "4", "--dtype", "float32", "--device", "cpu"]) == 0
+    line = ["capture", "--model", str(tmp_path / "model"), "--text", str(tmp_path / "a.txt"), "--out", str(out)]
+    line += ["--length", "16", "--kind", "topk", "--k", "4", "--dtype", "float32", "--device", "cpu"]
+    assert cli.main(line) == 0
     said = capsys.readouterr().out
     assert "topk: the 4 likeliest tokens" in said
     assert "tokens/s" in said
     assert len(Store(out)) > 3
-    assert command.main([*line, "--kind", "topk", "--k", "4", "--dtype", "float32", "--device", "cpu"]) == 0  # done
+    assert cli.main(line) == 0  # done
     assert "tokens/s" not in capsys.readouterr().out
     for wrong, reason in (
         (["--kind", "hidden"], "manifest.json: kind must be 'hidden' as in this capture"),
-        (["--k", "0"], "--k must be positive"),
-        (["--length", "1"], "--length must be positive"),
-        (["--temperature", "0"], "--temperature must be above 0"),
-        (["--text", str(tmp_path / "none.txt")], "must name readable UTF-8 files"),
+        (["--vocab-size", "101"], "--vocab-size must lie in 1..100"),
         (["--model", str(tmp_path / "none")], "--model must be a folder or name that transformers loads"),
-        (["--text", str(tmp_path / "a.txt"), "--limit", "0"], "--limit must be positive"),
     ):
-        assert command.main([*line, *wrong]) == 1
+        assert cli.main([*line, *wrong]) == 1
         assert reason in capsys.readouterr().err

@@ -21,9 +21,8 @@ import dft_kernels as dk
 from dft_kernels.generation.sampling import roll_out
 from dft_kernels.store.reader import Store
 from dft_kernels.terms import OnPolicy, ReferenceKL, TokenL2
-from dft_kernels.training import attach as attachment
-from dft_kernels.training import rollouts
-from dft_kernels.training.attach import attach
+from dft_kernels.training import fused_forward, rollouts
+from dft_kernels.training.attach import attach, detach
 from dft_kernels.training.rollouts import Reference
 from dft_kernels.training.trainer import METRICS, DFTTrainer
 
@@ -192,7 +191,7 @@ def trainer_fsdp2(folder: Path) -> None:
 def trainer_bf16(folder: Path) -> None:
     """Mixed precision casts the inputs, but neither the teacher nor the number of items."""
     seen = []
-    loss = attachment.linear_distribution_loss
+    loss = fused_forward.linear_distribution_loss
 
     @functools.wraps(loss)
     def looked_at(hidden: Any, weight: Any, target: Any, teacher: Any, **more: Any) -> Any:
@@ -204,11 +203,11 @@ def trainer_bf16(folder: Path) -> None:
 
     store = Store(folder / "store")
     args = of_fsdp2(folder, bf16=True, max_steps=1)
-    attachment.linear_distribution_loss = looked_at
+    fused_forward.linear_distribution_loss = looked_at
     try:
         DFTTrainer(tiny(), args, logits, train_dataset=store, data_collator=store.collate).train()
     finally:
-        attachment.linear_distribution_loss = loss
+        fused_forward.linear_distribution_loss = loss
     assert seen == [(torch.bfloat16, torch.float32, float)] * 2
 
 
@@ -321,7 +320,7 @@ def test_zero_3_is_refused() -> None:
     ):
         model(**batch(slice(0, 2), False))
     with pytest.raises(ValueError, match="all of its head in this process, got a parameter that ZeRO-3"):
-        attach(attachment.detach(model))
+        attach(detach(model))
 
 
 def test_threads_of_data_parallel_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -20,10 +21,12 @@ from tiny_models import WORDS, tokenizer  # noqa: F401 - a fixture
 from tiny_models import far as tiny
 from two_processes import on_two
 
-from dft_kernels.commands import capture as command
-from dft_kernels.commands import sample
-from dft_kernels.training import train
-from dft_kernels.training.config import parse, parser
+from dft_kernels.commands import main as cli
+from dft_kernels.commands.train import GROUPS, parser
+from dft_kernels.materials.sources import ABOUT, trained_model
+from dft_kernels.models.correction import CORRECTION_FILE
+from dft_kernels.training.config import Job
+from dft_kernels.training.trainer import DFTConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Trainer's own
 FAST = ["--use_cpu", "--max_steps", "6", "--learning_rate", "3e-2", "--logging_steps", "2", "--held_out", "6"]
@@ -49,24 +52,28 @@ def texts(folder: Path) -> list[str]:
 def run(folder: Path, *more: str) -> tuple[int, dict[str, Any]]:
     out = folder / "out"
     arguments = ["--model", str(folder / "student"), "--output_dir", str(out), "--length", "16", *FAST, *more]
-    code = train.main(arguments)
-    about = out / train.ABOUT
+    code = cli.main(["train", *arguments])
+    about = out / ABOUT
     return code, json.loads(about.read_text()) if about.exists() else {}
 
 
-def test_a_file_and_flags_over_it(tmp_path: Path) -> None:
+def test_a_file_and_flags_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(
         "model: smollm2\ntext: [a.txt, b.txt]\nlength: 99\nlearning_rate: 1e-4\nbf16: true\nteacher: null\n"
-        "divergence: reverse_kl\ntemperature: 2\nuse_cpu: true\n"
+        "divergence: reverse_kl\ntemperature: 2\nuse_cpu: true\nmax_steps: -1\n"
     )
-    job, options, _ = parse([str(file), "--length", "77", "--matching-every=3", f"--output_dir={tmp_path / 'o'}"])
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "b.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    found = parser().parse_args(["job.yaml", "--length", "77", "--matching-every=3", f"--output_dir={tmp_path / 'o'}"])
+    job, options = found.job, found.training
     assert (job.model, job.text, job.length, job.teacher) == ("smollm2", ["a.txt", "b.txt"], 77, None)
     assert (options.learning_rate, options.bf16, options.divergence) == (1e-4, True, "reverse_kl")
     assert (options.temperature, options.matching_every, options.num_train_epochs) == (2.0, 3, 1.0)
 
 
-def test_help_has_every_name_its_default_and_meaning() -> None:
+def test_help_is_ours_first_and_names_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     said = " ".join(parser().format_help().split())
     for words in (
         "--correction_rank", "train a CorrectionHead of this rank, and nothing else (default: 0)",
@@ -74,12 +81,27 @@ def test_help_has_every_name_its_default_and_meaning() -> None:
         "--gradient_accumulation_steps", "(default: 2e-05)",
     ):  # fmt: skip
         assert words in said
+    ours = [field.name for field in dataclasses.fields(Job)]
+    ours += [name for name in DFTConfig.__annotations__ if name != "remove_unused_columns"]
+    shown = [name for names in GROUPS.values() for name in names]
+    assert set(ours) <= set(shown)
+    assert len(shown) == len(set(shown))
+    mine, rest = said.split("other arguments of transformers.TrainingArguments, explained by --help-all: ")
+    assert all(f"--{name} " in mine for name in shown)
+    theirs = {field.name for field in dataclasses.fields(transformers.TrainingArguments) if field.init} - set(shown)
+    assert set(rest.split(", ")) == {f"--{name}" for name in theirs}
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--help-all"])
+    whole = " ".join(capsys.readouterr().out.split())
+    explained = next(f for f in dataclasses.fields(transformers.TrainingArguments) if f.name == "weight_decay")
+    assert explained.metadata["help"] in whole
+    assert explained.metadata["help"] not in said
 
 
 def test_a_running_teacher_and_a_store(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--text", *texts(folder)]
     kept = ["--out", str(folder / "store"), "--length", "16", "--dtype", "float32"]
-    assert command.main(["--model", str(folder / "teacher"), *kept, *given]) == 0
+    assert cli.main(["capture", "--model", str(folder / "teacher"), *kept, *given]) == 0
     found = {}
     for name, more in {
         "running": ["--teacher", str(folder / "teacher"), *given],
@@ -88,7 +110,7 @@ def test_a_running_teacher_and_a_store(folder: Path, capsys: pytest.CaptureFixtu
         code, about = run(folder, *more)
         assert code == 0
         found[name] = about["held_out"]
-        (folder / "out" / train.ABOUT).unlink()
+        (folder / "out" / ABOUT).unlink()
         for checkpoint in (folder / "out").glob("checkpoint-*"):
             checkpoint.rename(folder / f"{name}-checkpoint")
     assert found["store"]["after"]["kl"] < found["store"]["before"]["kl"]
@@ -119,20 +141,21 @@ def test_what_is_saved_is_sampled(folder: Path, adapted: str, capsys: pytest.Cap
     assert about["held_out"]["after"]["cross_entropy"] < about["held_out"]["before"]["cross_entropy"]
     assert about["base"] == str(folder / "student")
     out = folder / "out"
-    files = {"lora": "adapter_model.safetensors", "correction": train.CORRECTION_FILE, "whole": "model.safetensors"}
+    files = {"lora": "adapter_model.safetensors", "correction": CORRECTION_FILE, "whole": "model.safetensors"}
     assert [name for name, file in files.items() if (out / file).exists()] == [adapted]
-    model, _, base = sample.load(str(out), None, folder)
-    assert base == str(folder / "student")
+    saved = trained_model(str(out), None)
+    assert saved.base == str(folder / "student")
+    model, _ = saved.load(folder)
     ids = torch.arange(4, 20)[None]
     with torch.no_grad():
         changed = model(input_ids=ids).logits - tiny()(input_ids=ids).logits
     assert float(changed.norm()) > 0
     capsys.readouterr()
-    assert sample.main([str(out), "--prompt", WORDS[3], f"{WORDS[6]} {WORDS[9]}", "--length", "5"]) == 0
+    assert cli.main(["sample", str(out), "--prompt", WORDS[3], f"{WORDS[6]} {WORDS[9]}", "--length", "5"]) == 0
     said = capsys.readouterr().out
     assert "prompt" in said
     assert "distinct-n" in said
-    assert sample.main([str(out), "--text", *texts(folder)[:2], "--length", "3", "--temperature", "0"]) == 0
+    assert cli.main(["sample", str(out), "--text", *texts(folder)[:2], "--length", "3", "--temperature", "0"]) == 0
 
 
 def test_interrupted_it_goes_on(folder: Path) -> None:
@@ -184,46 +207,54 @@ def test_checkpoints_of_another_job_are_not_gone_on_with(folder: Path, capsys: p
 
 
 def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each one clear line, before anything is loaded or written."""
-    (tmp_path / "bad.yaml").write_text("model: x\nlerning_rate: 1\n")
-    (tmp_path / "list.yaml").write_text("- model\n")
-    student, text = str(folder / "student"), texts(folder)[0]
-    out = ["--output_dir", str(tmp_path / "none"), "--use_cpu"]
+    """Each one clear line, before anything is loaded or written; those of a file by its name and key."""
+    text, student = texts(folder)[0], str(folder / "student")
+    known = f"model: {student}\ntext: [{text}]\n"
+    files = {
+        "bad": "model: x\nlerning_rate: 1\n", "list": "- model\n", "short": f"{known}length: 1\n",
+        "many": f"{known}max_steps: many\n", "weight": f"{known}target: literary\nterms: [token_l2=much]\n",
+        "away": f"{known}teacher: nowhere\nheld_out: 0\n", "kl": f"{known}divergence: kl\n", "none": "text: [nofile]\n",
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / f"{name}.yaml").write_text(content)
+    (tmp_path / "binary.yaml").write_bytes(b"model: \xff")
+    file = {name: str(tmp_path / f"{name}.yaml") for name in (*files, "missing", "binary")}
+    given = ("--model", student, "--text", text)
     for arguments, said in {
-        (str(tmp_path / "bad.yaml"),): "lerning_rate must be a key of .* Did you mean learning_rate?",
-        (str(tmp_path / "list.yaml"),): "must hold names and values, got list",
-        (str(tmp_path / "missing.yaml"),): "must be a readable YAML file",
+        (file["bad"],): f"lerning_rate must be a key of {file['bad']} .* Did you mean learning_rate\\?$",
+        (file["list"],): "list.yaml must hold names and values, got list",
+        (file["missing"],): "missing.yaml must be a readable YAML file",
+        (str(folder),): f"{folder} must be a readable YAML file",
+        (file["binary"],): "binary.yaml must be a readable YAML file",
+        (file["short"],): "short.yaml: length must be at least 2, got 1",
+        (file["short"], "--length", "0"): " --length must be at least 2, got 0",
+        (file["many"],): "many.yaml: max_steps must be a whole number, got 'many'",
+        (file["weight"],): "weight.yaml: terms: token_l2 must come as",
+        (file["away"],): "away.yaml: teacher must be a folder",
+        (file["kl"],): "kl.yaml: divergence must be one of",
+        (file["none"],): "none.yaml: text must name readable UTF-8 files, got nofile",
         ("--modle", "x"): "--modle must be a flag that there is, got none of that name. Did you mean --model?",
-        ("--text", text): "model must be given",
-        ("--model", student): "text must be given, but not with a store",
-        ("--model", student, "--text", text, "--length", "1"): "length must be at least 2, got 1",
-        ("--model", student, "--text", text, "--principles", text): "principles must come with a teacher that is run",
-        ("--model", student, "--text", text, "--lora_rank", "2", "--correction_rank", "2"): "must be 0 with lora_rank",
-        ("--model", student, "--text", text, "--divergence", "kl"): "divergence must be one of forward_kl",
-        ("--model", student, "--text", text): "must hold more than the 16 sequences that are held out, got 1",
-        ("--model", student, "--text", text, "--teacher", "nowhere", "--held_out", "0"): "--teacher must be a folder",
-        ("--model", "nowhere", "--text", text): "--model must be a folder or name that transformers loads",
+        ("--text", text): "--model must be given",
+        ("--model", student): "--text must be given, but not with a store",
+        (*given, "--principles", text): "--principles must come with a teacher that is run",
+        (*given, "--lora_rank", "2", "--correction-rank", "2"): "--correction-rank must be 0 with lora_rank",
+        (*given, "--target", "literary"): "--target must be given together with terms",
+        given: "--text must hold more than the 16 sequences that are held out, got 1",
+        (*given, "--teacher", "nowhere", "--held_out", "0"): "--teacher must be a folder",
+        (*given, "--length", "9", "stray"): "stray must follow a flag that takes it",
     }.items():
-        assert train.main([*arguments, *out]) == 1
-        assert re.search(said, capsys.readouterr().err), said
+        assert cli.main(["train", *arguments, "--output_dir", str(tmp_path / "none"), "--use_cpu"]) in (1, 2)
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert re.search(said, err), (said, err)
     assert not (tmp_path / "none").exists()
-    with pytest.raises(SystemExit):
-        train.main(["--model", student, "--text", text, "--max_steps", "many", *out])
-    assert "invalid int value: 'many'" in capsys.readouterr().err
-    for arguments, said in {
-        (student,): "--prompt or --text must be given",
-        (student, "--prompt", "x", "--length", "0"): "--length must be positive, got 0",
-        (student, "--prompt", "x", "--top-p", "0"): "--top-p in (0, 1], got 1.0, 0.0",
-        ("nowhere", "--prompt", "x"): "--model must be a folder or name",
-    }.items():
-        assert sample.main(list(arguments)) == 1
-        assert said in capsys.readouterr().err
 
 
 def on_both(folder: Path) -> None:
     """What each of two processes runs."""
     arguments = ["--model", str(folder / "student"), "--text", *texts(folder), "--length", "16", *FAST]
-    assert train.main([*arguments, "--output_dir", str(folder / "two"), "--per_device_train_batch_size", "4"]) == 0
+    more = ["--output_dir", str(folder / "two"), "--per_device_train_batch_size", "4"]
+    assert cli.main(["train", *arguments, *more]) == 0
 
 
 def test_two_processes_are_one(folder: Path) -> None:
@@ -231,7 +262,7 @@ def test_two_processes_are_one(folder: Path) -> None:
     code, alone = run(folder, "--text", *texts(folder), "--per_device_train_batch_size", "8")
     assert code == 0
     on_two(__file__, folder, "on_both")
-    both = json.loads((folder / "two" / train.ABOUT).read_text())["held_out"]
+    both = json.loads((folder / "two" / ABOUT).read_text())["held_out"]
     for when in ("before", "after"):
         assert both[when]["cross_entropy"] == pytest.approx(alone["held_out"][when]["cross_entropy"], rel=1e-4)
     assert ["saved in" in (folder / f"said-{rank}.txt").read_text() for rank in range(2)] == [True, False]

@@ -1,0 +1,89 @@
+// The second half of the chunk step: sweep 3 of rows.h turns the logits of the workspace into dlogits, and products
+// turn these into dhidden = dlogits weight and dweight += dlogits.T hidden.
+#pragma once
+
+#include "chunk_step.h"
+#include "fold.h"
+
+namespace dft {
+
+// Writes the gradient [R, k] at the sparse target's tokens into a tile of dlogits, and adds it to their sums over
+// tokens.
+template <class T>
+void Step<T>::give(const Tile<T>& tile, const T* from, bool narrow, double* bias) const {
+  tokens_->in_tile(tile.v, [&](int64_t i, int64_t row, int64_t slot) {
+    T* to = tile.z + i * tile.c;
+    if (narrow)
+      reinterpret_cast<at::BFloat16*>(to)[row] = at::BFloat16(float(from[slot]));
+    else
+      to[row] = from[slot];
+    if (bias) bias[i] += double(from[slot]);
+  });
+}
+
+template <class T>
+void Step<T>::gradient(const ChunkArguments& chunk, const Tensor& statistics, const Tensor& features,
+                       const Tensor& cotangents, const optional<Tensor>& feature_cotangents,
+                       const optional<Tensor>& sparse, const optional<Tensor>& dhidden, const optional<Tensor>& dweight,
+                       const optional<Tensor>& dbias, const optional<Tensor>& ddown, const optional<Tensor>& dup,
+                       bool first, const optional<Tensor>& columns) {
+  const Source<T> model = source(a_.model, chunk.hidden, a_.logits, chunk.down, a_.up);
+  const int64_t c = model.c, rows = chunk.hidden.size(0), threads = at::get_num_threads();
+  const auto constants =
+      fold<T>(a_, tables_, chunk, statistics, features, cotangents, feature_cotangents, c, columns.has_value());
+  Gradient<T> shared = constants.kernel(a_);
+  const Numbers<T> weight = columns ? weights_of(chunk, c) : Numbers<T>();
+  const auto group = columns ? groups_of(chunk, c, columns->size(0)) : Numbers<int64_t>();
+  if (columns) shared.weight = weight.data(), shared.columns_stride = kTile;
+  if (!group.empty()) shared.group = group.data();
+  Parts column(threads, Numbers<double>(columns ? columns->size(0) * kTile : 0));
+  shared.narrow = model.tiles();
+  const int which = !shared.soft_lse.lse ? int(kDivergences) : sparse ? int(kDivergences) + 1 : int(a_.divergence);
+  const Tensor given = sparse ? sparse->to(options().dtype()).contiguous() : Tensor();
+  const T* teacher = a_.target ? a_.target->template const_data_ptr<T>() : nullptr;
+  std::vector<FactorGradient<T>> products;
+  products.reserve(2);
+  if (!model.factors.empty()) products.emplace_back(model.factors[0], dhidden, dweight, c, first);
+  if (model.factors.size() > 1) products.emplace_back(model.factors[1], ddown, dup, c, first);
+  Parts sums(threads, Numbers<double>(dbias ? kTile : 0));
+  Parts value(threads, Numbers<double>(c));
+
+  for (int64_t v0 = 0, step = model.blocks() ? kBlock : a_.vocab; v0 < a_.vocab; v0 += step) {
+    const int64_t end = std::min(a_.vocab, v0 + step);
+    share(v0, end, [&](int64_t t, int64_t from, int64_t to) {
+      for (int64_t v = from; v < to; v += kTile) {
+        const int64_t m = std::min(kTile, to - v);
+        Gradient<T> at = shared;
+        if (at.table) at.table += v * tables_.groups;
+        if (at.row_start) at.row_start += v;
+        if (at.teacher) at.teacher = teacher + v * c;
+        std::fill(sums[t].begin(), sums[t].end(), 0.0);
+        std::fill(column[t].begin(), column[t].end(), 0.0);
+        at.columns = columns ? column[t].data() : nullptr;
+        at.bias = dbias ? sums[t].data() : nullptr;
+        at.value = value[t].data();
+        const Tile<T> tile{model.logits + v * c, m, c, v};
+        if (sparse) take(tile, nullptr);
+        kernels<T>().gradient[which](tile, at);
+        if (columns) add_columns(*columns, column[t], v, m);
+        if (sparse) give(tile, given.const_data_ptr<T>(), model.tiles(), at.bias);
+        if (dbias) {
+          T* out = dbias->template data_ptr<T>() + v;
+          for (int64_t i = 0; i < m; i++) out[i] = T(first ? sums[t][i] : out[i] + sums[t][i]);
+        }
+        if (!a_.model.weight && dhidden)
+          kernels<T>().save(model.logits + v * c, m, c, dhidden->data_ptr(), element_of(dhidden->scalar_type()), rows,
+                            dhidden->stride(0), v);
+        for (auto& product : products) product.tile(t, v, m, model.logits + v * c);
+      }
+      if (model.tiles()) at::native::cpublas::brgemm_release(true);
+    });
+    if (!model.blocks()) continue;
+    Tensor dlogits = model.view(v0, end - v0);  // [n, R]
+    for (auto& product : products) product.block(v0, end - v0, dlogits);
+  }
+  if (waits()) put(statistics, kDivergence, total(value));
+  for (auto& product : products) product.finish(model.logits, a_.vocab);
+}
+
+}  // namespace dft

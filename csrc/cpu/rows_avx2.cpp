@@ -1,2 +1,0 @@
-#define DFT_ISA avx2
-#include "rows.inc"

@@ -1,2 +1,0 @@
-#define DFT_ISA avx512
-#include "rows.inc"

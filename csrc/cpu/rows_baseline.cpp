@@ -1,2 +1,0 @@
-#define DFT_ISA baseline
-#include "rows.inc"

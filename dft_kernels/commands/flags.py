@@ -1,0 +1,40 @@
+"""The flags that several commands have, each with one meaning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..materials.models import cache_folder
+from ..materials.sources import TEXT_HELP, check_text
+from .arguments import SEED, Checked, Number, output_folder
+
+
+def add_cache(parser: Any) -> None:
+    """--cache."""
+    parser.add_argument(
+        "--cache", type=output_folder, default=cache_folder(), metavar="DIR",
+        help="where models and texts of pip and apt are kept",
+    )  # fmt: skip
+
+
+def add_text(parser: Any, about: str = "", **more: Any) -> None:
+    """--text, with words before its help."""
+    parser.add_argument("--text", nargs="+", type=Checked(check_text), help=f"{about}{TEXT_HELP}", **more)
+
+
+def add_seed(parser: Any, about: str) -> None:
+    """--seed, of what `about` says."""
+    parser.add_argument("--seed", type=SEED, default=0, help=about)
+
+
+def add_sampling(parser: Any, temperature: Number, about: str) -> None:
+    """--temperature and --top-p."""
+    parser.add_argument("--temperature", type=temperature, default=1.0, help=about)
+    parser.add_argument(
+        "--top-p", type=Number(above=0, most=1), default=1.0, help="sample from the likeliest tokens of this mass"
+    )
+
+
+def sampled(options: Any) -> str:
+    """How text was drawn, for a reader."""
+    return f"temperature {options.temperature:g}, top-p {options.top_p:g}, seed {options.seed}"

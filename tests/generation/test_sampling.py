@@ -1,0 +1,28 @@
+"""Text of a model's own: the draws of a seed, and nothing of padding or of torch's random state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from tiny_models import far as tiny
+from tiny_models import tokenizer  # noqa: F401 - a fixture
+
+from dft_kernels.generation.sampling import continuations
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_continuations_are_the_seeds(tokenizer: Any) -> None:  # noqa: F811
+    model, state = tiny(), torch.get_rng_state()
+    prompts = [[5, 6, 7], [8]]
+    first = continuations(model, tokenizer, prompts, 6, seed=3)
+    assert first == continuations(model, tokenizer, prompts, 6, seed=3)
+    assert first != continuations(model, tokenizer, prompts, 6, seed=4)
+    assert all(len(ids) <= 6 and 2 not in ids for ids in first)
+    assert torch.equal(state, torch.get_rng_state())
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    (alone,) = continuations(model, tokenizer, [[8]], 6, **greedy)
+    assert continuations(model, tokenizer, prompts, 6, **greedy)[1] == alone  # padding is no context

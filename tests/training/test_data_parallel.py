@@ -203,9 +203,10 @@ def trainer_bf16(folder: Path) -> None:
 
     store = Store(folder / "store")
     args = of_fsdp2(folder, bf16=True, max_steps=1)
+    trainer = DFTTrainer(tiny(), args, logits, train_dataset=store, data_collator=store.collate)
     fused_forward.linear_distribution_loss = looked_at
     try:
-        DFTTrainer(tiny(), args, logits, train_dataset=store, data_collator=store.collate).train()
+        trainer.train()
     finally:
         fused_forward.linear_distribution_loss = loss
     assert seen == [(torch.bfloat16, torch.float32, float)] * 2

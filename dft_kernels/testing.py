@@ -6,7 +6,9 @@ backend, so that it cannot share a mistake with a closed-form gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .divergences import TABLE, Divergence
+from .dtypes import accumulate_dtype
 from .loss.options import Function, LossOptions, complete
 from .teachers.head import TeacherHead
 from .teachers.logits import TeacherLogits
@@ -222,9 +225,86 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     return float((value - exact).norm()) / (scale if scale > 0 else 1.0)
 
 
-def allowance(eager: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
-    """The error gate: twice the relative error of the same-dtype eager loss, plus one eps of the input dtype."""
-    return 2 * relative_error(eager, exact) + torch.finfo(dtype).eps
+def _inexact(value: Any, relative: float, generator: torch.Generator) -> Any:
+    """`value` in float64, every number of it off by a random relative error of that rms; what holds no floats as is."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() or value.layout != torch.strided:
+            return value
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+        return value.detach().double().mul(1 + relative * noise)
+    if isinstance(value, LogitStream):
+        source = value.source
+        return LogitStream(lambda rows: _inexact(source(rows), relative, generator)) if callable(source) else value
+    if isinstance(value, Mixture):
+        teachers = [_inexact(teacher, relative, generator) for teacher in value.teachers]
+        return Mixture(teachers, value.weights, value.kind)
+    if isinstance(value, TeacherHead | TeacherLogits | TopK):
+        return replace(value, **{name: _inexact(x, relative, generator) for name, x in vars(value).items()})
+    return tuple(_inexact(x, relative, generator) for x in value) if isinstance(value, tuple) else value
+
+
+def conditions(
+    evaluate: Callable[[dict[str, Any]], Sequence[Tensor]], arguments: dict[str, Any], exact: Sequence[Tensor]
+) -> list[float]:
+    """The condition number of each result for rounding: its relative error over that of the numbers given.
+
+    evaluate: arguments (float64) -> results, in float64; exact: what it returns for `arguments`. Every number given
+    is changed by an independent relative error of rms 1e-7, eight times (seeded); the rms of the results' relative
+    errors, over 1e-7. About 1 to 3 for the gradient of a loss, hundreds where p and q nearly agree.
+    """
+    relative, samples = 1e-7, 8
+    generator = torch.Generator().manual_seed(0)
+    squares = [0.0] * len(exact)
+    for _ in range(samples):
+        found = evaluate({name: _inexact(value, relative, generator) for name, value in arguments.items()})
+        for result, (value, truth) in enumerate(zip(found, exact, strict=True)):
+            squares[result] += (relative_error(value, truth) / relative) ** 2 / samples
+    return [math.sqrt(square) for square in squares]
+
+
+def one_after_the_other(length: int) -> int:
+    """What `allowance` takes as the length of a sum without blocks, such as a library's product with a vector: each of
+    its L additions rounds, L / 2 roundings of the whole, which a sum of L^2 / 4 numbers in blocks has too."""
+    return max(length, length * length // 4)
+
+
+def allowance(
+    exact: Tensor, dtype: torch.dtype, condition: float, sums: Sequence[int], narrow_roundings: int = 3
+) -> float:
+    """The error gate: the relative 2-norm error that rounding may leave in a result that is held in `dtype`.
+
+        3 sqrt(n / 12) max(1, condition) eps(accumulation dtype)     n = 24 + sum of sqrt(L) over `sums`
+        + 3 sqrt(narrow_roundings / 12) eps(dtype)                   only where dtype is narrower than that
+        + sqrt(numel) / 2 * (least subnormal of dtype) / norm(exact)
+
+    It depends on the problem alone, not on what some other implementation's sums happened to round to, so it is the
+    same on every processor. Derivation:
+
+    - One rounding is off by at most eps / 2 and, uniform in that interval, by eps / sqrt(12) rms. Independent
+      roundings add in quadrature: n of them give eps sqrt(n / 12).
+    - A sum of L numbers in blocks of sqrt(L) (the lanes, tiles and blocks of a product, and trees do better) takes an
+      addend through 2 sqrt(L) additions. Each rounds a partial sum, whose mean square is a half of the whole's for
+      addends of random sign, a third for positive ones: sqrt(L) roundings of the whole. A result goes through the
+      `sums` of its path: of H products for a logit, of V exponentials, and last over the vocabulary (dhidden, ddown)
+      or over rows (the loss, dweight, dbias, dup).
+    - 24: exp and log (or log1p, expm1, tanh) at an rms error of one eps, which is 12 roundings, each. The few single
+      roundings beside them (bias, scale, temperature, cotangent) are less than what the blocks leave over.
+    - The condition number (see `conditions`) turns relative errors of intermediate numbers into one of the result.
+      It is not taken below 1: the last operations' roundings are in the result itself.
+    - Logit gradients are rounded to a narrow dtype once, for the products; a gradient once as it is saved and once
+      as it is scaled: three narrow roundings. They are independent, and a product's do not grow by the condition.
+    - Below the normal range a number is off by up to half of the least subnormal, which fp16 gradients reach.
+    - Not covered: a result in which every row's gradient cancels beyond what its inputs' errors explain, as
+      q_y - 1 does for a label of probability 1. Give such a problem rows whose gradient does not.
+    - 3: standard deviations. The norm of many independent errors hardly leaves one; a loss is a single number.
+    """
+    wide, own = torch.finfo(accumulate_dtype(dtype)), torch.finfo(dtype)
+    roundings = 24 + sum(math.sqrt(length) for length in sums)
+    gate = 3 * math.sqrt(roundings / 12) * max(1.0, condition) * wide.eps
+    if own.eps > wide.eps:
+        gate += 3 * math.sqrt(narrow_roundings / 12) * own.eps
+    scale = float(exact.detach().double().norm())
+    return gate + (math.sqrt(exact.numel()) / 2 * own.tiny * own.eps / scale if scale > 0 else 0.0)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from .reference import ReferenceBackend
 from .triton import TritonBackend
 
 # in the order of preference of "auto"
-BACKENDS: dict[str, Any] = {
+BACKENDS: dict[str, Backend[Any]] = {
     backend.name: backend for backend in (NativeBackend(), CudaBackend(), TritonBackend(), ReferenceBackend())
 }
 
@@ -27,6 +27,6 @@ def fitting(device: torch.device, dtype: torch.dtype) -> list[str]:
     ]
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend[Any]:
     """The backend that "auto" or an available name stands for. `problem.py` has checked the name."""
     return BACKENDS[fitting(device, dtype)[0] if name == "auto" else name]

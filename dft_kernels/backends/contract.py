@@ -1,15 +1,16 @@
-"""What a backend is: the chunk step in two halves.
+"""The backend interface: the chunk step in two halves.
 
-`chunk_statistics` turns a chunk of hidden states into row quantities (and leaves the chunk's logits in its
-workspace); `chunk_gradient` turns cotangents of those quantities into gradients. Between the
-two halves nothing of size [R, V] leaves the backend. All row quantities are fp32 (fp64 for fp64 inputs).
+`chunk_statistics` turns a chunk of hidden states into row quantities and leaves the chunk's logits in the
+workspace; `chunk_gradient` turns cotangents of those quantities into gradients. Nothing of size [R, V] leaves the
+backend between the two halves. All row quantities are fp32 (fp64 for fp64 inputs).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,8 +37,8 @@ class Row(IntEnum):
     SOFT_LSE = 8  # log sum exp z / T              (for the gradient)
     TARGET_LSE = 9  # log sum exp of the target's logits / its temperature
     SLOPE = 10  # sum g, of a sparse target less its bucket's g / q (for the gradient)
-    LSE_LOW = 11  # what the rounding of LSE dropped: log q = (z - LSE) - LSE_LOW is good to an ulp of itself,
-    SOFT_LSE_LOW = 12  # where z - LSE alone is good to one of LSE, and q - p cancels
+    LSE_LOW = 11  # the rounding error of LSE: log q = (z - LSE) - LSE_LOW is accurate to an ulp of log q,
+    SOFT_LSE_LOW = 12  # z - LSE alone only to an ulp of LSE, too little where q - p cancels
     TARGET_LSE_LOW = 13
 
 
@@ -46,8 +47,8 @@ DIFFERENTIABLE = 6  # the rows of `Row` before CORRECT take cotangents
 
 @dataclass(frozen=True)
 class Terms:
-    """What a call asks of every row, and its constants. `wanted` is what to compute, `differentiated` what may
-    receive a non-zero cotangent (a subset); everything else may be left as it is."""
+    """What a call computes for every row, and its constants. `wanted`: the row quantities to compute; `differentiated`:
+    the subset that may receive a non-zero cotangent. Other quantities may hold anything."""
 
     head: Head
     wanted: frozenset[Row]
@@ -63,7 +64,8 @@ class Terms:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One chunk of R rows. label outside 0..V-1 gives LOG_PROB = NaN; weight 0 means: out of the column sums."""
+    """One chunk of R rows. A label outside 0..V-1 gives LOG_PROB = NaN; a row of weight 0 is left out of
+    the column sums."""
 
     hidden: Tensor  # [R, H], or [R, V] where the head has no weight
     label: Tensor | None = None  # [R] int64
@@ -71,6 +73,19 @@ class Chunk:
     weight: Tensor | None = None  # [R] in the accumulation dtype, None: all 1
     target: Target | None = None
     down: Tensor | None = None  # [R, r], where the terms have `up`
+
+    def part(self, rows: slice) -> Chunk:
+        """Some of its rows."""
+        own = {name: tensor[rows] for name, tensor in vars(self).items() if isinstance(tensor, Tensor)}
+        return replace(self, **own, target=None if self.target is None else self.target.part(rows))
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The results of the first half: the row quantities [len(Row), R], and q @ terms.features [R, K] where given."""
+
+    rows: Tensor
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,8 +100,13 @@ class Cotangents:
     features: Tensor | None = None
     lse_slope: Tensor | None = None
 
+    def part(self, rows: slice) -> Cotangents:
+        """Those of some rows."""
+        features = None if self.features is None else self.features[rows]
+        return Cotangents(self.rows[:, rows], features, None if self.lse_slope is None else self.lse_slope[rows])
+
     def settled(self, statistics: Tensor) -> Tensor:
-        """`rows` with LSE's cotangent whole."""
+        """`rows` with lse_slope's share in LSE's cotangent. statistics: [len(Row), R]."""
         if self.lse_slope is None:
             return self.rows
         rows = self.rows.clone()
@@ -95,10 +115,12 @@ class Cotangents:
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """Where a chunk's gradient goes. dhidden and ddown are written; dweight, dbias and dup are written by the first
-    chunk and added to by the others. None: not needed, and no product is spent on it."""
+class Backward:
+    """The inputs of a chunk's gradient and the buffers for its results. dhidden and ddown are written; dweight,
+    dbias and dup are written by the first chunk and added to by the others. None: not needed, so no
+    product is made for it."""
 
+    cotangents: Cotangents
     dhidden: Tensor | None  # [R, H] in the input dtype
     dweight: Tensor | None  # [V, H] in the accumulation dtype, or in the input dtype if the chunk is the only one
     dbias: Tensor | None  # [V] in the accumulation dtype
@@ -108,56 +130,54 @@ class Gradients:
 
 
 class Workspace(Protocol):
-    """A backend's scratch for chunks of up to `rows` rows, reused from chunk to chunk."""
+    """A backend's scratch for chunks of up to `rows` rows of one call, reused from chunk to chunk."""
 
     rows: int
 
 
-class Backend(Protocol):
-    """A row of the backend table. `chunk_bytes` is what the planner multiplies: scratch bytes for one logit."""
+W = TypeVar("W", bound=Workspace)
+
+
+class Backend(ABC, Generic[W]):
+    """A backend: the chunk step in two halves, and what the choice of backend and of chunk size depends on."""
 
     name: str
     best_rows: int  # chunks beyond this many rows gain nothing
-    emulated: tuple[str, ...]  # device types on which it is only emulated, for tests: "auto" passes it by there
+    emulated: tuple[str, ...] = ()  # device types on which it is only emulated, for tests: never by "auto"
 
+    @abstractmethod
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why inputs of `dtype` on `device` cannot be served, None if they can."""
 
+    @abstractmethod
     def chunk_bytes(self, dtype: torch.dtype, projected: bool, target: int) -> int:
-        """Scratch bytes for one logit of a chunk. projected: the head has a weight; target: what a logit of the target
-        takes as it comes (`Problem.target_bytes`)."""
+        """Scratch bytes for one logit of a chunk. projected: the head has a weight; target: bytes for one
+        logit of the target (`Problem.target_bytes`)."""
 
-    def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> Workspace:
-        """Scratch for chunks of up to `rows` rows; `like` gives dtype and device of the inputs; `gradient`:
-        whether gradients will be asked for."""
+    @abstractmethod
+    def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> W:
+        """Scratch for chunks of up to `rows` rows under `terms`; `like` gives dtype and device of the inputs;
+        `gradient`: whether gradients will be asked for."""
 
-    def chunk_statistics(
-        self, workspace: Workspace, chunk: Chunk, terms: Terms, columns: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Row quantities [len(Row), R] and features q @ terms.features [R, K]; adds weight * q into
-        `columns` [G, V] where given. The chunk's logits stay in the workspace."""
+    @abstractmethod
+    def chunk_statistics(self, workspace: W, chunk: Chunk, columns: Tensor | None) -> Statistics:
+        """The row quantities and features of a chunk; adds weight * q into `columns` [G, V] where given. The chunk's
+        logits stay in the workspace."""
 
-    def chunk_gradient(
-        self,
-        workspace: Workspace,
-        chunk: Chunk,
-        terms: Terms,
-        statistics: Tensor,
-        features: Tensor | None,
-        cotangents: Cotangents,
-        gradients: Gradients,
-    ) -> None:
-        """Gradients from the logits that the last `chunk_statistics` left in the workspace (which it may spend).
-        Where a workspace was made for gradients, DIVERGENCE may have been left to this half, which then writes it
-        into `statistics`: no cotangent depends on it."""
+    @abstractmethod
+    def chunk_gradient(self, workspace: W, chunk: Chunk, found: Statistics, backward: Backward) -> None:
+        """Gradients from the logits that the last `chunk_statistics`, which returned `found`, left in the workspace
+        (which it may overwrite). Where a workspace was made for gradients, DIVERGENCE may have been left to this half,
+        which then writes it into `found`: no cotangent depends on it."""
 
-    def chunk_step(
-        self,
-        workspace: Workspace,
-        chunk: Chunk,
-        terms: Terms,
-        columns: Tensor | None,
-        cotangents: Cotangents,
-        gradients: Gradients,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Both halves, where nothing has to meet between them: what `chunk_statistics` returns, and the gradients."""
+    def chunk_step(self, workspace: W, chunk: Chunk, columns: Tensor | None, backward: Backward) -> Statistics:
+        """Both halves, where nothing is reduced over other rows or devices between them. A backend overrides it if one
+        pass over the logits can serve both."""
+        found = self.chunk_statistics(workspace, chunk, columns)
+        self.chunk_gradient(workspace, chunk, found, backward)
+        return found
+
+
+def bits(rows: frozenset[Row]) -> int:
+    """A set of rows as the kernels take it: bit `row` for each."""
+    return sum(1 << row for row in rows)

@@ -1,5 +1,5 @@
-"""The compiled rooms: whether `dft_kernels._C` (the CPU's) and `dft_kernels._cuda` are there and fit the running torch,
-and if not, why."""
+"""The compiled extensions: whether `dft_kernels._C` (CPU) and `dft_kernels._cuda` exist and match the running
+torch, and if not, why."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def load() -> tuple[Any, str | None]:
 
 
 def load_cuda() -> tuple[Any, str | None]:
-    """The same of the CUDA kernels, which are their own module: neither is lost with the other."""
+    """The same for the CUDA kernels. They are a separate extension, so that a failed build of one leaves the other."""
     stamp = (read_stamp() or {}).get("cuda_kernels")
     if stamp is None:
         return None, f"the CUDA kernels were never built. {REBUILD}"
@@ -94,15 +94,15 @@ CUDA, CUDA_REASON = load_cuda()
 
 
 def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor for a large result. On a CPU its memory is kept for the next call when the tensor is
-    gone, until `release_scratch`: touching fresh memory costs as much as a sweep over it."""
+    """An uninitialised tensor for a large result. On a CPU its memory returns to a pool when the tensor is freed, and
+    stays there until `release_scratch`: page faults of fresh memory cost as much as a sweep over it."""
     if MODULE is None or device.type != "cpu" or math.prod(shape) * dtype.itemsize < _LARGE:
         return torch.empty(shape, dtype=dtype, device=device)
     return MODULE.pooled(list(shape), dtype)
 
 
 def repeats(ids: Tensor, vocab: int) -> Tensor:
-    """Rows of ids [N, k] in which one of 0..vocab-1 is found twice, [N] bool."""
+    """Which rows of ids [N, k] contain one of 0..vocab-1 twice: [N] bool."""
     if MODULE is not None and ids.device.type == "cpu":
         found: Tensor = MODULE.repeats(ids, vocab)
         return found

@@ -1,5 +1,5 @@
-"""The row mathematics in plain PyTorch, each formula once: what the reference backend is made of, and what every
-backend does with the few tokens of a sparse target.
+"""The row mathematics in plain PyTorch, each formula once. The reference backend consists of these formulas; every
+backend applies them to the few tokens of a sparse target.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ PAIRS: dict[str, Pair] = {
 
 
 def finished(raw: Tensor, head: Head) -> Tensor:
-    """z = cap(logit_scale * raw) in the accumulation dtype; `raw` itself where nothing is to be done."""
+    """z = cap(logit_scale * raw) in the accumulation dtype; `raw` itself if that changes nothing."""
     z = raw.to(accumulate_dtype(raw.dtype))
     if head.logit_scale != 1.0:
         z = z * head.logit_scale
@@ -129,7 +129,7 @@ def head_logits(hidden: Tensor, head: Head, out: Tensor | None = None) -> Tensor
 
 
 def log_sum_exp(z: Tensor) -> tuple[Tensor, Tensor]:
-    """log sum exp z [r], and what its rounding dropped."""
+    """log sum exp z [r], and its rounding error, which is to be added."""
     top = z.amax(-1)
     top = torch.where(top.isinf(), 0.0, top)
     rest = (z - top[:, None]).exp_().sum(-1).log()
@@ -145,7 +145,7 @@ def log_softmax(z: Tensor, temperature: float, lse: Tensor, low: Tensor) -> Tens
 def hard_gradient(
     log_q: Tensor, known: Tensor, cotangent: Tensor, terms: Terms, potential: Tensor | None, vocab: int
 ) -> Tensor:
-    """What the quantities at T = 1 give to dz, but for the label's own addend a e_y. With a, m, h, l, c the
+    """The gradient dz of the quantities at T = 1, without the label's own addend a e_y. With a, m, h, l, c the
     cotangents of LOG_PROB, MEAN_LOG_PROB, ENTROPY, LSE and POTENTIAL, and V the vocabulary:
 
         q (l - a - m - h (log q + H) + c (G - <q, G>)) + m / V
@@ -165,7 +165,7 @@ def hard_gradient(
 
 
 def soft_gradient(log_q: Tensor, slope: Tensor, known: Tensor, cotangent: Tensor, temperature: float) -> Tensor:
-    """What the divergence gives to dz: d / T (g - qT SLOPE), with d its cotangent."""
+    """The gradient dz of the divergence: d / T (g - qT SLOPE), with d its cotangent."""
     return cotangent[Row.DIVERGENCE] / temperature * (slope - times(log_q.exp(), known[Row.SLOPE]))
 
 

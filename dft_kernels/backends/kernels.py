@@ -1,4 +1,4 @@
-"""The row operations by compiled kernels: what the CUDA and the Triton backend share."""
+"""The row operations by compiled kernels, for the CUDA and the Triton backend."""
 
 from __future__ import annotations
 
@@ -9,46 +9,38 @@ from torch import Tensor
 
 from ..dtypes import accumulate_dtype
 from ..teachers.contract import Head, SparseTarget
-from .contract import Chunk, Cotangents, Row, Terms
+from .contract import Cotangents, bits
+from .rows import Operand, RowOperations
 
 
-class KernelOperations:
-    """The row operations by compiled kernels. `kernels` returns the room that has them: Rows, row_statistics,
-    row_gradient, row_step, accumulate_columns and probabilities as in `triton_ops`. This is the translation, of a chunk
-    and its terms into one description of rows."""
+class KernelOperations(RowOperations):
+    """The row operations by compiled kernels. `kernels` returns the module that has them: Rows, row_statistics,
+    row_gradient, row_step, accumulate_columns and probabilities as in `triton_ops`. Each operation is one
+    launch; this class translates an operand into the kernels' own description of rows."""
 
     def __init__(self, kernels: Callable[[], Any], **more: Any) -> None:
         self.kernels, self.more = kernels, more  # more: fields of Rows that these kernels have beyond the common ones
 
-    def row_statistics(self, logits: Tensor, chunk: Chunk, terms: Terms) -> Tensor:
-        """One launch."""
-        rows = self._rows(logits, chunk, terms)
-        return self.kernels().row_statistics(rows, _bits(terms.wanted), _bits(terms.differentiated))
+    def row_statistics(self, x: Operand) -> Tensor:
+        return self.kernels().row_statistics(self._rows(x), bits(x.terms.wanted), bits(x.terms.differentiated))
 
-    def row_gradient_(
-        self, logits: Tensor, chunk: Chunk, terms: Terms, statistics: Tensor, cotangents: Cotangents, out: Tensor
-    ) -> None:
-        """One launch."""
-        rows, live = self._rows(logits, chunk, terms), _bits(terms.differentiated)
+    def row_gradient_(self, x: Operand, statistics: Tensor, cotangents: Cotangents, out: Tensor) -> None:
+        rows, live = self._rows(x), bits(x.terms.differentiated)
         self.kernels().row_gradient(rows, statistics, live, cotangents.rows, cotangents.lse_slope, out)
 
-    def row_step_(self, logits: Tensor, chunk: Chunk, terms: Terms, cotangents: Cotangents, out: Tensor) -> Tensor:
-        """One launch."""
-        rows, wanted, live = self._rows(logits, chunk, terms), _bits(terms.wanted), _bits(terms.differentiated)
+    def row_step_(self, x: Operand, cotangents: Cotangents, out: Tensor) -> Tensor:
+        rows, wanted, live = self._rows(x), bits(x.terms.wanted), bits(x.terms.differentiated)
         return self.kernels().row_step(rows, wanted, live, cotangents.rows, cotangents.lse_slope, out)
 
-    def accumulate_columns_(
-        self, logits: Tensor, chunk: Chunk, terms: Terms, statistics: Tensor, columns: Tensor
-    ) -> None:
-        """One launch, and the order of the rows by group."""
-        weight = None if chunk.weight is None else chunk.weight.contiguous()
-        self.kernels().accumulate_columns(self._rows(logits, chunk, terms), statistics, weight, columns)
+    def accumulate_columns_(self, x: Operand, statistics: Tensor, columns: Tensor) -> None:
+        weight = None if x.chunk.weight is None else x.chunk.weight.contiguous()
+        self.kernels().accumulate_columns(self._rows(x), statistics, weight, columns)
 
-    def row_probabilities(self, logits: Tensor, terms: Terms, statistics: Tensor) -> Tensor:
-        """One launch."""
-        return self.kernels().probabilities(self._rows(logits, Chunk(logits), terms), statistics)
+    def row_probabilities(self, x: Operand, statistics: Tensor) -> Tensor:
+        return self.kernels().probabilities(self._rows(x), statistics)
 
-    def _rows(self, logits: Tensor, chunk: Chunk, terms: Terms) -> Any:
+    def _rows(self, x: Operand) -> Any:
+        logits, chunk, terms = x.logits, x.chunk, x.terms
         assert not isinstance(chunk.target, SparseTarget)
         target, head = chunk.target or (None, Head())
         potential = terms.potential
@@ -68,10 +60,6 @@ class KernelOperations:
             target_temperature=terms.teacher_temperature,
             **self.more,
         )
-
-
-def _bits(rows: frozenset[Row]) -> int:
-    return sum(1 << row for row in rows)
 
 
 def _along_rows(logits: Tensor) -> Tensor:

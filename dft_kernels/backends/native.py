@@ -1,4 +1,4 @@
-"""The native CPU backend: the chunk step in C++ (csrc/step_cpu.cpp), products and row work tile by tile.
+"""The native CPU backend: the chunk step in C++ (csrc/cpu/step.cpp), products and row work tile by tile.
 
 Scratch: 4 bytes a logit of a chunk (8 for fp64), twice that with a teacher; the gradient is written over the
 logits. It is kept between calls, until `release_scratch`.
@@ -16,27 +16,28 @@ from ..divergences import TABLE
 from ..dtypes import accumulate_dtype
 from ..teachers.contract import Head, SparseTarget
 from . import extension, sparse
-from .contract import Chunk, Cotangents, Gradients, Row, Terms
+from .contract import Backend, Backward, Chunk, Cotangents, Row, Statistics, Terms, bits
 from .rows import tiles
 
-_LANES = 32  # rows of a chunk are padded to this (csrc/rows_cpu.h)
+_LANES = 32  # rows of a chunk are padded to this (csrc/cpu/rows.h)
 
 
 @dataclass
 class NativeWorkspace:
-    """The C++ step of one call; its scratch goes back to the pool with it. outcomes: of the chunk's sparse target."""
+    """The C++ step of one call; its scratch returns to the pool when it is freed. outcomes: of the chunk's sparse
+    target."""
 
     rows: int
+    terms: Terms
     step: Any
     outcomes: sparse.Outcomes | None = None
 
 
-class NativeBackend:
+class NativeBackend(Backend[NativeWorkspace]):
     """C++ on the CPU, where the extension was built."""
 
     name = "native"
     best_rows = 512
-    emulated: tuple[str, ...] = ()
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Off the CPU, or without the extension."""
@@ -45,7 +46,7 @@ class NativeBackend:
         return extension.REASON
 
     def chunk_bytes(self, dtype: torch.dtype, projected: bool, target: int) -> int:
-        """Own logits and the teacher's in the accumulation dtype."""
+        """The model's logits, and the teacher's if there is one, in the accumulation dtype."""
         return accumulate_dtype(dtype).itemsize * (2 if target else 1)
 
     def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> NativeWorkspace:
@@ -60,8 +61,8 @@ class NativeBackend:
             model=_head(terms.head),
             up=terms.up,
             vocab=vocab,
-            wanted=_bits(terms.wanted),
-            differentiated=_bits(terms.differentiated),
+            wanted=bits(terms.wanted),
+            differentiated=bits(terms.differentiated),
             differentiates=gradient,
             divergence=TABLE[terms.divergence.name].id,
             parameter=terms.divergence.parameter,
@@ -75,71 +76,59 @@ class NativeBackend:
             logits=buffers[0],
             target=buffers[1] if terms.dense else None,
         )
-        return NativeWorkspace(rows, step)
+        return NativeWorkspace(rows, terms, step)
 
-    def chunk_statistics(
-        self, workspace: NativeWorkspace, chunk: Chunk, terms: Terms, columns: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Products and two sweeps; see the contract."""
+    def chunk_statistics(self, workspace: NativeWorkspace, chunk: Chunk, columns: Tensor | None) -> Statistics:
+        """Products and two sweeps."""
+        terms = workspace.terms
         statistics, features, found, tail = workspace.step.statistics(_chunk(chunk), columns)
         workspace.outcomes = None
         if isinstance(chunk.target, SparseTarget) and Row.DIVERGENCE in terms.wanted:
             workspace.outcomes = sparse.complete_(statistics, chunk.target, found, (tail[0], tail[1]), terms)
-        return statistics, None if terms.features is None else features
+        return Statistics(statistics, None if terms.features is None else features)
 
-    def chunk_gradient(
-        self,
-        workspace: NativeWorkspace,
-        chunk: Chunk,
-        terms: Terms,
-        statistics: Tensor,
-        features: Tensor | None,
-        cotangents: Cotangents,
-        gradients: Gradients,
-        columns: Tensor | None = None,
-    ) -> None:
-        """One sweep and products; see the contract. columns: those of `chunk_statistics`, where it was given none."""
-        settled, at = cotangents.settled(statistics), None
-        if isinstance(chunk.target, SparseTarget) and Row.DIVERGENCE in terms.differentiated:
-            assert workspace.outcomes is not None
-            index, pull = chunk.target.index, _pull(chunk.target.index, terms, features, cotangents)
-            vocab = terms.head.weight.shape[0] if terms.head.weight is not None else chunk.hidden.shape[1]
-            at = sparse.gradient_at(workspace.outcomes, index, chunk, terms, statistics, settled, vocab, pull)
-        workspace.step.gradient(
-            _chunk(chunk),
-            statistics,
-            statistics if features is None else features,
-            settled,
-            cotangents.features,
-            at,
-            gradients.dhidden,
-            gradients.dweight,
-            gradients.dbias,
-            gradients.ddown,
-            gradients.dup,
-            gradients.first,
-            columns,
-        )
+    def chunk_gradient(self, workspace: NativeWorkspace, chunk: Chunk, found: Statistics, backward: Backward) -> None:
+        """One sweep and products."""
+        _gradient(workspace, chunk, found, backward, columns=None)
 
     def chunk_step(
-        self,
-        workspace: NativeWorkspace,
-        chunk: Chunk,
-        terms: Terms,
-        columns: Tensor | None,
-        cotangents: Cotangents,
-        gradients: Gradients,
-    ) -> tuple[Tensor, Tensor | None]:
-        """One half after the other: a chunk's logits do not stay in the cache between them. Column sums wait for the
-        gradient's sweep, which has every q at hand, unless a sparse target's tokens are left out of it."""
-        early, late = (columns, None) if isinstance(chunk.target, SparseTarget) else (None, columns)
-        statistics, features = self.chunk_statistics(workspace, chunk, terms, early)
-        self.chunk_gradient(workspace, chunk, terms, statistics, features, cotangents, gradients, late)
-        return statistics, features
+        self, workspace: NativeWorkspace, chunk: Chunk, columns: Tensor | None, backward: Backward
+    ) -> Statistics:
+        """One half after the other: a chunk's logits do not stay in the cache between them. Column sums are taken in
+        the gradient's sweep, which has every q at hand, unless a sparse target's tokens are left out of it."""
+        if columns is None or isinstance(chunk.target, SparseTarget):
+            return super().chunk_step(workspace, chunk, columns, backward)
+        found = self.chunk_statistics(workspace, chunk, None)
+        _gradient(workspace, chunk, found, backward, columns)
+        return found
 
 
-def _bits(rows: frozenset[Row]) -> int:
-    return sum(1 << row for row in rows)
+def _gradient(
+    workspace: NativeWorkspace, chunk: Chunk, found: Statistics, backward: Backward, columns: Tensor | None
+) -> None:
+    """The second half. columns: the column sums, where the first half has not added to them."""
+    terms, cotangents, at = workspace.terms, backward.cotangents, None
+    settled = cotangents.settled(found.rows)
+    if isinstance(chunk.target, SparseTarget) and Row.DIVERGENCE in terms.differentiated:
+        assert workspace.outcomes is not None
+        index, pull = chunk.target.index, _pull(chunk.target.index, terms, found.features, cotangents)
+        vocab = terms.head.weight.shape[0] if terms.head.weight is not None else chunk.hidden.shape[1]
+        at = sparse.gradient_at(workspace.outcomes, index, chunk, terms, found.rows, settled, vocab, pull)
+    workspace.step.gradient(
+        _chunk(chunk),
+        found.rows,
+        found.rows if found.features is None else found.features,
+        settled,
+        cotangents.features,
+        at,
+        backward.dhidden,
+        backward.dweight,
+        backward.dbias,
+        backward.ddown,
+        backward.dup,
+        backward.first,
+        columns,
+    )
 
 
 def _head(head: Head) -> Any:
@@ -149,8 +138,7 @@ def _head(head: Head) -> Any:
 def _chunk(chunk: Chunk) -> Any:
     target, head, index, best = None, Head(), None, None
     if isinstance(chunk.target, SparseTarget):
-        index = chunk.target.index
-        best = index.gather(1, chunk.target.log_prob.argmax(1, keepdim=True))[:, 0]
+        index, best = chunk.target.index, chunk.target.best()
     elif chunk.target is not None:
         target, head = chunk.target
     native = extension.MODULE
@@ -168,7 +156,7 @@ def _compressed(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _pull(index: Tensor, terms: Terms, features: Tensor | None, cotangents: Cotangents) -> Tensor | None:
-    """What the features multiply q by at `index` [R, k]: sum_j kappa_j (phi_j - <q, phi_j>)."""
+    """The factor of q that features contribute at `index` [R, k]: sum_j kappa_j (phi_j - <q, phi_j>)."""
     kappa = cotangents.features
     if features is None or kappa is None or terms.features is None:
         return None

@@ -11,20 +11,19 @@ from torch import Tensor
 
 from ..dtypes import accumulate_dtype
 from ..teachers.contract import DenseTarget
-from .contract import DIFFERENTIABLE, Chunk, Cotangents, Row, Terms
+from .contract import DIFFERENTIABLE, Cotangents, Row, Terms
 from .formulas import PAIRS, finished, hard_gradient, log_softmax, log_sum_exp, soft_gradient, times, unfinished_
-from .rows import RowBackend, rows_of, tiles
+from .rows import Operand, RowBackend, RowOperations
 
 
 class _Tile:
-    """What both halves of the step derive from a few rows of logits: z, its labels, its target's log p."""
+    """A few rows, as both halves of the step use them: z, labels, groups, the target's logits."""
 
-    def __init__(self, logits: Tensor, chunk: Chunk, terms: Terms, tile: slice) -> None:
-        chunk = rows_of(chunk, tile)
-        self.z = finished(logits[tile], terms.head)  # [r, V]
-        self.label, self.group, self.target = chunk.label, chunk.group, None
-        if isinstance(chunk.target, DenseTarget):
-            self.target = finished(chunk.target.hidden, chunk.target.head).to(self.z.dtype)
+    def __init__(self, x: Operand) -> None:
+        self.z = finished(x.logits, x.terms.head)  # [r, V]
+        self.label, self.group, self.target = x.chunk.label, x.chunk.group, None
+        if isinstance(x.chunk.target, DenseTarget):
+            self.target = finished(x.chunk.target.hidden, x.chunk.target.head).to(self.z.dtype)
 
     def potential(self, table: Tensor) -> Tensor:
         """The potential of each row: [r, V], or [1, V] where there is one group."""
@@ -38,15 +37,16 @@ class _Tile:
         return torch.where(inside, self.label, 0)[:, None], inside
 
 
-class ReferenceOperations:
+class ReferenceOperations(RowOperations):
     """Row statistics, row gradient and column sums in PyTorch."""
 
-    def row_statistics(self, logits: Tensor, chunk: Chunk, terms: Terms) -> Tensor:
-        """See `backends.rows.RowOperations`. Reads each logit about ten times, tile by tile."""
-        wide = accumulate_dtype(logits.dtype)
-        statistics = torch.zeros(len(Row), logits.shape[0], dtype=wide, device=logits.device)
-        for rows in tiles(logits):
-            tile, out, wanted = _Tile(logits, chunk, terms, rows), statistics[:, rows], terms.wanted
+    def row_statistics(self, x: Operand) -> Tensor:
+        """Reads each logit about ten times, tile by tile."""
+        terms, wanted = x.terms, x.terms.wanted
+        wide = accumulate_dtype(x.logits.dtype)
+        statistics = torch.zeros(len(Row), x.logits.shape[0], dtype=wide, device=x.logits.device)
+        for rows, some in x.tiles():
+            tile, out = _Tile(some), statistics[:, rows]
             out[Row.LSE], out[Row.LSE_LOW] = log_sum_exp(tile.z)
             log_q = log_softmax(tile.z, 1.0, out[Row.LSE, :, None], out[Row.LSE_LOW, :, None])
             if Row.LOG_PROB in wanted:
@@ -87,25 +87,17 @@ class ReferenceOperations:
         log_p = log_softmax(tile.target, terms.teacher_temperature, known[Row.TARGET_LSE], known[Row.TARGET_LSE_LOW])
         return log_q, log_p
 
-    def row_gradient_(
-        self,
-        logits: Tensor,
-        chunk: Chunk,
-        terms: Terms,
-        statistics: Tensor,
-        cotangents: Cotangents,
-        out: Tensor,
-    ) -> None:
-        """See `backends.rows.RowOperations`. With a, m, h, l, d, c the cotangents of LOG_PROB, MEAN_LOG_PROB,
-        ENTROPY, LSE, DIVERGENCE and POTENTIAL:
+    def row_gradient_(self, x: Operand, statistics: Tensor, cotangents: Cotangents, out: Tensor) -> None:
+        """With a, m, h, l, d, c the cotangents of LOG_PROB, MEAN_LOG_PROB, ENTROPY, LSE, DIVERGENCE and POTENTIAL:
 
-            dz = q (l - a - m - h (log q + H) + c (G - <q, G>)) + a e_y + m / V
-               + d (g - qT sum g) / T
-            draw = dz * logit_scale * (1 - (z / softcap)^2)
+        dz = q (l - a - m - h (log q + H) + c (G - <q, G>)) + a e_y + m / V
+           + d (g - qT sum g) / T
+        draw = dz * logit_scale * (1 - (z / softcap)^2)
         """
-        live, by = terms.differentiated, cotangents.settled(statistics)
-        for rows in tiles(logits):
-            tile, known = _Tile(logits, chunk, terms, rows), statistics[:, rows, None]  # [., r, 1]
+        terms, by = x.terms, cotangents.settled(statistics)
+        live = terms.differentiated
+        for rows, some in x.tiles():
+            tile, known = _Tile(some), statistics[:, rows, None]  # [., r, 1]
             cotangent = by[:, rows, None]
             z = tile.z
             log_q = log_softmax(z, 1.0, known[Row.LSE], known[Row.LSE_LOW])
@@ -121,33 +113,26 @@ class ReferenceOperations:
             active = (by[:DIFFERENTIABLE, rows] != 0).any(0)
             out[rows].copy_(unfinished_(dz, z, terms.head).masked_fill_(~active[:, None], 0.0))
 
-    def row_step_(self, logits: Tensor, chunk: Chunk, terms: Terms, cotangents: Cotangents, out: Tensor) -> Tensor:
-        """One after the other."""
-        statistics = self.row_statistics(logits, chunk, terms)
-        self.row_gradient_(logits, chunk, terms, statistics, cotangents, out)
-        return statistics
-
-    def row_probabilities(self, logits: Tensor, terms: Terms, statistics: Tensor) -> Tensor:
+    def row_probabilities(self, x: Operand, statistics: Tensor) -> Tensor:
         """exp((z - lse) - low)"""
-        z, known = finished(logits, terms.head), statistics[..., None]
+        z, known = finished(x.logits, x.terms.head), statistics[..., None]
         return log_softmax(z, 1.0, known[Row.LSE], known[Row.LSE_LOW]).exp()
 
-    def accumulate_columns_(
-        self, logits: Tensor, chunk: Chunk, terms: Terms, statistics: Tensor, columns: Tensor
-    ) -> None:
-        """See `backends.rows.RowOperations`. A product with the [G, r] matrix of weights: no atomics."""
+    def accumulate_columns_(self, x: Operand, statistics: Tensor, columns: Tensor) -> None:
+        """A product with the [G, r] matrix of weights: no atomics."""
         groups = torch.arange(columns.shape[0], device=columns.device)[:, None]
-        for rows in tiles(logits):
-            q = self.row_probabilities(logits[rows], terms, statistics[:, rows])
-            weight = q.new_ones(q.shape[0]) if chunk.weight is None else chunk.weight[rows]
+        for rows, some in x.tiles():
+            q, weight, group = self.row_probabilities(some, statistics[:, rows]), some.chunk.weight, some.chunk.group
+            if weight is None:
+                weight = q.new_ones(q.shape[0])
             q.masked_fill_(weight[:, None] == 0, 0.0)
-            if chunk.group is not None:
-                weight = torch.where(chunk.group[rows] == groups, weight, 0.0)  # [G, r]
+            if group is not None:
+                weight = torch.where(group == groups, weight, 0.0)  # [G, r]
             columns.addmm_(weight.view(-1, q.shape[0]), q)
 
 
 class ReferenceBackend(RowBackend):
-    """PyTorch on any device: what every other backend is measured against, and the one that is always there."""
+    """PyTorch on any device: always available, and the baseline for every other backend."""
 
     name = "reference"
     operations = ReferenceOperations()

@@ -1,4 +1,4 @@
-"""What every backend does with a sparse target: k tokens S of each row, and one bucket for all others.
+"""Sparse targets, the same for every backend: k tokens S of each row, and one bucket for all others.
 
 Outcomes are the tokens of S and the bucket, whose log q is a log-sum-exp over the tokens outside. With g = df/dlog q
 of each outcome, rho = g_bucket / q_bucket (0 without a bucket) and SLOPE = sum g - rho, summed over S as g - q rho
@@ -7,8 +7,8 @@ of each outcome, rho = g_bucket / q_bucket (0 without a bucket) and SLOPE = sum 
     outside of S    dz_v = d / T (-qT_v SLOPE)
     in S            dz_v = d / T (g_v - qT_v sum g)
 
-The first is the dense formula with g = 0, at the cost of a cross-entropy's; the second is [R, k], and written over
-what the sweep left there. So a backend supplies z at S and the log-sum-exp outside of S, and the rest is here.
+The first is the dense formula with g = 0 and costs as much as a cross-entropy's gradient; the second is [R, k], and
+overwrites the first at S. So a backend supplies z at S and the log-sum-exp outside of S; the rest is in this module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .formulas import PAIRS, hard_gradient, log_softmax, soft_gradient, unfinish
 
 
 class Outcomes(NamedTuple):
-    """What the gradient needs of a chunk's outcomes: z, log qT and g at S [R, k], and the sum of all g [R]."""
+    """The part of the outcomes that the gradient needs: z, log qT and g at S [R, k], and the sum of all g [R]."""
 
     z: Tensor
     log_q: Tensor
@@ -35,10 +35,10 @@ class Outcomes(NamedTuple):
 def complete_(
     statistics: Tensor, target: SparseTarget, z: Tensor, tail: tuple[Tensor, Tensor], terms: Terms
 ) -> Outcomes:
-    """Write DIVERGENCE and SLOPE into statistics whose SOFT_LSE is there.
+    """Write DIVERGENCE and SLOPE into statistics that hold SOFT_LSE.
 
-    z: finished logits at the target's tokens [R, k]; tail: log-sum-exp of z / T outside of them [R], and what its
-    rounding dropped.
+    z: finished logits at the target's tokens [R, k]; tail: log-sum-exp of z / T outside of them [R], and its
+    rounding error.
     """
     pair, parameter = PAIRS[terms.divergence.name], terms.divergence.parameter
     lse, low = statistics[Row.SOFT_LSE, :, None], statistics[Row.SOFT_LSE_LOW, :, None]
@@ -70,8 +70,8 @@ def gradient_at(
     vocab: int,
     pull: Tensor | None = None,
 ) -> Tensor:
-    """d / d(raw logits) at `index` [R, k], of everything that is differentiated. cotangents: settled; pull: what else
-    q is multiplied by there [R, k], such as features."""
+    """d / d(raw logits) at `index` [R, k], of everything that is differentiated. cotangents: settled; pull: a
+    further factor of q at `index` [R, k], from features."""
     z, known, cotangent = outcomes.z, statistics[..., None], cotangents[..., None]
     log_q = outcomes.log_q
     if terms.temperature != 1.0:
@@ -95,13 +95,13 @@ def gradient_at(
 
 
 def slope_cotangent(statistics: Tensor, cotangents: Tensor) -> Tensor:
-    """The cotangent of SOFT_LSE [R] that gives what lies outside of S its gradient: -d SLOPE."""
+    """The cotangent of SOFT_LSE [R] whose gradient is that of the tokens outside of S: -d SLOPE."""
     d = cotangents[Row.DIVERGENCE]
     return torch.where(d != 0, -d * statistics[Row.SLOPE], 0.0)
 
 
 def log_add(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """log(e^a + e^b) of numbers that come with what their rounding dropped, as such a pair."""
+    """log(e^a + e^b); a, b and the result are pairs of a value and its rounding error."""
     top = torch.maximum(a[0], b[0])
     top = torch.where(top.isinf(), 0.0, top)
     rest = (((a[0] - top) + a[1]).exp() + ((b[0] - top) + b[1]).exp()).log()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.contract import DIFFERENTIABLE, Chunk, Cotangents, Gradients, Row
+from ..backends.contract import DIFFERENTIABLE, Backward, Chunk, Cotangents, Row
 from ..backends.formulas import head_logits
 from ..teachers.contract import Request, Rows, source_of
 from ..teachers.head import open_head
@@ -70,20 +70,18 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
                 down=None if problem.down is None else rows.take(problem.down),
             )
             if seed is None:
-                statistics, features = backend.chunk_statistics(workspace, chunk, terms, outcome.columns)
+                found = backend.chunk_statistics(workspace, chunk, outcome.columns)
             else:
-                gradients = Gradients(to_hidden.of(rows), dweight, dbias, number == 0, to_down.of(rows), dup)
-                cotangents = seed(chunk, rows)
-                statistics, features = backend.chunk_step(
-                    workspace, chunk, terms, outcome.columns, cotangents, gradients
-                )
+                into = to_hidden.of(rows), dweight, dbias, number == 0, to_down.of(rows), dup
+                found = backend.chunk_step(workspace, chunk, outcome.columns, Backward(seed(chunk, rows), *into))
                 to_hidden.settle(rows)
                 to_down.settle(rows)
+            statistics = found.rows
             if Row.DIVERGENCE in terms.wanted:  # guards against 0 log 0 are blind to NaN
                 broken = (statistics[Row.SOFT_LSE] + statistics[Row.TARGET_LSE]).isnan()
                 statistics[Row.DIVERGENCE].masked_fill_(broken, torch.nan)
-            if outcome.features is not None and features is not None:
-                rows.put(outcome.features, features)
+            if outcome.features is not None and found.features is not None:
+                rows.put(outcome.features, found.features)
             rows.put(outcome.rows, statistics[:REPORTED], dim=1)
         if targets is not None:
             next(targets, None)  # lets a source check that it ended where the rows do

@@ -1,4 +1,4 @@
-"""Where target distributions come from, chunk by chunk."""
+"""Teachers: the target distribution of each chunk of rows."""
 
 from .head import TeacherHead
 from .logits import TeacherLogits

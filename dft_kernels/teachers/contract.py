@@ -1,8 +1,8 @@
-"""Where target distributions come from: one question, "the target of these rows", answered chunk by chunk.
+"""Teachers: they supply the target distribution of each chunk of rows.
 
-The chunk loop opens a teacher once for the blocks of rows it is going to visit (ignored rows are never asked
-for) and receives one target per block. A teacher that is tensors gives it on the spot; a `Source` (stream.py,
-mixture.py) answers in Python.
+The chunk loop opens a teacher once for the blocks of rows that it is going to visit (never ignored rows) and
+receives one target per block. A teacher that consists of tensors is sliced; a `Source` (stream.py, mixture.py) runs
+Python code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 class Head(NamedTuple):
     """Hidden states to logits: cap(logit_scale * (hidden @ weight.T + bias)), cap(x) = softcap * tanh(x / softcap).
 
-    weight [V, H], or None where `hidden` [.., V] already holds what the product would give.
+    weight [V, H], or None where `hidden` [.., V] already holds the product.
     """
 
     weight: Tensor | None = None
@@ -32,13 +32,17 @@ class Head(NamedTuple):
 
 
 class DenseTarget(NamedTuple):
-    """The target distribution of a chunk: softmax over what `head` makes of `hidden`, any floating dtype.
+    """The target distribution of a chunk: the softmax of the logits of `hidden` and `head`, any floating dtype.
 
-    hidden [R, Ht] with a head's weight, whose product is the backend's to do; logits [R, V] without one.
+    hidden [R, Ht] with a head's weight, which the backend multiplies; logits [R, V] without one.
     """
 
     hidden: Tensor
     head: Head
+
+    def part(self, rows: slice) -> DenseTarget:
+        """That of some rows."""
+        return DenseTarget(self.hidden[rows], self.head)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,14 @@ class SparseTarget:
     index: Tensor  # [R, k] int64, distinct in a row
     log_prob: Tensor  # [R, k] in the accumulation dtype
     tail: Tensor | None  # [R], log p of the bucket; None: no such outcome
+
+    def part(self, rows: slice) -> SparseTarget:
+        """That of some rows."""
+        return SparseTarget(self.index[rows], self.log_prob[rows], None if self.tail is None else self.tail[rows])
+
+    def best(self) -> Tensor:
+        """The likeliest token of each row [R]."""
+        return self.index.gather(1, self.log_prob.argmax(1, keepdim=True))[:, 0]
 
 
 Target = DenseTarget | SparseTarget
@@ -76,7 +88,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Request:
-    """What a `Source` is asked for: targets of `blocks` of a problem of `rows` rows and `vocab` columns."""
+    """The argument of `Source.open`: targets of `blocks` of a problem of `rows` rows and `vocab` columns."""
 
     blocks: Sequence[Rows]
     rows: int
@@ -89,9 +101,9 @@ class Request:
 
 
 class Source(ABC):
-    """A teacher that answers in Python: an operator's schema, which has no room for it, holds its handle."""
+    """A teacher that runs Python code. An operator's schema cannot hold such an object, so it holds its handle."""
 
-    buffers = 1  # logits [chunk, V] that it holds at a time
+    buffers = 1  # chunks of logits [R, V] that it holds at a time
 
     def __init__(self) -> None:
         self.handle = next(_handles)
@@ -100,7 +112,7 @@ class Source(ABC):
     @property
     @abstractmethod
     def replayable(self) -> bool:
-        """Whether the same rows can be asked for twice."""
+        """Whether the targets of the same rows can be read twice."""
 
     @abstractmethod
     def open(self, request: Request) -> AbstractContextManager[Iterator[DenseTarget]]:

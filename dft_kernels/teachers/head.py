@@ -1,4 +1,4 @@
-"""A teacher that is its last hidden states and a head."""
+"""A teacher given by its last hidden states and its head."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ class TeacherHead:
 
 @contextmanager
 def open_head(hidden: Tensor, head: Head, blocks: Sequence[Rows]) -> Generator[Iterator[DenseTarget]]:
-    """Targets of `blocks` from a teacher that is tensors."""
+    """Targets of `blocks` from a teacher that consists of tensors."""
     yield (DenseTarget(rows.take(hidden), head) for rows in blocks)

@@ -1,4 +1,4 @@
-"""A teacher whose logits are already there."""
+"""A teacher given by its logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class TeacherLogits:
-    """Logits [..., V] that are already there, of any floating dtype; leading dimensions follow `hidden`'s.
+    """A teacher's logits [..., V], of any floating dtype; leading dimensions follow `hidden`'s.
 
     What a plain tensor passed as `teacher` becomes. vocab_size: of a padded vocabulary, only its first ids are the
     model's; p is the softmax over these.

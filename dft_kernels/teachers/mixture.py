@@ -1,4 +1,4 @@
-"""Blends of teachers: a chunk's logits of each, one after the other into one target."""
+"""Mixtures of teachers: each teacher's probabilities of a chunk, accumulated into one target."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .top_k import TopK, open_top_k
 
 
 class Given(NamedTuple):
-    """A teacher that is tensors, flattened to N rows."""
+    """A teacher that consists of tensors, flattened to N rows."""
 
     hidden: Tensor
     head: Head
@@ -41,7 +41,7 @@ class Mixture(Source):
     Memory: three chunks of logits in the accumulation dtype. FLOPs: each teacher's own. Outside torch.compile's graph.
     """
 
-    buffers = 3  # the blend, a part, and what its log-sum-exp takes
+    buffers = 3  # the mixture, one teacher, and a temporary of its log-sum-exp
 
     def __init__(self, teachers: Sequence[Any], weights: Sequence[float], kind: str = "linear") -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Mixture(Source):
         return all(part.replayable for part in self.teachers if isinstance(part, Source))
 
     def open(self, request: Request) -> Any:
-        """The blend of each block, as dense logits."""
+        """The mixture of each block, as dense logits."""
         return _open(self.parts, self.weights, self.kind, request)
 
 
@@ -79,9 +79,9 @@ def _blended(
     opened: list[Iterator[Any] | None], weights: list[float], kind: str, request: Request
 ) -> Iterator[DenseTarget]:
     rows = max((block.stop - block.start for block in request.blocks), default=0)
-    room = [torch.empty(rows, request.vocab, dtype=request.dtype, device=request.device) for _ in range(2)]
+    buffers = [torch.empty(rows, request.vocab, dtype=request.dtype, device=request.device) for _ in range(2)]
     for block in request.blocks:
-        total, own = (buffer[: block.stop - block.start] for buffer in room)
+        total, own = (buffer[: block.stop - block.start] for buffer in buffers)
         total.fill_(-torch.inf if kind == "linear" else 0.0)
         for targets, weight in zip(opened, weights, strict=True):
             if targets is None:

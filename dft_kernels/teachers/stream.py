@@ -41,12 +41,12 @@ class LogitStream(Source):
 
     @property
     def replayable(self) -> bool:
-        """Whether the same rows can be asked for twice."""
+        """Whether the targets of the same rows can be read twice."""
         return callable(self.source)
 
     @contextmanager
     def open(self, request: Request) -> Generator[Iterator[DenseTarget]]:
-        """Chunks read ahead on a thread that ends with the context, however the context ends."""
+        """Chunks read ahead on a thread that ends with the context, on an error too."""
         self.spent = True
         reader = _Reader(self, request)
         try:
@@ -210,7 +210,7 @@ class _Reader:
 
 @contextmanager
 def _naming_rows(first: int, last: int) -> Generator[None]:
-    """A source's own exception surfaces as the cause of one that names the rows."""
+    """Raise a source's exception as the cause of one that names the rows."""
     try:
         yield
     except Exception as error:

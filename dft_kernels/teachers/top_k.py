@@ -1,4 +1,4 @@
-"""A sparse teacher: the likeliest tokens of each row, and what the rest weighs."""
+"""A sparse teacher: the likeliest tokens of each row, and the probability of all others."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ TAILS = ("bucket", "renormalise", "ignore")
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """The k likeliest tokens of each row and what the rest weighs: a sparse target.
+    """The k likeliest tokens of each row and the probability of all others: a sparse target.
 
     indices: [..., k] int64, distinct in a row; log_probs: [..., k], log p of them in the whole distribution
     softmax(teacher logits / temperature); tail_log_prob: [...], log of the mass outside, None: 1 - sum, which
     rounding spoils where the tail is small, so keep it at capture. Leading dimensions follow `hidden`'s.
 
-    tail says what becomes of the mass outside of the k tokens S:
+    tail: the treatment of the mass outside of the k tokens S.
 
         "bucket"       one outcome more, for target and model alike: D over k + 1 outcomes, the model's tail
                        summed over its tokens. Exact for what is known: a lower bound of D over the whole
@@ -61,5 +61,5 @@ def _sparse(top: TopK, rows: Rows, temperature: float, dtype: torch.dtype) -> Sp
     if top.tail_log_prob is None:
         return SparseTarget(index, log_p, torch.log1p(-log_p.exp().sum(-1).clamp(max=1.0)))
     tail = rows.take(top.tail_log_prob).to(dtype)
-    total = torch.logaddexp(log_p.logsumexp(-1), tail)  # what rounding, at capture, made of 1
+    total = torch.logaddexp(log_p.logsumexp(-1), tail)  # 0 but for the rounding at capture
     return SparseTarget(index, log_p - total[:, None], tail - total)

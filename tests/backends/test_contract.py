@@ -7,7 +7,7 @@ import torch
 from cases import CASES, PRESENT, compare, make, present
 
 from dft_kernels.backends import BACKENDS
-from dft_kernels.backends.contract import Chunk, Gradients
+from dft_kernels.backends.contract import Backward, Chunk
 from dft_kernels.loss.build import build
 from dft_kernels.loss.options import Function
 from dft_kernels.loss.problem import loss_terms
@@ -46,7 +46,7 @@ def test_chunk_size_changes_nothing(case: str, chunk_size: int, backend: str) ->
 @pytest.mark.parametrize("case", ["everything", "reverse_kl", "label_smoothing", "z_loss", "skew_kl"])
 @torch.no_grad()
 def test_the_halves_are_the_step(case: str, backend: str) -> None:
-    """chunk_statistics and chunk_gradient, between which others may meet, do what chunk_step does."""
+    """chunk_statistics and chunk_gradient, between which a reduction may stand, do what chunk_step does."""
     arguments = make(CASES[case], torch.bfloat16)
     given = [arguments.pop(name, None) for name in ("hidden", "weight", "target", "teacher")]
     problem = build(Function("test"), *given, arguments)
@@ -66,15 +66,19 @@ def test_the_halves_are_the_step(case: str, backend: str) -> None:
     chosen, outcomes = BACKENDS[backend], []
     for whole in (True, False):
         assert problem.weight is not None
-        gradients = Gradients(
-            torch.full_like(chunk.hidden, torch.nan), torch.full(problem.weight.shape, torch.nan), None, first=True
+        backward = Backward(
+            cotangents,
+            torch.full_like(chunk.hidden, torch.nan),
+            torch.full(problem.weight.shape, torch.nan),
+            None,
+            first=True,
         )
         workspace = chosen.workspace(16, problem.vocab, chunk.hidden, terms, gradient=True)
         if whole:
-            statistics, _ = chosen.chunk_step(workspace, chunk, terms, None, cotangents, gradients)
+            found = chosen.chunk_step(workspace, chunk, None, backward)
         else:
-            statistics, features = chosen.chunk_statistics(workspace, chunk, terms, None)
-            chosen.chunk_gradient(workspace, chunk, terms, statistics, features, cotangents, gradients)
-        outcomes.append((statistics[sorted(terms.wanted)], gradients.dhidden, gradients.dweight))
+            found = chosen.chunk_statistics(workspace, chunk, None)
+            chosen.chunk_gradient(workspace, chunk, found, backward)
+        outcomes.append((found.rows[sorted(terms.wanted)], backward.dhidden, backward.dweight))
     for step, halves in zip(*outcomes, strict=True):
         torch.testing.assert_close(step, halves, rtol=1e-2 if step.dtype == torch.bfloat16 else 1e-5, atol=2e-4)

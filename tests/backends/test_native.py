@@ -169,28 +169,49 @@ def test_every_half_survives_the_way_through():
     assert float(found) == pytest.approx(float(-small.double().log_softmax(-1)[0, 5]), rel=1e-6)
 
 
-SETTINGS = {
+SETTINGS = {  # what a process is told to use less of than this processor has
     "baseline": {"ATEN_CPU_CAPABILITY": "default"},
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     "no_bf16_products": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "all_of_it": {},
 }
+other_processors = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="one instruction set on this processor"
+)
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one instruction set on this processor")
-@pytest.mark.parametrize("name", SETTINGS)
-def test_every_path_that_other_processors_take(name):
-    """The shared cases once more in a process that is told to use less than this processor has."""
-    environment = {**os.environ, **SETTINGS[name]}
+def run_under(setting: str, threads: int, selection: str, *files: str) -> None:
+    """The selected tests of these files, all passing, in a process with a setting and so many threads."""
+    environment = {**os.environ, **SETTINGS[setting]}
     code = (
         "from dft_kernels.backends import extension as e; print(e.MODULE.instruction_set(), e.MODULE.multiplies_bf16())"
     )
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     chosen, multiplies = ran.stdout.split()
-    if name == "no_bf16_products":
+    if "ONEDNN_MAX_CPU_ISA" in SETTINGS[setting]:
         assert multiplies == "False"
-    else:
-        assert chosen in (name, "baseline")  # a processor without AVX2 has only the latter
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "test_contract.py", "test_native.py"]
-    chosen_tests = "native and not every_path and not no_rows or functions"
-    ran = subprocess.run([*command, "-k", chosen_tests], cwd=TESTS, env=environment, capture_output=True, text=True)
+    if "ATEN_CPU_CAPABILITY" in SETTINGS[setting]:
+        assert chosen in (setting, "baseline")  # a processor without AVX2 has only the latter
+    # set inside the process: torch takes no more threads than cores from OMP_NUM_THREADS
+    code = f"import sys, pytest, torch; torch.set_num_threads({threads}); sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "-q", "-x", *files, "-k", f"({selection}) and not other_processors"]
+    ran = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-3000:]
+
+
+@other_processors
+@pytest.mark.parametrize("setting", [name for name, less in SETTINGS.items() if less])
+def test_other_processors(setting: str) -> None:
+    """The case table through the CPU kernels on every instruction set that a processor may lack."""
+    run_under(setting, 2, "test_case and native or functions", "test_contract.py", "test_native.py")
+
+
+@pytest.mark.full
+@other_processors
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_other_processors_in_full(setting: str, threads: int) -> None:
+    """Every instruction set with every number of threads: all backends (the interpreted one does not depend on either),
+    every test that judges results."""
+    files = ("test_contract.py", "test_native.py", "test_edges.py", "test_gate.py")
+    run_under(setting, threads, "not triton", *files)

@@ -1,7 +1,8 @@
 """Random calls: any mix of shapes, dtypes, terms, teachers and chunk sizes agrees with the float64 oracle.
 
-What is looked for is a wrong formula in a rare mix, not rounding: in a problem of a few numbers the eager loss's
-error, which the gate is made of, is a matter of luck. The table of cases judges rounding.
+What is looked for is a wrong formula in a rare mix, not rounding, hence the slack: where the addends of a logit's
+gradient cancel (a label of probability 1, in the extreme V = 1), it is good to an eps of these addends, and the
+condition number behind the gate does not see that. The table of cases judges rounding.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import PRESENT, Case, compare, present
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from dft_kernels import divergences
@@ -79,6 +79,9 @@ def test_any_call(backend: str, times: int) -> None:
         case=calls(ROWS.get(backend, 40)), dtype=st.sampled_from(dtypes), chunk_size=st.sampled_from([None, 1, 3, 16])
     )
     def agrees(case: Case, dtype: torch.dtype, chunk_size: int | None) -> None:
+        chosen = case.options["divergence"]
+        steep = not isinstance(chosen, str) and chosen.name == "alpha_divergence" and not 0 < chosen.parameter < 1
+        assume(not (steep and dtype == torch.float16))  # whose gradients may lie beyond 65504
         compare(case, dtype, backend, slack=1e-4, chunk_size=chunk_size)
 
     agrees()

@@ -1,6 +1,9 @@
-# make demo, make test, make test-all: each sets up all it needs. Options:
+# make demo, make test: each sets up all it needs. Options:
 #   PYTHON=/path/to/python   use that environment (it must have torch) instead of making .venv
 #   TORCH='torch==2.13.0'    what pip installs as torch into .venv
+# make test-all: the whole product of cases, dtypes, chunk sizes and backends
+# make test-oldest: the tests with the oldest versions that are supported, in a copy with a .venv of its own
+#   OLDEST_PYTHON=python3.12 makes that .venv
 # make sanitize: the C++ code under ASan and UBSan
 TORCH ?= torch==2.13.0
 ifdef PYTHON
@@ -8,16 +11,27 @@ PY := $(PYTHON)
 else
 PY := .venv/bin/python
 endif
+OLDEST_PYTHON ?= python3.12
+OLDEST := torch==2.11.0 'transformers==5.17.*' 'triton==3.6.*' 'numpy<2.4'
+PYTEST := -m pytest -n auto --dist worksteal -p no:benchmark
+COPY := tar -c --exclude=./build --exclude=./.venv --exclude=./.git --exclude='*.so' --exclude=_build.json . | tar -x -C
 STAMP := build/installed-$(subst /,_,$(subst =,_,$(PY)-$(TORCH)))
 
-.PHONY: test test-all demo install lint sanitize clean
+.PHONY: test test-all test-oldest demo install lint sanitize clean
 
 test: $(STAMP) lint
-	$(PY) -m pytest -n auto --dist worksteal -p no:benchmark
+	$(PY) $(PYTEST) -m 'not full'
 
-# with the tests that are marked full
 test-all: $(STAMP) lint
-	$(PY) -m pytest -n auto --dist worksteal -p no:benchmark -m ""
+	$(PY) $(PYTEST)
+
+test-oldest:
+	rm -rf build/oldest && mkdir -p build/oldest
+	$(COPY) build/oldest
+	printf '%s\n' $(OLDEST) > build/oldest/constraints.txt
+	$(OLDEST_PYTHON) -m venv build/oldest/.venv
+	cd build/oldest && PIP_CONSTRAINT=constraints.txt $(MAKE) install PYTHON=.venv/bin/python TORCH=torch==2.11.0
+	cd build/oldest && .venv/bin/python $(PYTEST) -m 'not full'
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
@@ -32,8 +46,7 @@ install: $(STAMP)
 # the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy beside the usual build
 sanitize: $(STAMP)
 	rm -rf build/sanitize && mkdir -p build/sanitize
-	cp -r setup.py pyproject.toml README.md LICENSE csrc dft_kernels tests build/sanitize/
-	rm -f build/sanitize/dft_kernels/*.so
+	$(COPY) build/sanitize
 	cd build/sanitize && DFT_KERNELS_SANITIZE=1 $(abspath $(PY)) setup.py -q build_ext --inplace
 	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \

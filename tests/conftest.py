@@ -1,8 +1,10 @@
 """On a machine without a GPU the GPU backends are emulated on CPU tensors: the Triton kernels by Triton's interpreter
 (before anything imports triton), the generic CUDA kernels by a stand-in for CUDA's threads. No test asks a hub."""
 
+import inspect
 import os
 
+import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers; its answer is at once, and every time
@@ -11,3 +13,17 @@ if not torch.cuda.is_available():
     import cuda_on_host
 
     cuda_on_host.install()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """`@pytest.mark.kept(where=lambda backend, dtype: ...)`: of a product's cells the others are `full`."""
+    for mark in item.iter_markers("kept"):
+        where, cell = mark.kwargs["where"], item.callspec.params  # type: ignore[attr-defined]
+        if not where(**{name: cell[name] for name in inspect.signature(where).parameters}):
+            item.add_marker(pytest.mark.full)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws without a generator of its own does not depend on the tests before it."""
+    torch.manual_seed(0)

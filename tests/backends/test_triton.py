@@ -109,16 +109,15 @@ def test_column_sums(groups: int) -> None:
     torch.testing.assert_close(sums[0], 1.0 + share.t() @ q)
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[dict]:
-    done = without_interpreter([str(TESTS / "triton_resources.py")])
+@pytest.mark.kept(where=lambda architecture: architecture == 90)
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_what_kernels_compile_to(architecture: int) -> None:
+    """Every specialisation that the table of cases launches: nothing spills, and logits are read 16 bytes at a time
+    where V is divisible by 16, as the vocabularies of models are, and where the row has memory to read on to that, as
+    that of a workspace has. (The kernel of probabilities has too few a thread.)"""
+    done = without_interpreter([str(TESTS / "triton_resources.py"), str(architecture)])
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def test_nothing_spills(compiled: list[dict]) -> None:
-    """Every specialisation that the table of cases launches, for Ampere, Hopper and Blackwell."""
-    assert {entry["architecture"] for entry in compiled} == {"sm_80", "sm_90a", "sm_100a"}
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
     rows = [entry for entry in compiled if entry["kernel"] == "row_kernel"]
     assert {entry["constants"]["PAIR"] for entry in rows} == {None, *divergences.TABLE}
     assert {(bool(entry["constants"]["WANTED"]), entry["constants"]["GRADIENT"]) for entry in rows} == {
@@ -130,12 +129,7 @@ def test_nothing_spills(compiled: list[dict]) -> None:
         assert entry["spilled"] == 0, entry
         assert entry["registers"] <= 96, entry
         assert entry["shared"] <= 4096, entry
-
-
-def test_logits_are_read_16_bytes_at_a_time(compiled: list[dict]) -> None:
-    """Where V is divisible by 16, as the vocabularies of models are, and where the row has memory to read on to that,
-    as that of a workspace has. (The kernel of probabilities has too few a thread.)"""
     even = [entry for entry in compiled if entry["even"] and entry["kernel"] != "probability_kernel"]
-    assert len(even) > 200
+    assert len(even) > 70
     for entry in even:
         assert entry["wide_loads"] > 0, entry

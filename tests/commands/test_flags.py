@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 transformers = pytest.importorskip("transformers")
-from test_capture import SMALL, tokenizer  # noqa: F401 - a fixture
+from tiny_models import SMALL, tokenizer  # noqa: F401 - a fixture
 from transformers.hf_argparser import string_to_bool
 
 from dft_kernels.commands import arguments, bench, target

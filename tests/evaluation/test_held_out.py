@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from test_capture import tiny
+from tiny_models import far as tiny
 
 from dft_kernels.evaluation.held_out import distinct, held_out
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from test_capture import tiny, tokenizer  # noqa: F401 - a fixture
+from tiny_models import far as tiny
+from tiny_models import tokenizer  # noqa: F401 - a fixture
 
 from dft_kernels.generation.sampling import continuations
 

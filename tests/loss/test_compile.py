@@ -14,6 +14,8 @@ from dft_kernels.loss.options import Function
 from dft_kernels.testing import relative_error
 
 
+# inductor runs a C++ compiler, on graphs in which the loss is one node
+@pytest.mark.kept(where=lambda backend, case: backend != "inductor" or case == "everything")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(
     "case", ["everything", "none", "cross_entropy_bias", "no_compact", "low_rank", "every_statistic"]

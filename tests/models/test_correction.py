@@ -10,7 +10,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
-from test_attach import IDS, gradients, tiny
+from tiny_models import IDS, tiny
+from walk_models import gradients
 
 from dft_kernels.models.correction import add_correction, load_correction, remove_correction, save_correction
 from dft_kernels.training.attach import attach

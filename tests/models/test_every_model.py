@@ -10,7 +10,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from test_attach import IDS, tiny
+from tiny_models import IDS, tiny
 from walk_models import TABLE, assert_same, classes, gradients, walk
 
 from dft_kernels.models.heads import head_of

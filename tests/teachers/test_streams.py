@@ -38,7 +38,7 @@ def gradients(problem, teacher, **options):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 100])
-@pytest.mark.parametrize("pieces", [[N], [1] * N, [7, 7, 9], [20, 3]])
+@pytest.mark.parametrize("pieces", [[N], [1] * N, [7, 7, 9], [5, 7, 8, 3], [20, 3]])
 def test_iterator_equals_tensor(problem, pieces, chunk_size):
     logits = problem[3]
     ours = gradients(problem, LogitStream(iter(logits.split(pieces))), chunk_size=chunk_size)

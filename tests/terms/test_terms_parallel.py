@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_terms import ENDS, HAZARD, MARKS, RATE, TRACKED, B, P, V, close, gradients, made, of_loss
+from term_cases import ENDS, HAZARD, MARKS, RATE, TRACKED, B, P, V, close, gradients, made, of_loss
 from two_processes import on_two
 
 from dft_kernels.terms import Delayed, Entropy, NGrams, PunctuationRate, SentenceLength, TokenL2, exact

@@ -9,30 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from tiny_models import IDS, tiny
+from walk_models import TINY, assert_same, gradients
 
 import dft_kernels
 from dft_kernels.models.heads import head_of, hidden_states
-
-transformers = pytest.importorskip("transformers")
-from walk_models import TINY, assert_same, gradients
-
 from dft_kernels.training.attach import attach, detach
-
-DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "residual_dropout", "hidden_dropout")
-DROPOUTS += ("resid_pdrop", "attn_pdrop", "embd_pdrop")
-IDS = torch.arange(3, 27).view(2, 12)
-
-
-def tiny(kind: str = "llama", **more: Any) -> Any:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of settings that one kind or another does not know
-        config = transformers.CONFIG_MAPPING[kind](**{**TINY, **dict.fromkeys(DROPOUTS, 0.0), **more})
-        model = transformers.AutoModelForCausalLM.from_config(config).float().train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 @pytest.mark.parametrize("kind", ["cpmant", "trocr"])

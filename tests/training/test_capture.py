@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import WORDS, far
 
 import dft_kernels
 from dft_kernels.commands import main as cli
@@ -15,34 +16,6 @@ from dft_kernels.models.heads import head_of, hidden_states
 from dft_kernels.store.reader import Store
 from dft_kernels.testing import relative_error
 from dft_kernels.training.capture import capture, sequences_of
-
-transformers = pytest.importorskip("transformers")
-WORDS = [f"word{n}" for n in range(90)]
-SMALL = {
-    "vocab_size": 100, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
-    "pad_token_id": 0,
-}  # fmt: skip
-
-
-def tiny(name: str = "Llama", **more: Any) -> Any:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{**SMALL, **more})
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # far from uniform
-            parameter.normal_(std=0.3)
-    return model.eval()
-
-
-@pytest.fixture
-def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = {word: n for n, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="<pad>")
 
 
 def texts(count: int = 9) -> list[str]:
@@ -63,7 +36,7 @@ def texts(count: int = 9) -> list[str]:
     ],
 )
 def test_head_of(name: str, more: dict[str, Any]) -> None:
-    model = tiny(name, **more)
+    model = far(name, **more)
     head, ids = head_of(model), torch.arange(5, 25).view(2, 10)
     with torch.no_grad():
         exact = model(input_ids=ids).logits
@@ -75,7 +48,7 @@ def test_head_of(name: str, more: dict[str, Any]) -> None:
 
 
 def test_a_head_that_does_more_is_refused() -> None:
-    model = tiny()
+    model = far()
     forward = model.forward
 
     def shifted(*arguments: Any, **named: Any) -> Any:
@@ -91,7 +64,7 @@ def test_a_head_that_does_more_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["hidden", "topk"])
 def test_the_store_is_the_live_teacher(kind: str, tmp_path: Path, tokenizer: Any) -> None:
     """The same loss and gradients, for a student trained from the store, as from the running teacher."""
-    teacher = tiny().to(torch.bfloat16)
+    teacher = far().to(torch.bfloat16)
     sequences = sequences_of(texts(), tokenizer, 12)
     assert max(map(len, sequences)) == 12
     store = capture(teacher, tokenizer, sequences, tmp_path / "s", kind, k=100, batch_tokens=40, shard_rows=50)
@@ -114,7 +87,7 @@ def test_the_store_is_the_live_teacher(kind: str, tmp_path: Path, tokenizer: Any
 
 
 def test_temperature_and_tail(tmp_path: Path, tokenizer: Any) -> None:
-    teacher, sequences = tiny(), sequences_of(texts(), tokenizer, 64)
+    teacher, sequences = far(), sequences_of(texts(), tokenizer, 64)
     store = capture(teacher, tokenizer, sequences, tmp_path / "s", "topk", k=7, temperature=2.5)
     item = store[3]
     with torch.no_grad():
@@ -126,7 +99,7 @@ def test_temperature_and_tail(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_interrupted_it_goes_on(tmp_path: Path, tokenizer: Any) -> None:
-    teacher, sequences = tiny(), sequences_of(texts(), tokenizer, 12)
+    teacher, sequences = far(), sequences_of(texts(), tokenizer, 12)
     options: dict[str, Any] = {"kind": "topk", "k": 3, "batch_tokens": 30, "shard_rows": 30}
     whole = capture(teacher, tokenizer, sequences, tmp_path / "whole", **options)
     done = []
@@ -160,7 +133,7 @@ def test_interrupted_it_goes_on(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    capture(tiny(), tokenizer, sequences_of(texts(), tokenizer, 12), tmp_path / "s")
+    capture(far(), tokenizer, sequences_of(texts(), tokenizer, 12), tmp_path / "s")
     Store(tmp_path / "s", tokenizer)
     tokenizer.add_tokens(["another"])
     with pytest.raises(ValueError, match=r"manifest.json: tokenizer_sha256 must be this tokenizer's"):
@@ -169,7 +142,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path, tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["hidden", "topk"])
 def test_a_padded_vocabulary_is_sliced_where_it_is_said(kind: str, tmp_path: Path, tokenizer: Any) -> None:
-    teacher, sequences = tiny(), sequences_of(texts(), tokenizer, 64)
+    teacher, sequences = far(), sequences_of(texts(), tokenizer, 64)
     store = capture(teacher, tokenizer, sequences, tmp_path / "s", kind, k=80, vocab_size=94)
     batch = store.batch([2])
     with torch.no_grad():
@@ -184,7 +157,7 @@ def test_a_padded_vocabulary_is_sliced_where_it_is_said(kind: str, tmp_path: Pat
 
 
 def test_the_command(tmp_path: Path, tokenizer: Any, capsys: Any) -> None:
-    tiny().save_pretrained(tmp_path / "model")
+    far().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "a.txt").write_text(" ".join(texts()))
     out = tmp_path / "store"

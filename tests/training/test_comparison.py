@@ -11,7 +11,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from test_capture import WORDS, tokenizer  # noqa: F401 - a fixture
+from tiny_models import WORDS, tokenizer  # noqa: F401 - a fixture
 
 from dft_kernels.benchmarks.runs import about
 from dft_kernels.commands import demo

@@ -9,19 +9,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from tiny_models import tiny
+from training_runs import config, curve, written
 from two_processes import on_two
 
 import dft_kernels as dk
-from dft_kernels.store.reader import Store
-
-transformers = pytest.importorskip("transformers")
-accelerate = pytest.importorskip("accelerate")
-from test_attach import tiny
-from test_trainer import config, curve, written
-
 from dft_kernels.generation.sampling import roll_out
+from dft_kernels.store.reader import Store
 from dft_kernels.terms import OnPolicy, ReferenceKL, TokenL2
 from dft_kernels.training import fused_forward, rollouts
 from dft_kernels.training.attach import attach, detach
@@ -72,13 +70,17 @@ def mine(half: int | None = None) -> slice:
     return slice(4 * RANK, 4 * RANK + 4) if half is None else slice(4 * RANK + 2 * half, 4 * RANK + 2 * half + 2)
 
 
+def forget() -> None:
+    """What accelerate and Trainer's arguments have kept of the function before."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+
+
 def accelerator(**plugin: Any) -> Any:
     """accelerate's, that of FSDP2 where given its plugin's options. It does not take FSDP on a CPU, so that it is told
     of GPUs; all that follows is its own."""
-    from accelerate.state import AcceleratorState, PartialState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    forget()
     PartialState(cpu=True)
     if not plugin:
         return accelerate.Accelerator(cpu=True)
@@ -119,7 +121,8 @@ def fsdp2(folder: Path) -> None:
 
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    for tied, taught, reshard in product((True, False), (False, True), (True, False)):
+    every_pair = ((True, False, True), (True, True, False), (False, False, False), (False, True, True))
+    for tied, taught, reshard in every_pair:
         one = accelerator(reshard_after_forward=reshard)
         model = attach(tiny(tie_word_embeddings=tied), hard_weight=0.3)
         model, _ = one.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -167,15 +170,13 @@ def assert_trained(folder: Path, found: dict[str, Any]) -> None:
 
 
 def trainer_ddp(folder: Path) -> None:
+    forget()
     assert_trained(folder, train(folder, options(folder, 1, matching_from=2)))
 
 
 def of_fsdp2(folder: Path, **changes: Any) -> Any:
     """Its configuration, as `accelerator`."""
-    from accelerate.state import AcceleratorState, PartialState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    forget()
     fsdp = {"version": 2, "transformer_layer_cls_to_wrap": WRAPPED}
     args = options(folder, 1, fsdp=True, fsdp_config=fsdp, **changes)
     assert args.parallel_mode.value == "distributed"
@@ -204,12 +205,16 @@ def trainer_bf16(folder: Path) -> None:
     args = of_fsdp2(folder, bf16=True, max_steps=1)
     trainer = DFTTrainer(tiny(), args, logits, train_dataset=store, data_collator=store.collate)
     fused_forward.linear_distribution_loss = looked_at
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        fused_forward.linear_distribution_loss = loss
     assert seen == [(torch.bfloat16, torch.float32, float)] * 2
 
 
 def trainer_rollouts(folder: Path) -> None:
     """Each process draws from its own batches; the step is the mean of their gradients, beside the batches' own."""
+    forget()
     store, term = Store(folder / "store"), 4.0 * TokenL2(torch.full((64,), 1 / 64)) + 0.5 * ReferenceKL()
     batches: list[Any] = []
     draws: list[Any] = []
@@ -258,12 +263,6 @@ def trainer_rollouts(folder: Path) -> None:
         DFTTrainer(tiny(), of_fsdp2(folder), None, rollout_terms=term, **data)
 
 
-def test_training_is_one_process_s(tmp_path: Path) -> None:
-    written(tmp_path)
-    torch.save(train(tmp_path, options(tmp_path, 2, matching_from=2)), tmp_path / "of-one.pt")
-    on_two(__file__, tmp_path, "trainer_ddp", "trainer_rollouts", "trainer_fsdp2", "trainer_bf16")
-
-
 def refused(folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -306,8 +305,11 @@ def refused(folder: Path) -> None:
     assert_gradients(model, False, True)
 
 
-def test_gradients_are_one_process_s_or_the_call_is_refused(tmp_path: Path) -> None:
-    on_two(__file__, tmp_path, "ddp", "fsdp2", "refused")
+def test_gradients_and_training_are_one_process_s_or_the_call_is_refused(tmp_path: Path) -> None:
+    written(tmp_path)
+    torch.save(train(tmp_path, options(tmp_path, 2, matching_from=2)), tmp_path / "of-one.pt")
+    functions = ("trainer_ddp", "trainer_rollouts", "trainer_fsdp2", "trainer_bf16", "ddp", "fsdp2", "refused")
+    on_two(__file__, tmp_path, *functions)
 
 
 def test_zero_3_is_refused() -> None:

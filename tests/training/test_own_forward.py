@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_attach import IDS, tiny
+from tiny_models import IDS, tiny
 from walk_models import assert_same, gradients
 
 transformers = pytest.importorskip("transformers")

@@ -7,14 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny
+from training_runs import config, curve, random_rows, teacher
 
 from dft_kernels import Labels, Mixture
 from dft_kernels.training.collators import PrinciplesCollator
-
-transformers = pytest.importorskip("transformers")
-from test_attach import tiny
-from test_trainer import config, curve, random_rows, teacher
-
 from dft_kernels.training.trainer import DFTTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Trainer's own

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
-from test_attach import tiny
-from test_trainer import config, curve, store  # noqa: F401 - a fixture
+from tiny_models import tiny
+from training_runs import config, curve
 
 from dft_kernels.generation.sampling import roll_out
 from dft_kernels.terms import AtMost, Entropy, OnPolicy, PunctuationRate, ReferenceKL, TokenL2
+from dft_kernels.training import rollouts
 from dft_kernels.training.attach import attach
 from dft_kernels.training.rollouts import Reference
 from dft_kernels.training.trainer import DFTTrainer
@@ -73,7 +73,7 @@ def test_a_text_ends_once_and_the_seed_is_the_draw() -> None:
     assert float((share - q).abs().sum()) < 0.2
 
 
-def test_a_step_is_both_gradients(store: Any, tmp_path: Path) -> None:  # noqa: F811 - the fixture
+def test_a_step_is_both_gradients(store: Any, tmp_path: Path) -> None:
     """SGD's step with rollouts: cross-entropy's and that of `OnPolicy.loss` on the same draws, halves averaged."""
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "optim": "sgd", "max_grad_norm": 0.0,
                "max_steps": 2, "learning_rate": 0.3, "rollout_length": 5, "rollout_samples": 2}  # fmt: skip
@@ -85,8 +85,6 @@ def test_a_step_is_both_gradients(store: Any, tmp_path: Path) -> None:  # noqa: 
         batches.append({name: store.collate(items)[name] for name in ("input_ids", "attention_mask", "labels")})
         return batches[-1]
 
-    import dft_kernels.training.rollouts as room
-
     def kept(*arguments: Any, **named: Any) -> Any:
         draws.append(roll_out(*arguments, **named))
         return draws[-1]
@@ -94,7 +92,7 @@ def test_a_step_is_both_gradients(store: Any, tmp_path: Path) -> None:  # noqa: 
     model = sharp()
     data = {"train_dataset": store, "data_collator": collate, "rollout_terms": term}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "roll_out", kept)
+        patch.setattr(rollouts, "roll_out", kept)
         trainer = DFTTrainer(model, config(tmp_path, **options), None, **data)
         trainer.train()
     assert len(draws) == 4
@@ -125,7 +123,7 @@ def test_a_step_is_both_gradients(store: Any, tmp_path: Path) -> None:  # noqa: 
     assert curve(trainer, "rollout_ReferenceKL")
 
 
-def test_it_closes_what_its_own_text_is_off_by(store: Any, tmp_path: Path) -> None:  # noqa: F811 - the fixture
+def test_it_closes_what_its_own_text_is_off_by(store: Any, tmp_path: Path) -> None:
     """A rate of its own writing moves to the target, resumed or not; the anchor holds it back."""
     classes = torch.zeros(64)
     classes[5:20] = 1
@@ -155,7 +153,7 @@ def test_it_closes_what_its_own_text_is_off_by(store: Any, tmp_path: Path) -> No
     assert moved[1] < 0.5 * moved[0]  # the mean KL
 
 
-def test_stop_at_the_floor(store: Any, tmp_path: Path) -> None:  # noqa: F811 - the fixture
+def test_stop_at_the_floor(store: Any, tmp_path: Path) -> None:
     far = TokenL2(torch.eye(64)[40])
     options = {"max_steps": 200, "learning_rate": 2e-2, "terms_decay": 0.5, "stop_at_floor": True, "soft_weight": 0.0,
                "hard_weight": 0.0}  # fmt: skip
@@ -171,7 +169,6 @@ def test_stop_at_the_floor(store: Any, tmp_path: Path) -> None:  # noqa: F811 - 
 
 
 def test_adapters_are_their_own_reference() -> None:
-    peft = pytest.importorskip("peft")
     model = peft.get_peft_model(
         sharp(), peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     )
@@ -190,7 +187,7 @@ def test_adapters_are_their_own_reference() -> None:
     ({"rollout_temperature": 0.0}, Entropy(value=1.0), "temperature must be a number above 0"),
     ({}, Entropy(calibration=True), "without calibration on the model's own text"),
 ])  # fmt: skip
-def test_errors(options: Any, terms: Any, said: str, store: Any, tmp_path: Path) -> None:  # noqa: F811 - the fixture
+def test_errors(options: Any, terms: Any, said: str, store: Any, tmp_path: Path) -> None:
     model = tiny()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=said):

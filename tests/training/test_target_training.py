@@ -11,13 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("nupunkt")
-from test_attach import tiny
-from test_capture import WORDS
-from test_capture import tiny as far
-from test_trainer import config, curve, store  # noqa: F401 - a fixture
+from tiny_models import WORDS, far, tiny, word_tokenizer
+from tokenizers import decoders, pre_tokenizers
+from training_runs import config, curve
 
 from dft_kernels.commands import main as cli
 from dft_kernels.evaluation import gap
@@ -37,13 +33,9 @@ MARKS = (".", ",", "!", "?")
 @pytest.fixture
 def tokenizer() -> Any:
     """Of words and marks."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    vocabulary = {word: n for n, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *MARKS, *WORDS[:80]])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    core.decoder = decoders.WordPiece()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="<pad>")
+    words = ["<pad>", "<s>", "</s>", "<unk>", *MARKS, *WORDS[:80]]
+    pre = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    return word_tokenizer(words, pre, decoders.WordPiece())
 
 
 def prose(count: int = 60) -> list[str]:
@@ -105,7 +97,7 @@ def frequencies() -> torch.Tensor:
     return torch.rand(64, generator=torch.Generator().manual_seed(9)).softmax(0)
 
 
-def test_trainer_takes_the_steps_of_a_loop_with_terms(store: Any, tmp_path: Path) -> None:  # noqa: F811 - the fixture
+def test_trainer_takes_the_steps_of_a_loop_with_terms(store: Any, tmp_path: Path) -> None:
     """Two accumulated batches a step, the running statistics folded in after each step."""
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "optim": "sgd", "max_grad_norm": 0.0,
                "max_steps": 3, "learning_rate": 0.3}  # fmt: skip
@@ -144,7 +136,7 @@ def test_trainer_takes_the_steps_of_a_loop_with_terms(store: Any, tmp_path: Path
         assert float(trainer.terms.values()[name]) == pytest.approx(float(value), rel=1e-4)
 
 
-def test_resumed_with_terms_it_is_the_same_curve(store: Any, tmp_path: Path) -> None:  # noqa: F811 - the fixture
+def test_resumed_with_terms_it_is_the_same_curve(store: Any, tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
     runs = []
     for checkpoint in (None, str(tmp_path / "out" / "checkpoint-2")):
@@ -160,7 +152,7 @@ def test_resumed_with_terms_it_is_the_same_curve(store: Any, tmp_path: Path) -> 
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
 
 
-def test_terms_close_what_they_are_of(store: Any, tmp_path: Path) -> None:  # noqa: F811 - the fixture
+def test_terms_close_what_they_are_of(store: Any, tmp_path: Path) -> None:
     options = config(tmp_path, max_steps=40, learning_rate=5e-3, terms_decay=0.5, hard_weight=0.0, soft_weight=0.0)
     words = (5 * torch.rand(64, generator=torch.Generator().manual_seed(9))).softmax(0)
     trainer = DFTTrainer(tiny(), options, store, terms=5.0 * TokenL2(words, squared=True))

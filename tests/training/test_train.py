@@ -17,7 +17,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file
-from test_capture import WORDS, tiny, tokenizer  # noqa: F401 - imports transformers; a fixture
+from tiny_models import WORDS, tokenizer  # noqa: F401 - a fixture
+from tiny_models import far as tiny
 from two_processes import on_two
 
 from dft_kernels.commands import main as cli

@@ -1,4 +1,4 @@
-"""Every causal LM class of transformers, attached: `python tests/training/walk_models.py` writes docs/models.md."""
+"""Every causal LM class of transformers, attached: `python tests/walk_models.py` writes docs/models.md."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ MORE: dict[str, dict[str, Any]] = {  # what a class needs besides
 }
 
 
-TABLE = Path(__file__).parents[2] / "docs" / "models.md"
+TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 HEAD = """# Models that `attach` takes
 
 Every causal LM class of transformers {version} (`MODEL_FOR_CAUSAL_LM_MAPPING` and every exported `*ForCausalLM`), built
@@ -85,7 +85,7 @@ with random weights from a tiny configuration. Attached means that loss and all 
 labels equal the class's own, its router's loss included (`output_router_logits=True`); refused means a `ValueError` of
 `attach` that says this. Other weights and larger models make no difference to the class, settings may.
 
-`python tests/training/walk_models.py` writes this file, `make test-all` compares it.
+`python tests/walk_models.py` writes this file, `make test-all` compares it.
 
 | | classes |
 |---|---|

@@ -36,7 +36,7 @@ def loss(problem: Problem) -> tuple[Tensor, ...]:
     problem, tangents = problem.with_needs(), _has_tangents(problem)
     if _traced(problem.hidden):
         return operators.loss(*problem)  # type: ignore[no-any-return]
-    return _Loss.apply(*problem, tangents)  # type: ignore[no-any-return]
+    return FusedLoss.apply(*problem, tangents)  # type: ignore[no-any-return]
 
 
 def statistics(problem: Problem) -> tuple[Tensor, ...]:
@@ -50,7 +50,7 @@ def statistics(problem: Problem) -> tuple[Tensor, ...]:
     problem = problem.with_needs()
     if _traced(problem.hidden):
         return operators.statistics(*problem)  # type: ignore[no-any-return]
-    return _Statistics.apply(*problem)  # type: ignore[no-any-return]
+    return FusedStatistics.apply(*problem)  # type: ignore[no-any-return]
 
 
 def transformed(problem: Problem) -> bool:
@@ -93,7 +93,7 @@ def _one_by_one(function: Callable[..., Any], info: Any, in_dims: Any, arguments
     return stacked, (0,) * len(stacked)
 
 
-class _Loss(torch.autograd.Function):
+class FusedLoss(torch.autograd.Function):
     """compute_loss of the fields of a problem. The last argument: whether the caller saw tangents on them."""
 
     @staticmethod
@@ -174,7 +174,7 @@ class _Tangent(torch.autograd.Function):
     backward = jvp = staticmethod(_refuse_second_derivative)  # type: ignore[assignment]
 
 
-class _Statistics(torch.autograd.Function):
+class FusedStatistics(torch.autograd.Function):
     """compute_statistics of the fields of a problem."""
 
     @staticmethod
@@ -186,7 +186,7 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         known = torch.is_grad_enabled() or forward_ad._current_level >= 0
-        return statistics_gradients(ctx, grads, _StatisticsGradient.apply if known else gradient_of_statistics)
+        return statistics_gradients(ctx, grads, FusedStatisticsGradient.apply if known else gradient_of_statistics)
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
@@ -197,8 +197,8 @@ class _Statistics(torch.autograd.Function):
         return _one_by_one(lambda *one: statistics(Problem(*one)), info, in_dims, fields)
 
 
-class _StatisticsGradient(torch.autograd.Function):
-    """The gradient of `_Statistics`, where a second derivative may be taken: refused."""
+class FusedStatisticsGradient(torch.autograd.Function):
+    """The gradient of `FusedStatistics`, where a second derivative may be taken: refused."""
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
@@ -211,7 +211,7 @@ class _StatisticsGradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _one_by_one(_StatisticsGradient.apply, info, in_dims, arguments)
+        return _one_by_one(FusedStatisticsGradient.apply, info, in_dims, arguments)
 
 
 class InplaceLoss(torch.autograd.Function):

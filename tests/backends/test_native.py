@@ -203,7 +203,8 @@ def run_under(setting: str, threads: int, selection: str, *files: str) -> None:
 @pytest.mark.parametrize("setting", [name for name, less in SETTINGS.items() if less])
 def test_other_processors(setting: str) -> None:
     """The case table through the CPU kernels on every instruction set that a processor may lack."""
-    run_under(setting, 2, "test_case and native or functions", "test_contract.py", "test_native.py")
+    selection = "test_case and native and (float32 or bfloat16) or functions"
+    run_under(setting, 2, selection, "test_contract.py", "test_native.py")
 
 
 @pytest.mark.full

@@ -105,7 +105,7 @@ def test_memory_no_tensor_of_rows_by_vocabulary(backend):
                 hidden, weight, target, teacher, hard_weight=0.1, chunk_size=chunk, reduction=reduction
             ).sum().backward()
         hidden.grad = weight.grad = None
-        assert seen.largest < n * v  # bytes: a sixteenth of an fp32 [N, V]... and one tile is 4 MiB
+        assert seen.largest < 1.6 * n * v  # bytes: [N, V] has 2 n v in 16 bits; a product's own scratch is 256 kB
         assert seen.peak + pool() - held < 6 * n * v  # bytes
         assert pool() - held < 4 * 4 * chunk * v + 4 * v * h + (12 << 20)  # whole pages of 2 MB
     with record_allocations() as seen, torch.no_grad():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import sparse_matrix
 from ..generation.sampling import continuations
 from ..loss.functional import linear_distribution_statistics, shift_labels
 from ..models.heads import head_of, hidden_states, output_layer, projection
@@ -164,7 +165,7 @@ def _features(target: Target, vocab: int) -> Tensor:
     index = torch.cat([torch.stack([torch.arange(len(end)), torch.zeros(len(end), dtype=torch.int64)]),
                        torch.stack([token, kind + 1])], 1)  # fmt: skip
     values = torch.cat([end, torch.ones(len(token))])
-    return torch.sparse_coo_tensor(index, values, (vocab, 1 + classes), check_invariants=True).coalesce()
+    return sparse_matrix(index, values, (vocab, 1 + classes)).coalesce()
 
 
 def verdict(gaps: list[Gap]) -> list[str]:

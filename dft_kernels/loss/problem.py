@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends.contract import Row, Terms
 from ..divergences import Divergence
-from ..dtypes import accumulate_dtype
+from ..dtypes import accumulate_dtype, sparse_matrix
 from ..teachers.contract import Head, source_of
 from ..teachers.top_k import TopK
 from .checks import has_tangent
@@ -152,9 +152,7 @@ class Problem(NamedTuple):
         features = self.features
         if features is not None and self.feature_index is not None:
             shape = (self.vocab, self.num_features)
-            features = torch.sparse_coo_tensor(
-                self.feature_index, features, shape, dtype=self.dtype, check_invariants=False
-            )
+            features = sparse_matrix(self.feature_index, features.to(self.dtype), shape, check=False)
         return Terms(
             head=Head(self.weight, self.bias, self.logit_scale, self.softcap),
             up=self.up,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import sparse_matrix
 from ..errors import fail
 from .base import DistributionTerm, Statistics, membership, tensor
 
@@ -79,7 +80,7 @@ class NGrams(DistributionTerm):
         where = torch.stack([tokens, torch.arange(len(tokens), device=tokens.device)])
         ones = torch.ones(len(tokens), device=tokens.device)
         shape = (vocab_size, len(tokens))
-        self.features = torch.sparse_coo_tensor(where, ones, shape, check_invariants=True).coalesce()
+        self.features = sparse_matrix(where, ones, shape).coalesce()
         self.vocab, self.size = vocab_size, count
 
     def moments(self, statistics: Statistics) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,20 @@ from . import __version__
 from .backends import BACKENDS, extension
 from .loss.planning import SCRATCH_BYTES
 
-_PACKAGES = ("transformers", "triton", "accelerate", "peft", "safetensors")
+_PACKAGES = ("transformers", "triton", "accelerate", "peft", "safetensors", "numpy")
+
+
+def conflicts(versions: dict[str, str | None]) -> list[str]:
+    """Installed versions that do not work together, each with what to do."""
+    triton, numpy = (_version(versions.get(name)) for name in ("triton", "numpy"))
+    if triton[:2] == (3, 6) and numpy[:2] >= (2, 4):
+        pair = f"triton {versions['triton']} with numpy {versions['numpy']}"
+        return [f"{pair}: its interpreter (tests without a GPU) needs numpy before 2.4. pip install 'numpy<2.4'"]
+    return []
+
+
+def _version(text: str | None) -> tuple[int, ...]:
+    return tuple(int(part) for part in (text or "0").split(".")[:2] if part.isdigit())
 
 
 def collect() -> dict[str, Any]:
@@ -33,6 +46,7 @@ def collect() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(device) for device in devices[1:]],
         "packages": versions,
+        "conflicts": conflicts(versions),
         "extension": {
             "loaded": built,
             "reason": extension.REASON,

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import dft_kernels
+from dft_kernels import info
 from dft_kernels.backends import extension
 from dft_kernels.commands import main as cli
 
@@ -37,6 +38,15 @@ def test_the_extension_is_built_and_says_of_what() -> None:
     """`make test` has just built it: a machine where this fails has no compiler, and its info says so."""
     assert extension.MODULE is not None, extension.REASON
     assert torch.__version__.startswith(extension.MODULE.build_info()["torch"].split("+")[0])
+
+
+def test_versions_that_do_not_go_together_are_named() -> None:
+    assert info.conflicts({"triton": "3.9.0", "numpy": "2.5.0"}) == []
+    assert info.conflicts({"triton": "3.6.0", "numpy": "2.3.5"}) == []
+    assert info.conflicts({"triton": None, "numpy": None}) == []
+    (said,) = info.conflicts({"triton": "3.6.1", "numpy": "2.4.0"})
+    assert "triton 3.6.1 with numpy 2.4.0" in said
+    assert "pip install 'numpy<2.4'" in said
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

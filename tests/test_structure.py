@@ -1,4 +1,4 @@
-"""The rooms: who may import whom, what an import costs, and that the table of divergences is complete."""
+"""The packages: who may import whom, what an import costs, and that the table of divergences is complete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dft_kernels import divergences
 from dft_kernels.backends.formulas import PAIRS
 
 ROOT = Path(dft_kernels.__file__).parent
-FLOORS = (  # from the top: a room imports from floors below its own, and itself
+FLOORS = (  # from the top: a package imports from floors below its own, and itself
     {"commands"},
     {"training", "benchmarks"},
     {"evaluation"},
@@ -40,7 +40,7 @@ FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__
 
 
 def module(path: Path) -> str:
-    """dft_kernels.room.file, or dft_kernels.room of its __init__."""
+    """dft_kernels.package.file, or dft_kernels.package of its __init__."""
     parts = ("dft_kernels", *path.relative_to(ROOT).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -63,8 +63,8 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def floor(room: str) -> int:
-    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+def floor(package: str) -> int:
+    return next(number for number, those in enumerate(FLOORS) if package in those)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -91,15 +91,15 @@ def test_imports_go_down(path: Path) -> None:
 
 
 def test_no_circle() -> None:
-    """File by file, rooms' own files included: TopologicalSorter raises CycleError with the files of one."""
+    """File by file, within packages too: TopologicalSorter raises CycleError with the files of one."""
     arrows = {name: imports(path) & set(MODULES) - {name} for name, path in MODULES.items()}
     assert len(list(TopologicalSorter(arrows).static_order())) == len(MODULES)
 
 
 def test_triton_ops_knows_torch_and_triton_only() -> None:
-    rooms = sorted((ROOT.parent / "triton_ops").glob("*.py"))
-    assert rooms
-    for path in rooms:
+    files = sorted((ROOT.parent / "triton_ops").glob("*.py"))
+    assert files
+    for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -155,7 +155,7 @@ def test_files_stay_small() -> None:
     """400 lines; more only where the head of the file says why."""
     ours = [ROOT.parent / name for name in ("dft_kernels", "triton_ops", "csrc", "tests")]
     kinds = (".py", ".cpp", ".cu", ".cuh", ".h", ".inc")
-    for path in sorted(p for room in ours for p in room.rglob("*") if p.suffix in kinds):
+    for path in sorted(p for folder in ours for p in folder.rglob("*") if p.suffix in kinds):
         lines = path.read_text().splitlines()
         if len(lines) > 400:
             assert any("over 400 lines" in line for line in lines[:12]), f"{path}: {len(lines)} lines"

@@ -323,7 +323,8 @@ class record_allocations:  # noqa: N801 - used as a context manager, like torch.
 
     def __enter__(self) -> Allocations:
         self.seen = Allocations(0, 0)
-        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        self.profile = torch.profiler.profile(activities=kinds, profile_memory=True, acc_events=True)  # or 2.11 warns
         self.profile.__enter__()
         return self.seen
 

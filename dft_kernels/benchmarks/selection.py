@@ -83,7 +83,7 @@ def trace(case: Case, names: Sequence[str], path: Path) -> str:
     if case.device == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
         torch.cuda.synchronize()
-    with torch.profiler.profile(activities=kinds, record_shapes=True) as profile:
+    with torch.profiler.profile(activities=kinds, record_shapes=True, acc_events=True) as profile:
         call(x).backward()
         if case.device == "cuda":
             torch.cuda.synchronize()

@@ -7,6 +7,7 @@ With `TRITON_INTERPRET=1` set before this is imported, the same kernels run on C
 from .columns import accumulate_columns, probabilities
 from .row_kernel import STATISTICS
 from .rows import Rows, row_gradient, row_statistics, row_step
+from .scaling import scale
 
 __all__ = [
     "STATISTICS",
@@ -16,4 +17,5 @@ __all__ = [
     "row_gradient",
     "row_statistics",
     "row_step",
+    "scale",
 ]

@@ -16,6 +16,7 @@ if torch.version.hip is None:
 # spills. bench/LOG.md has the measurements.
 ROW_BLOCK, ROW_BLOCK_COMPARED, ROW_BLOCK_MUCH = 2048, 1024, 512
 COLUMN_BLOCK, COLUMN_ROWS = 256, 8
+SCALE_BLOCK = 4096
 
 
 def row_block(vocab: int, compared: bool, much: bool) -> int:

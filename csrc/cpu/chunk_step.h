@@ -63,7 +63,7 @@ class Step final : public CpuStep {
                    const optional<Tensor>& down = {}, const optional<Tensor>& up = {}) const {
     const int64_t c = padded_rows(hidden);
     TORCH_CHECK(workspace.numel() >= a_.vocab * c, "dft_kernels: workspace too small");
-    return Source<T>(head, hidden, workspace.data_ptr<T>(), a_.vocab, c, down, up);
+    return Source<T>(head, hidden, workspace.data_ptr<T>(), a_.vocab, c, a_.rounding, down, up);
   }
 
   // Moves a tile's logits at the sparse target's tokens to `to` [R, k], if given, and leaves -inf.

@@ -243,10 +243,11 @@ struct Source {
   int64_t vocab, c;
   std::vector<Factor<T>> factors;  // hidden and weight, then down and up of a low-rank adapter; none: given logits
   Numbers<T> bias;
+  optional<at::ScalarType> rounding;  // to which raw logits, with their bias, are rounded
 
-  Source(const HeadArguments& head, Tensor x, T* logits, int64_t vocab, int64_t c, const optional<Tensor>& down = {},
-         const optional<Tensor>& up = {})
-      : head(head), hidden(std::move(x)), logits(logits), vocab(vocab), c(c) {
+  Source(const HeadArguments& head, Tensor x, T* logits, int64_t vocab, int64_t c, optional<at::ScalarType> to = {},
+         const optional<Tensor>& down = {}, const optional<Tensor>& up = {})
+      : head(head), hidden(std::move(x)), logits(logits), vocab(vocab), c(c), rounding(to) {
     if (hidden.stride(1) != 1) hidden = hidden.contiguous();
     if (head.weight) {
       const bool tiles = hidden.scalar_type() == at::kBFloat16 && hidden.size(1) % 2 == 0 && hidden.size(1) > 0 &&
@@ -259,7 +260,9 @@ struct Source {
 
   bool tiles() const { return !factors.empty() && factors[0].tiles; }
   bool blocks() const { return !factors.empty() && !factors[0].tiles; }
-  Finish<T> finish(int64_t v) const { return {bias.empty() ? nullptr : bias.data() + v, T(head.scale), T(head.cap)}; }
+  Finish<T> finish(int64_t v) const {
+    return {bias.empty() || rounding ? nullptr : bias.data() + v, T(head.scale), T(head.cap)};
+  }
   // [n, R]: the logits of vocabulary rows [v, v + n)
   Tensor view(int64_t v, int64_t n) const {
     return at::from_blob(logits + v * c, {n, hidden.size(0)}, {c, 1}, factors[0].wide.options());
@@ -275,6 +278,8 @@ struct Source {
     if (!head.weight)
       kernels<T>().load(logits + v * c, m, c, hidden.const_data_ptr(), element_of(hidden.scalar_type()), hidden.size(0),
                         hidden.stride(0), v);
+    else if (rounding)
+      kernels<T>().narrow(logits + v * c, bias.empty() ? nullptr : bias.data() + v, m, c, element_of(*rounding));
   }
 };
 

@@ -142,6 +142,8 @@ struct Kernels {
   void (*save)(const T* in, int64_t m, int64_t c, void* out, Element element, int64_t rows, int64_t stride, int64_t v);
   // out [n] = in [n], rounded to nearest even
   void (*round)(const T* in, void* out, Element element, int64_t n);
+  // z [m, c] = z + bias [m], rounded to a 16-bit element and kept as T
+  void (*narrow)(T* z, const T* bias, int64_t m, int64_t c, Element element);
   // y = exp, expm1, log1p, tanh, exp_any (simd.h) of x [n], for the tests of accuracy; n a multiple of kLanes
   void (*evaluate)(int function, const T* x, T* y, int64_t n);
 };

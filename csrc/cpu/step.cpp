@@ -55,6 +55,13 @@ at::Tensor repeats(const at::Tensor& ids, int64_t vocab) {
   return out;
 }
 
+bool all_labels(const at::Tensor& target, int64_t vocab, int64_t ignored) {
+  const int64_t *from = target.const_data_ptr<int64_t>(), stride = target.stride(0);
+  for (int64_t n = 0; n < target.size(0); n++)
+    if (from[n * stride] < 0 || from[n * stride] >= vocab || from[n * stride] == ignored) return false;
+  return true;
+}
+
 at::Tensor evaluate(int64_t function, const at::Tensor& x) {
   at::Tensor in = x.contiguous(), out = at::empty_like(in);
   TORCH_CHECK(in.numel() % kLanes == 0, "dft_kernels: evaluate needs a multiple of ", kLanes, " numbers");

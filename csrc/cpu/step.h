@@ -30,6 +30,7 @@ struct StepArguments {
   int64_t features = 0;                                                      // K
   at::Tensor logits;                 // workspace of V x (R rounded up to 32) numbers, fp32 or fp64
   std::optional<at::Tensor> target;  // the same for the target's logits
+  std::optional<at::ScalarType> rounding;  // of the logits that products leave: to bf16 or fp16; none: as they are
 };
 
 struct ChunkArguments {
@@ -67,6 +68,8 @@ std::unique_ptr<CpuStep> make_step(StepArguments arguments);
 bool multiplies_bf16();  // whether bf16 products run tile by tile
 // [N] bool: whether a row of ids [N, k] holds one of 0..vocab-1 twice
 at::Tensor repeats(const at::Tensor& ids, int64_t vocab);
+// Whether target [N] holds ids of 0..vocab-1 alone and never `ignored`
+bool all_labels(const at::Tensor& target, int64_t vocab, int64_t ignored);
 // The kernels' exp, expm1, log1p, tanh, exp_any of x, for tests of their accuracy
 at::Tensor evaluate(int64_t function, const at::Tensor& x);
 

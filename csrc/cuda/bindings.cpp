@@ -75,10 +75,9 @@ void check_table(const at::Tensor& t, int64_t least, const char* name, const Row
               "dft_kernels: ", name, " must be [", least, ", R] ", rows.number(), ", got ", t.sizes());
 }
 
-// Runs `launch(stream)` on the current stream of the rows' device
+// Runs `launch(stream)` on the current stream of a device
 template <class Launch>
-void on_device_of(const Rows& rows, Launch launch) {
-  const c10::Device device = rows.logits.device();
+void on_device(const c10::Device device, Launch launch) {
   const c10::DeviceGuard guard(device);
   CUstream_st* stream = nullptr;
   if (device.is_cuda())
@@ -131,7 +130,7 @@ void run(const Rows& rows, const at::Tensor& statistics, int64_t wanted, int64_t
   const Design design = rows.design == "automatic" ? Design::automatic
                         : rows.design == "generic" ? Design::generic
                                                    : Design::cluster;
-  on_device_of(rows, [&](CUstream_st* stream) { return launch_rows(a, design, stream); });
+  on_device(rows.logits.device(), [&](CUstream_st* stream) { return launch_rows(a, design, stream); });
 }
 
 at::Tensor row_statistics(const Rows& rows, int64_t wanted, int64_t live) {
@@ -178,8 +177,18 @@ void accumulate_columns(const Rows& rows, const at::Tensor& statistics, const Op
   a.order = order.defined() ? order.const_data_ptr<int64_t>() : nullptr;
   a.starts = starts.const_data_ptr<int64_t>();
   a.columns = const_cast<void*>(numbers(sums, rows.number(), "columns", rows));
-  on_device_of(rows, [&](CUstream_st* stream) { return launch_columns(a, stream); });
+  on_device(rows.logits.device(), [&](CUstream_st* stream) { return launch_columns(a, stream); });
   if (!rows.group) columns.select(0, 0).add_(sums.sum(0));
+}
+
+void scale(const at::Tensor& x, const at::Tensor& factor) {
+  const auto number = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK(x.is_contiguous() && factor.numel() == 1 && factor.scalar_type() == number && factor.device() == x.device(),
+              "dft_kernels: scale must be of a contiguous tensor by one ", number, " on its device, got ",
+              factor.scalar_type(), " ", factor.sizes());
+  const Matrix whole = {x.const_data_ptr(), x.numel(), element_of(x.scalar_type()), false};
+  on_device(x.device(),
+            [&](CUstream_st* stream) { return launch_scaling(whole, x.numel(), factor.const_data_ptr(), stream); });
 }
 
 at::Tensor probabilities(const Rows& rows, const at::Tensor& statistics) {
@@ -191,7 +200,7 @@ at::Tensor probabilities(const Rows& rows, const at::Tensor& statistics) {
   a.finish = {rows.scale, rows.cap.value_or(0.0)};
   a.statistics = statistics.const_data_ptr(), a.statistics_stride = statistics.stride(0);
   a.out = out.mutable_data_ptr();
-  on_device_of(rows, [&](CUstream_st* stream) { return launch_probabilities(a, stream); });
+  on_device(rows.logits.device(), [&](CUstream_st* stream) { return launch_probabilities(a, stream); });
   return out;
 }
 
@@ -231,6 +240,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("row_step", &row_step);
   m.def("accumulate_columns", &accumulate_columns);
   m.def("probabilities", &probabilities);
+  m.def("scale", &scale);
 #ifdef DFT_CUDA_ON_HOST
   m.def("reverse_threads", [](bool reversed) { reverse_threads(reversed); });
   m.def("limit_arena", [](int64_t bytes) { limit_arena(bytes); });

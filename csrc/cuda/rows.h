@@ -73,6 +73,8 @@ enum class Design { automatic, generic, cluster };
 const char* launch_rows(const RowArguments&, Design, CUstream_st*);
 const char* launch_columns(const ColumnArguments&, CUstream_st*);
 const char* launch_probabilities(const ProbabilityArguments&, CUstream_st*);
+// x [1, count] *= factor, one Number in device memory
+const char* launch_scaling(const Matrix& x, int64_t count, const void* factor, CUstream_st*);
 
 // rows_cluster.cu, for launch_rows: whether the current device, the shape and the alignment admit that design. The
 // launch returns kDoesNotFit where a part of a device (MIG) cannot hold a cluster of the size it takes.

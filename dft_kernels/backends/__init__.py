@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,15 +19,13 @@ BACKENDS: dict[str, Backend[Any]] = {
 }
 
 
-def fitting(device: torch.device, dtype: torch.dtype) -> list[str]:
+def fitting(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
     """The names that "auto" may choose from for inputs of `dtype` on `device`, best first."""
-    return [
-        name
-        for name, backend in BACKENDS.items()
-        if device.type not in backend.emulated and backend.unavailable(device, dtype) is None
-    ]
+    for name, backend in BACKENDS.items():
+        if device.type not in backend.emulated and backend.unavailable(device, dtype) is None:
+            yield name
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend[Any]:
     """The backend that "auto" or an available name stands for. `problem.py` has checked the name."""
-    return BACKENDS[fitting(device, dtype)[0] if name == "auto" else name]
+    return BACKENDS[next(fitting(device, dtype)) if name == "auto" else name]

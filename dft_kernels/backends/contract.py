@@ -56,6 +56,7 @@ class Terms:
     divergence: Divergence
     temperature: float = 1.0
     teacher_temperature: float = 1.0
+    logits_dtype: torch.dtype = torch.float32  # that a chunk's logits are held in: the accumulation or the input dtype
     up: Tensor | None = None  # [V, r]: raw logits are hidden weight.T + down up.T + bias
     dense: bool = False  # whether chunks come with a dense target
     potential: Tensor | None = None  # [G, V]
@@ -117,14 +118,15 @@ class Cotangents:
 @dataclass(frozen=True)
 class Backward:
     """The inputs of a chunk's gradient and the buffers for its results. dhidden and ddown are written; dweight,
-    dbias and dup are written by the first chunk and added to by the others. None: not needed, so no
-    product is made for it."""
+    dbias and dup are written by the first chunk and added to by the others, or written with the last chunk where the
+    workspace keeps dlogits. None: not needed, so no product is made for it."""
 
     cotangents: Cotangents
     dhidden: Tensor | None  # [R, H] in the input dtype
-    dweight: Tensor | None  # [V, H] in the accumulation dtype, or in the input dtype if the chunk is the only one
+    dweight: Tensor | None  # [V, H] in the accumulation dtype, or in the input dtype if it is written once
     dbias: Tensor | None  # [V] in the accumulation dtype
     first: bool
+    last: bool
     ddown: Tensor | None = None  # [R, r] in the input dtype
     dup: Tensor | None = None  # [V, r] as dweight
 
@@ -143,6 +145,8 @@ class Backend(ABC, Generic[W]):
 
     name: str
     best_rows: int  # chunks beyond this many rows gain nothing
+    even_rows: int  # products are fastest where a chunk's rows are a multiple of this
+    keeps: bool = False  # whether it can keep the dlogits of several chunks, for one product of dweight
     emulated: tuple[str, ...] = ()  # device types on which it is only emulated, for tests: never by "auto"
 
     @abstractmethod
@@ -150,14 +154,14 @@ class Backend(ABC, Generic[W]):
         """Why inputs of `dtype` on `device` cannot be served, None if they can."""
 
     @abstractmethod
-    def chunk_bytes(self, dtype: torch.dtype, projected: bool, target: int) -> int:
-        """Scratch bytes for one logit of a chunk. projected: the head has a weight; target: bytes for one
-        logit of the target (`Problem.target_bytes`)."""
+    def chunk_bytes(self, logits: torch.dtype, projected: bool, target: int) -> int:
+        """Scratch bytes for one logit of a chunk. logits: their dtype; projected: the head has a weight; target: bytes
+        for one logit of the target (`Problem.target_bytes`)."""
 
     @abstractmethod
-    def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> W:
+    def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool, kept: int = 0) -> W:
         """Scratch for chunks of up to `rows` rows under `terms`; `like` gives dtype and device of the inputs;
-        `gradient`: whether gradients will be asked for."""
+        `gradient`: whether gradients will be asked for; kept: rows whose dlogits are kept for one product."""
 
     @abstractmethod
     def chunk_statistics(self, workspace: W, chunk: Chunk, columns: Tensor | None) -> Statistics:
@@ -176,6 +180,10 @@ class Backend(ABC, Generic[W]):
         found = self.chunk_statistics(workspace, chunk, columns)
         self.chunk_gradient(workspace, chunk, found, backward)
         return found
+
+    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
+        """gradient *= factor [1] (in the accumulation dtype), where the device alone may know the factor."""
+        torch.mul(gradient, factor, out=gradient)
 
 
 def bits(rows: frozenset[Row]) -> int:

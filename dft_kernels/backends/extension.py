@@ -110,6 +110,15 @@ def repeats(ids: Tensor, vocab: int) -> Tensor:
     return (ordered[:, 1:] == ordered[:, :-1]).any(-1)
 
 
+def all_labels(target: Tensor | None, vocab: int, ignored: int) -> bool:
+    """Whether target [N] is known to hold ids of 0..vocab-1 alone and never `ignored`: in one pass on a CPU, where its
+    values are at hand; False also where nobody looked."""
+    if MODULE is None or target is None or target.device.type != "cpu":
+        return False
+    known: bool = MODULE.all_labels(target, vocab, ignored)
+    return known
+
+
 def release_scratch() -> int:
     """Give the scratch that the CPU kernels keep between calls back to the system; returns its bytes.
 

@@ -1,8 +1,8 @@
 """The three matrix products of a chunk, all accumulated in fp32 (fp64 for fp64 inputs).
 
-    logits  [R, V] = hidden [R, H] @ weight.T [H, V] + bias     kept in the accumulation dtype
+    logits  [R, V] = hidden [R, H] @ weight.T [H, V] + bias     kept in the accumulation dtype, or rounded once
     dhidden [R, H] = dlogits [R, V] @ weight [V, H]             rounded once, to the input dtype
-    dweight [V, H] += dlogits.T [V, R] @ hidden [R, H]          kept in the accumulation dtype
+    dweight [V, H] += dlogits.T [V, R] @ hidden [R, H]          kept in the accumulation dtype, or rounded once
 
 2 R H V FLOP each. A low-rank pair, down [R, r] and up [V, r], is a second hidden and weight of width r. On CUDA a
 16-bit product is asked for its fp32 accumulator. Elsewhere the operands are upcast one block of the vocabulary at a
@@ -23,6 +23,11 @@ def _narrow(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.bfloat16, torch.float16)
 
 
+def _accumulates(tensor: Tensor) -> bool:
+    """Whether products in its dtype accumulate in fp32: those in bf16 do on every device."""
+    return tensor.dtype != torch.float16 or tensor.is_cuda
+
+
 def _blocks(weight: Tensor) -> Iterator[slice]:
     """Slices of the vocabulary [V] whose fp32 copy [block, H] stays within `_UPCAST_BYTES`."""
     step = max(1, _UPCAST_BYTES // (4 * max(1, weight.shape[1])))
@@ -31,33 +36,41 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
 
 
 def logits_(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """out [R, V] = hidden [R, H] @ weight.T + bias, `out` in the accumulation dtype."""
+    """out [R, V] = hidden [R, H] @ weight.T + bias, `out` in the accumulation dtype or that of `hidden`."""
+    if _narrow(out) and _accumulates(out):
+        return torch.mm(hidden, weight.t(), out=out) if bias is None else torch.addmm(bias, hidden, weight.t(), out=out)
     if not _narrow(hidden):
         torch.mm(hidden, weight.t(), out=out)
     elif hidden.is_cuda:
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:
-        wide = hidden.to(out.dtype)
+        wide = hidden.float()
         for block in _blocks(weight):
-            torch.mm(wide, weight[block].to(out.dtype).t(), out=out[:, block])
+            into = out[:, block] if not _narrow(out) else wide.new_empty(len(out), len(weight[block]))
+            torch.mm(wide, weight[block].float().t(), out=into)
+            if bias is not None:
+                into += bias[block]
+            if _narrow(out):
+                out[:, block] = into
+        return out
     return out if bias is None else out.add_(bias)
 
 
 def add_product_(down: Tensor, up: Tensor, out: Tensor) -> Tensor:
-    """out [R, V] += down [R, r] @ up.T, `out` in the accumulation dtype."""
-    if not _narrow(down):
+    """out [R, V] += down [R, r] @ up.T, `out` in the accumulation dtype or that of `down`."""
+    if not _narrow(down) or (_narrow(out) and _accumulates(out)):
         return out.addmm_(down, up.t())
     if down.is_cuda:
         return torch.addmm(out, down, up.t(), out_dtype=out.dtype, out=out)
-    wide = down.to(out.dtype)
+    wide = down.float()
     for block in _blocks(up):
-        out[:, block].addmm_(wide, up[block].to(out.dtype).t())
+        out[:, block] += wide @ up[block].float().t()
     return out
 
 
 def dhidden_(dlogits: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """out [R, H] = dlogits [R, V] @ weight [V, H], `out` in the input dtype."""
-    if dlogits.dtype != torch.float16 or dlogits.is_cuda:  # bf16 products accumulate in fp32 on every device
+    if _accumulates(dlogits):
         return torch.mm(dlogits, weight, out=out)
     wide = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     for block in _blocks(weight):

@@ -39,6 +39,10 @@ class KernelOperations(RowOperations):
     def row_probabilities(self, x: Operand, statistics: Tensor) -> Tensor:
         return self.kernels().probabilities(self._rows(x), statistics)
 
+    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
+        """Without a synchronisation; the kernel returns at once where the factor is 1."""
+        self.kernels().scale(gradient, factor)
+
     def _rows(self, x: Operand) -> Any:
         logits, chunk, terms = x.logits, x.chunk, x.terms
         assert not isinstance(chunk.target, SparseTarget)

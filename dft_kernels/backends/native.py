@@ -1,7 +1,7 @@
 """The native CPU backend: the chunk step in C++ (csrc/cpu/step.cpp), products and row work tile by tile.
 
-Scratch: 4 bytes a logit of a chunk (8 for fp64), twice that with a teacher; the gradient is written over the
-logits. It is kept between calls, until `release_scratch`.
+Scratch: 4 bytes a logit of a chunk (8 for fp64), twice that with a teacher, whatever the logits' dtype, to which they
+are rounded in place; the gradient is written over the logits. It is kept between calls, until `release_scratch`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class NativeBackend(Backend[NativeWorkspace]):
 
     name = "native"
     best_rows = 512
+    even_rows = 32
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Off the CPU, or without the extension."""
@@ -45,11 +46,13 @@ class NativeBackend(Backend[NativeWorkspace]):
             return f"its kernels are the CPU's, not {device.type}'s"
         return extension.REASON
 
-    def chunk_bytes(self, dtype: torch.dtype, projected: bool, target: int) -> int:
+    def chunk_bytes(self, logits: torch.dtype, projected: bool, target: int) -> int:
         """The model's logits, and the teacher's if there is one, in the accumulation dtype."""
-        return accumulate_dtype(dtype).itemsize * (2 if target else 1)
+        return accumulate_dtype(logits).itemsize * (2 if target else 1)
 
-    def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> NativeWorkspace:
+    def workspace(
+        self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool, kept: int = 0
+    ) -> NativeWorkspace:
         """Borrow scratch for `rows` rows and set up the step."""
         native, wide = extension.MODULE, accumulate_dtype(like.dtype)
         numbers = vocab * (-(-rows // _LANES) * _LANES)
@@ -75,6 +78,7 @@ class NativeBackend(Backend[NativeWorkspace]):
             features=0 if terms.features is None else terms.features.shape[1],
             logits=buffers[0],
             target=buffers[1] if terms.dense else None,
+            rounding=None if terms.logits_dtype == wide else terms.logits_dtype,
         )
         return NativeWorkspace(rows, terms, step)
 

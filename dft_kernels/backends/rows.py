@@ -1,15 +1,15 @@
 """The common part of the row backends: products from `gemm` around row operations. They differ only in the latter.
 
-A row operation reads logits [R, V] in the accumulation dtype as the product left them (it applies the head's scale
-and softcap itself) and a chunk's target, and never touches hidden states, weights or features: features are a
-potential of each row, so that q @ features and its gradient are products of torch around the row operations.
+A row operation reads logits [R, V] as the product left them (it applies the head's scale and softcap itself) and a
+chunk's target, and never touches hidden states, weights or features: features are a potential of each row, so that
+q @ features and its gradient are products of torch around the row operations.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def tiles(rows: Tensor, vocab: int | None = None) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Operand:
-    """What a row operation reads: raw logits [R, V] in the accumulation dtype, their chunk, whose target is logits or
+    """What a row operation reads: raw logits [R, V], their chunk, whose target is logits or
     None, and the terms."""
 
     logits: Tensor
@@ -71,6 +71,10 @@ class RowOperations(ABC):
     def accumulate_columns_(self, x: Operand, statistics: Tensor, columns: Tensor) -> None:
         """columns[group_n] += weight_n q_n over the chunk's rows, deterministically; columns [G, V]."""
 
+    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
+        """gradient *= factor [1]."""
+        torch.mul(gradient, factor, out=gradient)
+
     @abstractmethod
     def row_probabilities(self, x: Operand, statistics: Tensor) -> Tensor:
         """q [R, V]."""
@@ -90,23 +94,32 @@ def _tempered(terms: Terms) -> Head:
 
 @dataclass
 class RowWorkspace:
-    """logits [rows, V] in the accumulation dtype and dlogits [rows, V] in the input dtype, of one memory: a narrow row
-    of dlogits is the upper half of its row of logits. None for logits that the caller holds (dlogits go where
-    `dhidden` points). target: the logits of a teacher's head, allocated by the first chunk that needs them; outcomes:
-    of the chunk's sparse target, from its statistics."""
+    """logits [rows, V] in the dtype of the terms and dlogits in the input dtype, of one memory: a row of dlogits is its
+    row of logits, or the upper half of a wider one. Where dlogits are kept, they are [kept, V], and logits of their
+    dtype stand there too. None for logits that the caller holds (dlogits go where `dhidden` points). target: the logits
+    of a teacher's head, allocated by the first chunk that needs them; outcomes: of the chunk's sparse target, from its
+    statistics; waiting: what the kept dlogits are to be multiplied by, (hidden, down) of each chunk."""
 
     rows: int
     terms: Terms
     logits: Tensor | None = None
     dlogits: Tensor | None = None
+    keeps: bool = False
     target: Tensor | None = None
     outcomes: sparse.Outcomes | None = None
+    waiting: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+
+    def rows_of(self, chunk: Chunk) -> slice:
+        """Where the chunk stands in what is kept."""
+        start = sum(len(hidden) for hidden, _ in self.waiting)
+        return slice(start, start + len(chunk.hidden))
 
     def operand(self, chunk: Chunk, multiply: bool) -> Operand:
         """The chunk with its logits and its target's; multiply: compute them, else they are still here."""
         head, logits = self.terms.head, chunk.hidden
         if self.logits is not None:
-            logits = self.logits[: len(chunk.hidden)]
+            in_kept = self.keeps and self.logits is self.dlogits
+            logits = self.logits[self.rows_of(chunk)] if in_kept else self.logits[: len(chunk.hidden)]
             if multiply and head.weight is not None:
                 gemm.logits_(chunk.hidden, head.weight, head.bias, logits)
                 if self.terms.up is not None and chunk.down is not None:
@@ -120,7 +133,8 @@ class RowWorkspace:
         hidden, head = chunk.target
         assert head.weight is not None
         if self.target is None:
-            self.target = _matrix(self.rows, head.weight.shape[0], hidden)[:, : head.weight.shape[0]]
+            vocab = head.weight.shape[0]
+            self.target = _matrix(self.rows, vocab, hidden, self.terms.logits_dtype)[:, :vocab]
         logits = self.target[: hidden.shape[0]]
         if multiply:
             gemm.logits_(hidden, head.weight, head.bias, logits)
@@ -131,31 +145,68 @@ class RowWorkspace:
         if self.dlogits is None:  # the caller's logits: their gradient is the result
             assert backward.dhidden is not None
             return backward.dhidden
-        return self.dlogits[: len(chunk.hidden)]
+        return self.dlogits[self.rows_of(chunk)] if self.keeps else self.dlogits[: len(chunk.hidden)]
+
+    def products(self, out: Tensor, chunk: Chunk, backward: Backward) -> None:
+        """The gradients that are products of dlogits, `out` [R, V], and its column sums, dbias."""
+        terms = self.terms
+        if terms.head.weight is not None and backward.dhidden is not None:
+            gemm.dhidden_(out, terms.head.weight, backward.dhidden)
+        if terms.up is not None and backward.ddown is not None:
+            gemm.dhidden_(out, terms.up, backward.ddown)
+        if backward.dbias is not None:
+            total = out.sum(0, dtype=backward.dbias.dtype)
+            backward.dbias.copy_(total) if backward.first else backward.dbias.add_(total)
+        if self.keeps and self.dlogits is not None:
+            rows = self.rows_of(chunk)
+            self.waiting.append((chunk.hidden, chunk.down))
+            if not backward.last:
+                return
+            out, hidden = self.dlogits[: rows.stop], torch.cat([hidden for hidden, _ in self.waiting])
+            down = None if chunk.down is None else torch.cat([down for _, down in self.waiting if down is not None])
+            self.waiting.clear()
+        else:
+            hidden, down = chunk.hidden, chunk.down
+        for right, left in ((backward.dweight, hidden), (backward.dup, down)):
+            if right is not None and left is not None:
+                gemm.dweight_(out, left, right, accumulate=not (backward.first or self.keeps))
 
 
-def _matrix(rows: int, vocab: int, like: Tensor) -> Tensor:
-    """[rows, V or a little more] in the accumulation dtype of `like`."""
-    return like.new_empty(rows, -(-vocab // _ALIGN) * _ALIGN, dtype=accumulate_dtype(like.dtype))
+def _matrix(rows: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """[rows, V or a little more] on the device of `like`."""
+    return like.new_empty(rows, -(-vocab // _ALIGN) * _ALIGN, dtype=dtype)
 
 
 class RowBackend(Backend[RowWorkspace]):
     """The backend contract on top of the row operations."""
 
     best_rows = 4096
+    even_rows = 1024
+    keeps = True
     operations: RowOperations
 
-    def chunk_bytes(self, dtype: torch.dtype, projected: bool, target: int) -> int:
+    def chunk_bytes(self, logits: torch.dtype, projected: bool, target: int) -> int:
         """Own logits, which the gradient is written over, and the teacher's."""
-        return max(1, accumulate_dtype(dtype).itemsize * projected + target)
+        return max(1, logits.itemsize * projected + target)
 
-    def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool) -> RowWorkspace:
-        """Memory for `rows` rows of logits, unless the caller holds them."""
+    def workspace(
+        self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool, kept: int = 0
+    ) -> RowWorkspace:
+        """Memory for `rows` rows of logits, unless the caller holds them, and for `kept` rows of dlogits."""
         if terms.head.weight is None:
             return RowWorkspace(rows, terms)
-        wide = _matrix(rows, vocab, like)
-        narrow = wide.view(like.dtype)[:, wide.view(like.dtype).shape[1] - wide.shape[1] :]
-        return RowWorkspace(rows, terms, wide[:, :vocab], narrow[:, :vocab])
+        dlogits = _matrix(kept, vocab, like, like.dtype)[:, :vocab] if kept else None
+        if dlogits is not None and terms.logits_dtype == like.dtype:
+            return RowWorkspace(rows, terms, dlogits, dlogits, keeps=True)
+        logits = _matrix(rows, vocab, like, terms.logits_dtype)
+        if dlogits is not None:
+            return RowWorkspace(rows, terms, logits[:, :vocab], dlogits, keeps=True)
+        over = logits.view(like.dtype)
+        return RowWorkspace(rows, terms, logits[:, :vocab], over[:, over.shape[1] - logits.shape[1] :][:, :vocab])
+
+    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
+        """By a kernel, where the row operations have one."""
+        self.operations.scale_(gradient, factor)
 
     def chunk_statistics(self, workspace: RowWorkspace, chunk: Chunk, columns: Tensor | None) -> Statistics:
         """One product (two with a teacher's head) and one row operation, or two."""
@@ -249,7 +300,7 @@ class RowBackend(Backend[RowWorkspace]):
             self._row_gradient_(workspace.outcomes, x, found.rows, cotangents, out)
         else:
             self._feature_gradient_(workspace.outcomes, x, found, cotangents, out)
-        _products(out, chunk, workspace.terms, backward)
+        workspace.products(out, chunk, backward)
 
     def _row_gradient_(
         self, outcomes: sparse.Outcomes | None, x: Operand, statistics: Tensor, cotangents: Cotangents, out: Tensor
@@ -295,7 +346,7 @@ class RowBackend(Backend[RowWorkspace]):
             return super().chunk_step(workspace, chunk, columns, backward)
         x, out = workspace.operand(chunk, multiply=True), workspace.gradient(chunk, backward)
         statistics = self.operations.row_step_(x, backward.cotangents, out)
-        _products(out, chunk, workspace.terms, backward)
+        workspace.products(out, chunk, backward)
         return Statistics(statistics)
 
     def _feature_gradient_(
@@ -328,17 +379,3 @@ class RowBackend(Backend[RowWorkspace]):
             )
             part = None if outcomes is None else sparse.Outcomes(*(part[rows] for part in outcomes))
             self._row_gradient_(part, tile, known, Cotangents(by[:DIFFERENTIABLE], None, own.lse_slope), out[rows])
-
-
-def _products(out: Tensor, chunk: Chunk, terms: Terms, backward: Backward) -> None:
-    """The gradients that are products of dlogits, `out` [R, V], and its column sums, dbias."""
-    if terms.head.weight is not None and backward.dhidden is not None:
-        gemm.dhidden_(out, terms.head.weight, backward.dhidden)
-    if terms.up is not None and backward.ddown is not None:
-        gemm.dhidden_(out, terms.up, backward.ddown)
-    for right, left in ((backward.dweight, chunk.hidden), (backward.dup, chunk.down)):
-        if right is not None and left is not None:
-            gemm.dweight_(out, left, right, accumulate=not backward.first)
-    if backward.dbias is not None:
-        total = out.sum(0, dtype=backward.dbias.dtype)
-        backward.dbias.copy_(total) if backward.first else backward.dbias.add_(total)

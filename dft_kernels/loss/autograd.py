@@ -8,17 +8,20 @@ every order of the two modes. A traced call (torch.compile, export, fake tensors
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import backends
+from ..backends.contract import Backend
 from . import operators
 from .checks import has_tangent
-from .gradients import scaled
-from .loop import compute_loss, compute_statistics
+from .gradients import scaled, scaled_
+from .loop import compute_loss, compute_statistics, mean_probability, run_loss
 from .operators import (
     SECOND_DERIVATIVE,
     gradient_of_statistics,
@@ -31,12 +34,19 @@ from .problem import GRADIENTS, Problem
 _FIELDS = len(Problem._fields)
 
 
-def loss(problem: Problem) -> tuple[Tensor, ...]:
-    """What `compute_loss` returns, differentiable in the first fields of the problem."""
+def loss(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Loss, row quantities, features and mean probability, of which the first is differentiable in the first fields of
+    the problem; the others may be None or empty where metrics do not want them."""
     problem, tangents = problem.with_needs(), _has_tangents(problem)
     if _traced(problem.hidden):
-        return operators.loss(*problem)  # type: ignore[no-any-return]
-    return FusedLoss.apply(*problem, tangents)  # type: ignore[no-any-return]
+        total, _, rows, features, mean, *_ = operators.loss(*problem)
+    elif tangents or torch._C._are_functorch_transforms_active():
+        total, _, rows, features, mean, *_ = TransformedLoss.apply(*problem, tangents)
+    else:
+        call = Call(problem)
+        total = FusedLoss.apply(*problem.differentiated, call)
+        return total, call.rows, call.features, call.mean
+    return total, rows, features, mean
 
 
 def statistics(problem: Problem) -> tuple[Tensor, ...]:
@@ -93,8 +103,55 @@ def _one_by_one(function: Callable[..., Any], info: Any, in_dims: Any, arguments
     return stacked, (0,) * len(stacked)
 
 
+@dataclass
+class Call:
+    """A problem, whose tensors autograd has seen, and what its metrics are made of."""
+
+    problem: Problem
+    rows: Tensor | None = None
+    features: Tensor | None = None
+    mean: Tensor | None = None
+
+
 class FusedLoss(torch.autograd.Function):
-    """compute_loss of the fields of a problem. The last argument: whether the caller saw tangents on them."""
+    """The loss of a problem: what is called where no transform runs. Few arguments: each costs host time."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Any, bias: Any, down: Any, up: Any, call: Call) -> Tensor:
+        problem = call.problem
+        total, outcome = run_loss(problem)
+        if problem.reports:
+            call.rows, call.features = outcome.rows, outcome.features
+            call.mean, _ = mean_probability(problem, outcome)
+        ctx.needs, ctx.dtype, ctx.folded, ctx.backend = problem.needs, hidden.dtype, problem.folds, outcome.backend
+        ctx.save_for_backward(hidden, weight, outcome.selection.denominator, *outcome.gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        return (*_loss_gradients(ctx, grad, None if kept else ctx.backend), None)
+
+
+def _loss_gradients(ctx: Any, grad: Tensor, backend: Backend[Any] | None) -> Iterator[Tensor | None]:
+    """The saved gradients times grad; by `backend` in place where nobody reads them again, None: somebody may."""
+    hidden, weight, denominator, *gradients = ctx.saved_tensors
+    factor = grad if ctx.folded else grad / denominator
+    twice = torch.is_grad_enabled() or forward_ad._current_level >= 0  # a second derivative may be taken
+    for gradient, need in zip(gradients, ctx.needs, strict=True):
+        if not need:
+            yield None
+        elif twice:
+            yield _Scaled.apply(gradient, factor, ctx.dtype, hidden, weight)
+        elif backend is None:
+            yield scaled(gradient, factor, ctx.dtype)
+        else:
+            yield scaled_(backend, gradient, factor, ctx.dtype)
+
+
+class TransformedLoss(torch.autograd.Function):
+    """compute_loss of the fields of a problem, under forward mode and the transforms of torch.func. The last argument:
+    whether the caller saw tangents on them."""
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
@@ -109,22 +166,14 @@ class FusedLoss(torch.autograd.Function):
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*kept)
         problem = Problem(*inputs[:_FIELDS])
-        ctx.needs, ctx.dtype, ctx.tangents = problem.needs, problem.hidden.dtype, inputs[_FIELDS]
+        ctx.needs, ctx.dtype, ctx.folded = problem.needs, problem.hidden.dtype, problem.folds
+        ctx.tangents = inputs[_FIELDS]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
-        hidden, weight, denominator, *gradients = ctx.saved_tensors
         if grad is None:
             return (None,) * (_FIELDS + 1)
-        factor = grad / denominator
-        known = torch.is_grad_enabled() or forward_ad._current_level >= 0  # a second derivative may be taken
-        out = (
-            (_Scaled.apply(g, factor, ctx.dtype, hidden, weight) if known else scaled(g, factor, ctx.dtype))
-            if need
-            else None
-            for g, need in zip(gradients, ctx.needs, strict=True)
-        )
-        return (*gradients_of(*out), None)
+        return (*gradients_of(*_loss_gradients(ctx, grad, None)), None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
@@ -134,11 +183,18 @@ class FusedLoss(torch.autograd.Function):
         known = [n for n in range(GRADIENTS) if tangents[n] is not None]
         both = (*(gradients[n] for n in known), *(tangents[n] for n in known))
         primals = (None if t is None else forward_ad.unpack_dual(t).primal for t in (hidden, weight))
+        denominator = torch.ones_like(denominator) if ctx.folded else denominator
         return (_Tangent.apply(*primals, denominator, *both), *(None,) * (5 + GRADIENTS))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _one_by_one(lambda *fields: loss(Problem(*fields[:_FIELDS])), info, in_dims, arguments)
+        return _one_by_one(lambda *fields: _transformed(Problem(*fields[:_FIELDS])), info, in_dims, arguments)
+
+
+def _transformed(problem: Problem) -> tuple[Tensor, ...]:
+    """One element of a vmap: under what other transforms run."""
+    problem = problem.with_needs()
+    return TransformedLoss.apply(*problem, _has_tangents(problem))  # type: ignore[no-any-return]
 
 
 class _Scaled(torch.autograd.Function):
@@ -223,7 +279,9 @@ class InplaceLoss(torch.autograd.Function):
         flat = problem.hidden.detach()
         out = compute_loss(problem._replace(hidden=flat, need_hidden=False), flat)
         ctx.save_for_backward(flat)
-        ctx.denominator, ctx.used, ctx.leaf, ctx.shape = out[1], False, logits.is_leaf, logits.shape
+        ctx.backend = backends.choose(problem.backend, flat.device, flat.dtype)
+        ctx.denominator = None if problem.folds else out[1]
+        ctx.used, ctx.leaf, ctx.shape = False, logits.is_leaf, logits.shape
         ctx.mark_non_differentiable(*out[1:])
         ctx.set_materialize_grads(False)
         return out
@@ -240,8 +298,6 @@ class InplaceLoss(torch.autograd.Function):
             )
         (gradient,) = ctx.saved_tensors
         ctx.used = True
-        factor = (grad / ctx.denominator).reshape(1)
-        for block in gradient.split(max(1, (1 << 22) // max(1, gradient.shape[1]))):
-            torch.mul(block, factor, out=block)
-        gradient = gradient.view(ctx.shape)
+        factor = grad if ctx.denominator is None else grad / ctx.denominator
+        gradient = scaled_(ctx.backend, gradient, factor, gradient.dtype).view(ctx.shape)
         return (gradient.clone() if ctx.leaf else gradient), None

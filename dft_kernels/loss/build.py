@@ -33,9 +33,9 @@ def build(
         options["bias"] = bias
     check, fields = inputs(function, hidden, weight, target, options)
     target = fields["target"]
-    fields |= teacher_fields(check, teacher, target is not None, options)
-    fields |= weight_fields(check, target, teacher is not None, class_weight, options)
-    fields |= potential_fields(check, options)
+    fields |= teacher_fields(check, teacher, target is not None, options, given)
+    fields |= weight_fields(check, target, teacher is not None, class_weight, options, given)
+    fields |= potential_fields(check, options, given)
     fields |= plan_fields(check, options)
     metrics = metric_names(check, options["return_metrics"])
     asked = (target, teacher, fields["potential"], fields["feature_weight"], fields["entropy_weight"])

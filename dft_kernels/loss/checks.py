@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from ..errors import fail
 
@@ -23,10 +23,13 @@ def has_tangent(value: Tensor | None) -> bool:
     """Whether forward-mode differentiation (torch.func.jvp, dual numbers) runs through the tensor."""
     if value is None:
         return False
-    if not torch.compiler.is_compiling():  # unpack_dual has no rule for torch.vmap; what is below it has
+    if not torch.compiler.is_compiling():
+        if forward_ad._current_level < 0:
+            return False
+        # unpack_dual has no rule for torch.vmap; what is below it has
         while torch._C._functorch.is_batchedtensor(value):
             value = torch._C._functorch.get_unwrapped(value)
-    return unpack_dual(value).tangent is not None
+    return forward_ad.unpack_dual(value).tangent is not None
 
 
 class Checks:

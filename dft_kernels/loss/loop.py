@@ -11,28 +11,29 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.contract import DIFFERENTIABLE, Backward, Chunk, Cotangents, Row
+from ..backends.contract import DIFFERENTIABLE, Backend, Backward, Chunk, Cotangents, Row
 from ..backends.formulas import head_logits
 from ..teachers.contract import Request, Rows, source_of
 from ..teachers.head import open_head
 from ..teachers.top_k import open_top_k
-from .gradients import RowGradient, allocate, scaled
-from .planning import plan_rows
+from .gradients import RowGradient, allocate, rounded, scaled
+from .planning import plan
 from .problem import GRADIENTS, Problem, loss_terms
 from .row_loss import loss_cotangents, loss_rows
 from .selection import Selection, select_rows
 
 REPORTED = Row.AGREEMENT + 1  # the leading quantities that leave the loop
 
-Seed = Callable[[Chunk, Rows], Cotangents]  # a chunk and its rows -> its cotangents
+Seed = Callable[[Chunk, Rows, Selection], Cotangents]  # a chunk and its rows, of those in play -> its cotangents
 
 
 @dataclass
 class Outcome:
     """The loop's results: row quantities [REPORTED, N] (0 for ignored rows), q @ features [N, K], column sums
-    [G, V], and unscaled gradients of hidden, weight, bias, down, up; None where not asked for."""
+    [G, V], and gradients of hidden, weight, bias, down, up in the input dtype; None where not asked for."""
 
     selection: Selection
+    backend: Backend[Any]
     rows: Tensor
     features: Tensor | None
     columns: Tensor | None
@@ -44,22 +45,26 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
     a new tensor (it may be `problem.hidden` itself where that holds logits)."""
     hidden, vocab, wide = problem.hidden, problem.vocab, problem.dtype
     selection = select_rows(problem)
-    size = plan_rows(problem, selection.count)
-    blocks = selection.blocks(size)
+    planned = plan(problem, selection.count)
+    blocks = selection.blocks(planned.rows)
     terms = problem.terms(differentiated if seed else frozenset())
     backend = backends.choose(problem.backend, hidden.device, hidden.dtype)
+    whole = len(blocks) == 1 and selection.index is None  # the quantities of its only chunk are the result
     outcome = Outcome(
         selection,
-        rows=hidden.new_zeros(REPORTED, hidden.shape[0], dtype=wide),
+        backend,
+        rows=hidden.new_empty(0) if whole else hidden.new_zeros(REPORTED, hidden.shape[0], dtype=wide),
         features=None if terms.features is None else hidden.new_zeros(len(hidden), terms.features.shape[1], dtype=wide),
         columns=hidden.new_zeros(problem.num_groups, vocab, dtype=wide) if problem.columns else None,
     )
+    gradients: tuple[Tensor | None, ...] = (None,) * GRADIENTS
     if seed is not None:
-        outcome.gradients = allocate(problem, selection, len(blocks), dhidden)
-    dhidden, dweight, dbias, ddown, dup = outcome.gradients
-    workspace = backend.workspace(size, vocab, hidden, terms, gradient=seed is not None)
-    to_hidden, to_down = RowGradient(dhidden, selection, size), RowGradient(ddown, selection, size)
-    with torch.autocast(hidden.device.type, enabled=False), _open_teacher(problem, blocks) as targets:
+        gradients = allocate(problem, selection, planned.products(selection.count), dhidden)
+    into, dweight, dbias, ddown, dup = gradients
+    kept = planned.kept if seed is not None else 0
+    workspace = backend.workspace(planned.rows, vocab, hidden, terms, gradient=seed is not None, kept=kept)
+    to_hidden, to_down = RowGradient(into, selection, planned.rows), RowGradient(ddown, selection, planned.rows)
+    with _without_autocast(hidden.device.type), _open_teacher(problem, blocks) as targets:
         for number, rows in enumerate(blocks):
             chunk = Chunk(
                 hidden=rows.take(hidden),
@@ -72,8 +77,17 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
             if seed is None:
                 found = backend.chunk_statistics(workspace, chunk, outcome.columns)
             else:
-                into = to_hidden.of(rows), dweight, dbias, number == 0, to_down.of(rows), dup
-                found = backend.chunk_step(workspace, chunk, outcome.columns, Backward(seed(chunk, rows), *into))
+                backward = Backward(
+                    seed(chunk, rows, selection),
+                    dhidden=to_hidden.of(rows),
+                    dweight=dweight,
+                    dbias=dbias,
+                    first=number == 0,
+                    last=number == len(blocks) - 1,
+                    ddown=to_down.of(rows),
+                    dup=dup,
+                )
+                found = backend.chunk_step(workspace, chunk, outcome.columns, backward)
                 to_hidden.settle(rows)
                 to_down.settle(rows)
             statistics = found.rows
@@ -82,14 +96,23 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
                 statistics[Row.DIVERGENCE].masked_fill_(broken, torch.nan)
             if outcome.features is not None and found.features is not None:
                 rows.put(outcome.features, found.features)
-            rows.put(outcome.rows, statistics[:REPORTED], dim=1)
+            if whole:
+                outcome.rows = statistics[:REPORTED]
+            else:
+                rows.put(outcome.rows, statistics[:REPORTED], dim=1)
         if targets is not None:
             next(targets, None)  # lets a source check that it ended where the rows do
     if selection.ignored is not None:
         outcome.rows.masked_fill_(selection.ignored, 0.0)
         if outcome.features is not None:
             outcome.features.masked_fill_(selection.ignored[:, None], 0.0)
+    del workspace  # its memory serves the rounding
+    outcome.gradients = rounded(problem, gradients)
     return outcome
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _open_teacher(problem: Problem, blocks: list[Rows]) -> AbstractContextManager[Any]:
@@ -114,22 +137,29 @@ def mean_probability(problem: Problem, outcome: Outcome) -> tuple[Tensor, Tensor
     return outcome.columns.div_(torch.where(total == 0, 1.0, total)[:, None]), total
 
 
-def compute_loss(problem: Problem, dhidden: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Loss, denominator, row quantities (where metrics are wanted), features (where given), mean probability and group
-    weights (where a group is), and the unscaled gradients; what is not there is empty. `dhidden`: see `run`."""
+def run_loss(problem: Problem, dhidden: Tensor | None = None) -> tuple[Tensor, Outcome]:
+    """The loss, and what the loop found. `dhidden`: see `run`."""
 
-    def seed(chunk: Chunk, rows: Rows) -> Cotangents:
-        return loss_cotangents(problem, chunk.hidden, chunk.weight, rows)
+    def seed(chunk: Chunk, rows: Rows, selection: Selection) -> Cotangents:
+        return loss_cotangents(problem, chunk.hidden, chunk.weight, rows, selection if problem.folds else None)
 
     wanted = problem.needs_gradient or dhidden is not None
     outcome = run(problem, loss_terms(problem), seed if wanted else None, dhidden)
     selection = outcome.selection
-    total = loss_rows(problem, outcome.rows, outcome.features, selection.weight).sum() / selection.denominator
+    total = loss_rows(problem, outcome.rows, outcome.features, selection.weight).sum()
+    return total / (selection.divisor or selection.denominator), outcome
+
+
+def compute_loss(problem: Problem, dhidden: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Loss, denominator, row quantities (where metrics are wanted), features (where given), mean probability and group
+    weights (where a group is), and the gradients, by `Problem.folds` of the loss or of the sum; what is not there is
+    empty. `dhidden`: see `run`."""
+    total, outcome = run_loss(problem, dhidden)
     none = problem.hidden.new_empty
     return (
         total,
-        selection.denominator,
-        outcome.rows if problem.reports else none(0, dtype=problem.dtype),
+        outcome.selection.denominator,
+        outcome.rows.clone() if problem.reports else none(0, dtype=problem.dtype),
         none(0, dtype=problem.dtype) if outcome.features is None else outcome.features,
         *mean_probability(problem, outcome),
         *(none(0) if g is None or g is dhidden else g for g in outcome.gradients),
@@ -158,7 +188,7 @@ def compute_statistics_gradient(
         problem = problem._replace(potential=potential)
     problem = problem._replace(columns=False)
 
-    def seed(chunk: Chunk, rows: Rows) -> Cotangents:
+    def seed(chunk: Chunk, rows: Rows, _: Selection) -> Cotangents:
         out = chunk.hidden.new_zeros(DIFFERENTIABLE, chunk.hidden.shape[0], dtype=problem.dtype)
         for row, grad in live.items():
             out[row] = rows.take(grad)

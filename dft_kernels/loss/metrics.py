@@ -35,7 +35,9 @@ class Metrics:
     backend: str  # what served the call
 
 
-def metrics_of(problem: Problem, rows: Any, features: Tensor, mean: Tensor, lead: torch.Size) -> Metrics | None:
+def metrics_of(
+    problem: Problem, rows: Any, features: Tensor | None, mean: Tensor | None, lead: torch.Size
+) -> Metrics | None:
     """Of the row quantities that a call has computed; None where it asked for none."""
     if not problem.reports:
         return None
@@ -55,7 +57,7 @@ def metrics_of(problem: Problem, rows: Any, features: Tensor, mean: Tensor, lead
         correct=None if correct is None else correct.bool(),
         teacher_agreement=None if agreement is None else agreement.bool(),
         log_prob=row(Row.LOG_PROB),
-        features=None if problem.features is None else features.reshape(*lead, problem.num_features),
+        features=None if problem.features is None or features is None else features.reshape(*lead, features.shape[1]),
         mean_probability=mean if problem.columns else None,
         backend=backends.choose(problem.backend, problem.hidden.device, problem.hidden.dtype).name,
     )

@@ -2,10 +2,10 @@
 
 A call is one node of a traced graph, whose arguments are the fields of its `Problem`:
 
-    loss                 scalar reductions; the gradient of the *sum* is emitted by the same pass and saved
+    loss                 scalar reductions; the gradient is emitted by the same pass and saved
     statistics           row quantities, feature means, column means; nothing of size [R, V] survives
     statistics_gradient  its backward: the logits are recomputed, one product more
-    scale                grad_output / denominator, applied once, in the accumulation dtype
+    scale                grad_output (over the denominator in fp16), applied in the accumulation dtype
 
 None of them can be differentiated twice; `scale` and `statistics_gradient` say so. Eager calls take the functions of
 `autograd.py` instead.
@@ -22,7 +22,6 @@ from ..backends.contract import DIFFERENTIABLE, Row
 from ..teachers.contract import source_of
 from .gradients import scaled, shapes
 from .loop import REPORTED, compute_loss, compute_statistics, compute_statistics_gradient
-from .planning import dweight_dtype
 from .problem import GRADIENTS, SCHEMA, TENSORS, Problem
 
 SECOND_DERIVATIVE = (
@@ -57,7 +56,7 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return (
         *(new((), dtype=wide), new((), dtype=wide), new(rows, dtype=wide)),
         *means,
-        *shapes(problem, dweight_dtype(problem)),
+        *shapes(problem),
     )
 
 
@@ -67,14 +66,14 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.save_for_backward(*inputs[:2], output[1], *output[6:])
     problem = Problem(*inputs)
     ctx.needs = problem.needs
-    ctx.dtype = problem.hidden.dtype
+    ctx.dtype, ctx.folded = problem.hidden.dtype, problem.folds
 
 
 def _loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     hidden, weight, denominator, *gradients = ctx.saved_tensors
     if grad is None:
         return (None,) * len(Problem._fields)
-    factor = grad / denominator
+    factor = grad if ctx.folded else grad / denominator
     scaled_ones = (
         scale(g, factor, ctx.dtype, hidden, weight) if need else None
         for g, need in zip(gradients, ctx.needs, strict=True)

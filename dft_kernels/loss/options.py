@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypedDict, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..errors import fail
@@ -34,6 +35,7 @@ class StatisticsOptions(TypedDict, total=False):
     row_weight: Tensor | None
     chunk_size: int | None
     memory_budget: int | None
+    logits_dtype: torch.dtype | None
     compact: bool
     backend: str
 
@@ -79,13 +81,14 @@ DEFAULTS: LossOptions = {
     "num_items": None,
     "chunk_size": None,
     "memory_budget": None,
+    "logits_dtype": None,
     "compact": True,
     "backend": "auto",
     "return_metrics": False,
 }
 LOSS = tuple(DEFAULTS)
 STATISTICS = tuple(name for name in LOSS if name in StatisticsOptions.__annotations__)
-OF_LOGITS = tuple(name for name in LOSS if name not in ("bias", "low_rank"))  # of functions of given logits
+OF_LOGITS = tuple(name for name in LOSS if name not in ("bias", "low_rank", "logits_dtype"))  # of given logits
 
 
 class Function(NamedTuple):

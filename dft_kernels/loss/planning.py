@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .. import backends
+from ..backends.contract import Backend
+from ..dtypes import accumulate_dtype
 from ..teachers.contract import Source
 from ..teachers.stream import LogitStream
 from .checks import Checks, Fields
@@ -28,6 +31,18 @@ def _backend(check: Checks, name: Any) -> str:
     return name
 
 
+def _narrow(check: Checks, value: Any) -> bool:
+    """Whether logits_dtype asks for logits in the input dtype, where that is not the accumulation dtype."""
+    own, wide = check.hidden.dtype, accumulate_dtype(check.hidden.dtype)
+    if value is None or value == wide:
+        return False
+    if value != own:
+        relation = f"be None, {wide}, or the dtype of {check.names[0]}"
+        kind = ValueError if isinstance(value, torch.dtype) else TypeError
+        check.fail("logits_dtype", relation, repr(value), "Leave it out for exact gradients", kind)
+    return True
+
+
 def plan_fields(check: Checks, options: LossOptions) -> Fields:
     """The backend and the limits of a chunk, each by itself; `check_plan` holds them against the whole call."""
     chunk_size, memory_budget = options["chunk_size"], options["memory_budget"]
@@ -41,6 +56,7 @@ def plan_fields(check: Checks, options: LossOptions) -> Fields:
         "backend": _backend(check, options["backend"]),
         "chunk_size": chunk_size,
         "memory_budget": memory_budget,
+        "narrow": _narrow(check, options["logits_dtype"]),
         "compact": bool(options["compact"]),
     }
 
@@ -70,33 +86,77 @@ def scratch_bytes(device: torch.device) -> int:
     return SCRATCH_BYTES.get(device.type, SCRATCH_BYTES_ELSEWHERE)
 
 
+def _backend_of(problem: Problem) -> Backend[Any]:
+    return backends.choose(problem.backend, problem.hidden.device, problem.hidden.dtype)
+
+
 def row_bytes(problem: Problem) -> int:
     """Scratch bytes for the logits of one row."""
-    backend = backends.choose(problem.backend, problem.hidden.device, problem.hidden.dtype)
-    return backend.chunk_bytes(problem.hidden.dtype, problem.weight is not None, problem.target_bytes) * problem.vocab
+    chunk_bytes = _backend_of(problem).chunk_bytes(
+        problem.logits_dtype, problem.weight is not None, problem.target_bytes
+    )
+    return chunk_bytes * problem.vocab
 
 
-def most_rows(problem: Problem) -> int:
-    """The largest chunk: `chunk_size`, else what fits the budget, up to where the backend gains no more."""
-    if problem.chunk_size is not None:
-        return problem.chunk_size
-    backend = backends.choose(problem.backend, problem.hidden.device, problem.hidden.dtype)
-    budget = problem.memory_budget or scratch_bytes(problem.hidden.device)
-    rows = max(1, min(backend.best_rows, budget // row_bytes(problem)))
-    return rows if rows < _EVEN else rows // _EVEN * _EVEN
+@dataclass(frozen=True)
+class Plan:
+    """rows: of a chunk. kept: rows whose dlogits [kept, V] are kept, in the input dtype, until one product adds their
+    share of dweight; 0: each chunk's are multiplied at once, and take the memory of its logits."""
+
+    rows: int
+    kept: int = 0
+
+    def products(self, count: int) -> int:
+        """How many products dweight is the sum of."""
+        return math.ceil(count / max(self.rows, self.kept))
 
 
-def plan_rows(problem: Problem, count: int) -> int:
-    """Rows a chunk for `count` rows: at most `most_rows`; where the planner is free, evenly spread."""
-    most = most_rows(problem)
-    if count <= most or problem.chunk_size is not None:
+def plan(problem: Problem, count: int) -> Plan:
+    """How `count` rows are run.
+
+    Chunks are as large as the budget admits, up to where the backend gains no more, and of a number of rows that its
+    products like. Where several chunks remain, dlogits of all rows are kept for a single product of dweight, straight
+    into its dtype, if they take no more than the accumulator [V, H] that it would else be summed in, or fit the budget
+    beside a chunk.
+    """
+    backend, budget, row = _backend_of(problem), _budget(problem), row_bytes(problem)
+
+    def most(bytes_of_row: int, within: int) -> int:
+        if problem.chunk_size is not None or bytes_of_row == 0:
+            return problem.chunk_size or count
+        return _rounded(min(backend.best_rows, within // bytes_of_row), backend.even_rows)
+
+    alone = most(row, budget)
+    if count <= alone:
+        return Plan(max(1, count))
+    if backend.keeps and problem.weight is not None and problem.need_weight and problem.folds:
+        itemsize, vocab = problem.hidden.dtype.itemsize, problem.vocab
+        kept, accumulator = itemsize * vocab * count, problem.dtype.itemsize * problem.weight.numel()
+        beside = row - itemsize * vocab if problem.narrow else row  # narrow logits are where their dlogits are kept
+        free = kept <= accumulator
+        rows = most(beside, budget if free else budget - kept)
+        if free or (kept < budget and rows >= backend.even_rows):
+            if rows >= count:
+                return Plan(count)
+            return Plan(_even(problem, count, rows, backend.even_rows), count)
+    return Plan(_even(problem, count, alone, backend.even_rows))
+
+
+def _budget(problem: Problem) -> int:
+    return problem.memory_budget or scratch_bytes(problem.hidden.device)
+
+
+def _rounded(rows: int, even: int) -> int:
+    """Down to a multiple of `even`, or of a smaller power of two; at least 1."""
+    while even > 1 and rows < even:
+        even //= 2
+    return max(1, rows // even * even)
+
+
+def _even(problem: Problem, count: int, most: int, even: int) -> int:
+    """At most `most` rows a chunk; where the planner is free, as even as multiples of `even` are."""
+    if problem.chunk_size is not None or most < _EVEN:
         return max(1, min(count, most))
-    even = math.ceil(count / math.ceil(count / most))
-    return min(most, math.ceil(even / _EVEN) * _EVEN)
-
-
-def dweight_dtype(problem: Problem) -> torch.dtype:
-    """The dtype that dweight is summed in: the accumulation dtype, but bf16 where a single chunk rounds it once
-    (fp16 has not the range for an unscaled sum). A matter of shapes alone, so that a traced call knows it."""
-    alone = problem.hidden.dtype != torch.float16 and problem.hidden.shape[0] <= most_rows(problem)
-    return problem.hidden.dtype if alone else problem.dtype
+    spread = math.ceil(count / math.ceil(count / most))
+    step = even if most % even == 0 else _EVEN
+    return min(most, math.ceil(spread / step) * step)

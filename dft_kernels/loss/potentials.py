@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -37,8 +38,23 @@ def _feature_weight(check: Checks, value: Any, features: int | None) -> Tensor |
     return flattened(check.shape("feature_weight", value, (*check.lead, features), why))
 
 
-def potential_fields(check: Checks, options: LossOptions) -> Fields:
-    """What is added to a row's loss beside cross-entropy and divergence, and the groups that rows are in."""
+_NONE: Fields = {
+    "potential": None,
+    "group": None,
+    "num_groups": 1,
+    "features": None,
+    "feature_index": None,
+    "num_features": 0,
+    "feature_weight": None,
+    "entropy_weight": None,
+}
+
+
+def potential_fields(check: Checks, options: LossOptions, given: Collection[str]) -> Fields:
+    """What is added to a row's loss beside cross-entropy and divergence, and the groups that rows are in. given: the
+    names of options that are not defaults."""
+    if _NONE.keys().isdisjoint(given):
+        return _NONE
     group = check.per_row("group", options["group"], floating=False)
     num_groups = check.positive_int("num_groups", options["num_groups"])
     if group is None and num_groups > 1:

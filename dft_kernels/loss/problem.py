@@ -8,6 +8,8 @@ synchronisation there is, before any product.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -70,6 +72,7 @@ class Problem(NamedTuple):
     reduction: str
     chunk_size: int | None
     memory_budget: int | None
+    narrow: bool  # logits are held in the input dtype, not in the accumulation dtype
     compact: bool
     backend: str
     wanted: int  # bit r: Row(r) is computed
@@ -106,7 +109,7 @@ class Problem(NamedTuple):
             return self.dtype.itemsize * source_of(self.source).buffers
         if self.teacher_hidden is None:
             return 0
-        return (self.teacher_hidden.dtype if self.teacher_weight is None else self.dtype).itemsize
+        return (self.teacher_hidden.dtype if self.teacher_weight is None else self.logits_dtype).itemsize
 
     def with_needs(self) -> Problem:
         """With the gradients to compute beside those known: of what requires grad, or forward mode runs through."""
@@ -138,6 +141,17 @@ class Problem(NamedTuple):
         return accumulate_dtype(self.hidden.dtype)
 
     @property
+    def logits_dtype(self) -> torch.dtype:
+        """The dtype that a chunk's logits are held in, where the call computes them."""
+        return self.hidden.dtype if self.narrow else self.dtype
+
+    @property
+    def folds(self) -> bool:
+        """Whether the saved gradients are those of the loss itself, in the input dtype, divided by the denominator. In
+        fp16, which has not the range, they are those of the sum of the rows' losses, summed in fp32."""
+        return self.hidden.dtype != torch.float16
+
+    @property
     def teacher_head(self) -> Head:
         """The teacher's head; for plain logits one without a weight."""
         return Head(self.teacher_weight, self.teacher_bias, self.teacher_logit_scale, self.teacher_softcap)
@@ -156,7 +170,8 @@ class Problem(NamedTuple):
         return Terms(
             head=Head(self.weight, self.bias, self.logit_scale, self.softcap),
             up=self.up,
-            wanted=frozenset(row for row in Row if self.wanted >> row & 1) | differentiated,
+            logits_dtype=self.logits_dtype,
+            wanted=_rows_of(self.wanted) | differentiated,
             differentiated=differentiated,
             divergence=Divergence(self.divergence, self.parameter),
             temperature=self.temperature,
@@ -181,12 +196,25 @@ SCHEMA = _schema()
 
 def loss_terms(problem: Problem) -> frozenset[Row]:
     """The row quantities that the loss of a row is made of."""
-    parts = {
-        Row.LOG_PROB: problem.hard_weight != 0,
-        Row.MEAN_LOG_PROB: problem.hard_weight != 0 and problem.label_smoothing != 0,
-        Row.ENTROPY: problem.entropy_weight is not None,
-        Row.LSE: problem.z_loss != 0,
-        Row.DIVERGENCE: problem.soft_weight != 0 and problem.has_teacher,
-        Row.POTENTIAL: problem.potential is not None,
-    }
-    return frozenset(row for row, present in parts.items() if present)
+    hard = problem.hard_weight != 0
+    present = (
+        hard,
+        hard and problem.label_smoothing != 0,
+        problem.entropy_weight is not None,
+        problem.z_loss != 0,
+        problem.soft_weight != 0 and problem.has_teacher,
+        problem.potential is not None,
+    )
+    return _LOSS_TERMS[present]
+
+
+_TERMS = (Row.LOG_PROB, Row.MEAN_LOG_PROB, Row.ENTROPY, Row.LSE, Row.DIVERGENCE, Row.POTENTIAL)
+_LOSS_TERMS = {
+    present: frozenset(itertools.compress(_TERMS, present))
+    for present in itertools.product((False, True), repeat=len(_TERMS))
+}
+
+
+@functools.cache
+def _rows_of(bits: int) -> frozenset[Row]:
+    return frozenset(row for row in Row if bits >> row & 1)

@@ -14,11 +14,16 @@ from torch import Tensor
 from ..backends.contract import DIFFERENTIABLE, Cotangents, Row
 from ..teachers.contract import Rows
 from .problem import Problem, loss_terms
+from .selection import Selection
 
 
 def soft_rows(problem: Problem, rows: Any) -> Tensor:
     """D_n times the T^2 of temperature_scaling."""
-    return problem.soft_scale * rows[Row.DIVERGENCE.value]
+    return _times(problem.soft_scale, rows[Row.DIVERGENCE.value])
+
+
+def _times(factor: float, rows: Tensor) -> Tensor:
+    return rows if factor == 1.0 else factor * rows
 
 
 def hard_rows(problem: Problem, rows: Any) -> Tensor:
@@ -33,9 +38,9 @@ def loss_rows(problem: Problem, rows: Any, features: Tensor | None, weight: Tens
     0 whatever it holds. Differentiable in `rows` and `features`."""
     live, parts = loss_terms(problem), []
     if Row.LOG_PROB in live:
-        parts.append(problem.hard_weight * hard_rows(problem, rows))
+        parts.append(_times(problem.hard_weight, hard_rows(problem, rows)))
     if Row.DIVERGENCE in live:
-        parts.append(problem.soft_weight * soft_rows(problem, rows))
+        parts.append(_times(problem.soft_weight, soft_rows(problem, rows)))
     if Row.LSE in live:
         parts.append(problem.z_loss * rows[Row.LSE.value].square())
     if Row.POTENTIAL in live:
@@ -48,26 +53,38 @@ def loss_rows(problem: Problem, rows: Any, features: Tensor | None, weight: Tens
     return total if weight is None else torch.where(weight != 0, weight * total, 0.0)
 
 
-def loss_cotangents(problem: Problem, hidden: Tensor, weight: Tensor | None, rows: Rows | None = None) -> Cotangents:
+def loss_cotangents(
+    problem: Problem,
+    hidden: Tensor,
+    weight: Tensor | None,
+    rows: Rows | None = None,
+    selection: Selection | None = None,
+) -> Cotangents:
     """d(sum of `loss_rows`) / d(row quantities) of a chunk of rows `hidden` with weights [R]; rows: where they are
-    among all N, None: they are all."""
+    among all N, None: they are all; selection: of the denominator that the sum is divided by."""
 
     def taken(of: Tensor | None) -> Tensor | None:
         return None if of is None else (of if rows is None else rows.take(of)).to(problem.dtype)
 
+    share = 1.0 if selection is None or selection.divisor is None else 1.0 / selection.divisor
     live = loss_terms(problem)
     out = hidden.new_zeros(DIFFERENTIABLE, hidden.shape[0], dtype=problem.dtype)
     if Row.LOG_PROB in live:
-        out[Row.LOG_PROB] = -problem.hard_weight * (1.0 - problem.label_smoothing)
-        out[Row.MEAN_LOG_PROB] = -problem.hard_weight * problem.label_smoothing
+        out[Row.LOG_PROB].fill_(-share * problem.hard_weight * (1.0 - problem.label_smoothing))
+    if Row.MEAN_LOG_PROB in live:
+        out[Row.MEAN_LOG_PROB].fill_(-share * problem.hard_weight * problem.label_smoothing)
     if Row.DIVERGENCE in live:
-        out[Row.DIVERGENCE] = problem.soft_weight * problem.soft_scale
+        out[Row.DIVERGENCE].fill_(share * problem.soft_weight * problem.soft_scale)
     if Row.POTENTIAL in live:
-        out[Row.POTENTIAL] = 1.0
+        out[Row.POTENTIAL].fill_(share)
     if (by := taken(problem.entropy_weight)) is not None:
-        out[Row.ENTROPY] = by
+        out[Row.ENTROPY] = by * share
     features = taken(problem.feature_weight)
-    slope = torch.full_like(out[0], 2.0 * problem.z_loss) if Row.LSE in live else None  # of z_loss lse^2
+    features = None if features is None else features * share
+    slope = torch.full_like(out[0], 2.0 * share * problem.z_loss) if Row.LSE in live else None  # of z_loss lse^2
+    if selection is not None and selection.divisor is None:
+        by = 1.0 / selection.denominator
+        weight = by.expand(len(hidden)) if weight is None else weight * by
     if weight is not None:
         out = torch.where(weight != 0, out * weight, 0.0)
         slope = None if slope is None else torch.where(weight != 0, slope * weight, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -189,13 +190,18 @@ def _sliced(check: Checks, argument: str, theirs: int, vocab_size: Any) -> bool:
     return False
 
 
-def teacher_fields(check: Checks, teacher: Any, labelled: bool, options: LossOptions) -> Fields:
-    """The teacher, the divergence to it and both temperatures."""
+def teacher_fields(check: Checks, teacher: Any, labelled: bool, options: LossOptions, given: Collection[str]) -> Fields:
+    """The teacher, the divergence to it and both temperatures. given: the names of options that are not defaults."""
+    if teacher is None and _OPTIONS.isdisjoint(given):
+        return _UNTAUGHT
     divergence = _divergence(check, options["divergence"])
     temperature = check.positive("temperature", options["temperature"])
     theirs = options["teacher_temperature"]
     theirs = temperature if theirs is None else check.positive("teacher_temperature", theirs)
-    taught = _teacher(check, teacher, theirs, divergence, labelled)
+    return _fields(_teacher(check, teacher, theirs, divergence, labelled), divergence, temperature, theirs)
+
+
+def _fields(taught: Taught, divergence: Divergence, temperature: float, theirs: float) -> Fields:
     top = taught.top
     return {
         "teacher_hidden": taught.hidden,
@@ -214,3 +220,7 @@ def teacher_fields(check: Checks, teacher: Any, labelled: bool, options: LossOpt
         "temperature": temperature,
         "teacher_temperature": theirs,
     }
+
+
+_OPTIONS = frozenset(("divergence", "temperature", "teacher_temperature"))
+_UNTAUGHT = _fields(Taught(), Divergence("forward_kl", TABLE["forward_kl"].default), 1.0, 1.0)

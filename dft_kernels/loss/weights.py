@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -27,10 +28,32 @@ def _num_items(check: Checks, value: Any, reduction: str) -> Tensor | None:
     return torch.tensor(number, dtype=torch.float64)
 
 
+_EVEN: Fields = {
+    "row_weight": None,
+    "num_items": None,
+    "hard_weight": 0.0,
+    "soft_weight": 0.0,
+    "soft_scale": 1.0,
+    "label_smoothing": 0.0,
+    "z_loss": 0.0,
+    "ignore_index": -100,
+    "reduction": "mean",
+}
+_OPTIONS = {*_EVEN, "temperature", "temperature_scaling"}
+
+
 def weight_fields(
-    check: Checks, target: Tensor | None, taught: bool, class_weight: Any, options: LossOptions
+    check: Checks,
+    target: Tensor | None,
+    taught: bool,
+    class_weight: Any,
+    options: LossOptions,
+    given: Collection[str],
 ) -> Fields:
-    """The weights of the parts of a row's loss, of the rows, and the reduction over them."""
+    """The weights of the parts of a row's loss, of the rows, and the reduction over them. given: the names of options
+    that are not defaults."""
+    if class_weight is None and _OPTIONS.isdisjoint(given):
+        return {**_EVEN, "hard_weight": float(target is not None and not taught), "soft_weight": float(taught)}
     check.choice("temperature_scaling", options["temperature_scaling"], ("none", "squared"))
     label_smoothing = check.number("label_smoothing", options["label_smoothing"], "lie in 0..1", lambda x: 0 <= x <= 1)
     soft_weight = check.number("soft_weight", options["soft_weight"], "be a number")

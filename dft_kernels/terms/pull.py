@@ -23,7 +23,7 @@ from .base import Moments, Statistics, TermSum, as_sum
 _OURS = ("potential", "group", "num_groups", "features", "feature_weight", "entropy_weight")
 STATISTICS = (
     "bias", "low_rank", "logit_scale", "softcap", "ignore_index", "row_weight", "chunk_size", "memory_budget",
-    "compact", "backend",
+    "logits_dtype", "compact", "backend",
 )  # fmt: skip # keywords of the loss that its statistics take too
 
 

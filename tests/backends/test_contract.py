@@ -72,6 +72,7 @@ def test_the_halves_are_the_step(case: str, backend: str) -> None:
             torch.full(problem.weight.shape, torch.nan),
             None,
             first=True,
+            last=True,
         )
         workspace = chosen.workspace(16, problem.vocab, chunk.hidden, terms, gradient=True)
         if whole:

@@ -10,6 +10,8 @@ from cases import PRESENT
 
 import dft_kernels as dk
 from dft_kernels import divergences
+from dft_kernels.loss.build import build
+from dft_kernels.loss.functional import LINEAR_DISTRIBUTION_LOSS
 from dft_kernels.loss.options import DEFAULTS, LOSS, STATISTICS, LossOptions, StatisticsOptions
 from dft_kernels.testing import dense_loss
 
@@ -125,3 +127,15 @@ def test_one_signature() -> None:
     described = dk.linear_distribution_loss.__doc__
     assert all(name in described for name in LOSS)
     assert isinstance(divergences.TABLE, dict)
+
+
+@pytest.mark.parametrize("teacher", [None, torch.zeros(2, 5)])
+@pytest.mark.parametrize("target", [None, torch.tensor([0, 4])])
+def test_defaults_that_are_given_change_nothing(teacher, target):
+    """What a call leaves out is not checked again; it is what the checks make of the defaults."""
+    hidden, weight = torch.zeros(2, 3), torch.zeros(5, 3)
+    z_loss = 0.0 if teacher is not None or target is not None else 0.1  # a call without any term is refused
+    left_out = build(LINEAR_DISTRIBUTION_LOSS, hidden, weight, target, teacher, {"z_loss": z_loss} if z_loss else {})
+    given = build(LINEAR_DISTRIBUTION_LOSS, hidden, weight, target, teacher, DEFAULTS | {"z_loss": z_loss})
+    for name, one, two in zip(left_out._fields, left_out, given, strict=True):
+        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two, name

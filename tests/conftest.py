@@ -4,6 +4,10 @@
 import inspect
 import os
 
+# Before anything loads OpenMP: threads that wait sleep. The processes of a test run share the cores, and threads that
+# spin until a core is free for the others take three times the CPU time of the work itself.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

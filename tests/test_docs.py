@@ -93,7 +93,6 @@ def help_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_command_lines_have_flags_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     """Every `dft-kernels ...` line of the pages."""
-    pytest.importorskip("transformers")
     from dft_kernels.training.config import Job
     from dft_kernels.training.trainer import DFTConfig
 
@@ -173,7 +172,6 @@ def tiny(hidden_size: int) -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model at student/ and a store at teacher/."""
-    pytest.importorskip("transformers")
     at = tmp_path_factory.mktemp("examples")
     tokenizer = words()
     tiny(16).save_pretrained(at / "student")

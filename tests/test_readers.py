@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
-pytest.importorskip("transformers")
 import safetensors.torch
+import torch
 from reader_files import READERS, Tiny, V, bytewise, make_store, make_target, metadata_of, parse, read_store
 
 from dft_kernels.benchmarks import tables

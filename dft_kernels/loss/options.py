@@ -109,6 +109,11 @@ def complete(function: Function, given: Mapping[str, Any]) -> LossOptions:
     return {**DEFAULTS, **given}  # type: ignore[typeddict-item]
 
 
+def untouched(given: Collection[str], names: Collection[str]) -> bool:
+    """Whether a call has left all these options at their defaults."""
+    return all(name not in names for name in given)
+
+
 def check_names(function: Function, given: Iterable[str], taken: tuple[str, ...]) -> None:
     """TypeError for a keyword that is not among `taken`."""
     for name in given:

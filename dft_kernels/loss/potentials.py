@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import Checks, Fields, flattened
-from .options import LossOptions
+from .options import LossOptions, untouched
 
 
 def _features(check: Checks, value: Any) -> tuple[Tensor | None, Tensor | None, int]:
@@ -53,7 +53,7 @@ _NONE: Fields = {
 def potential_fields(check: Checks, options: LossOptions, given: Collection[str]) -> Fields:
     """What is added to a row's loss beside cross-entropy and divergence, and the groups that rows are in. given: the
     names of options that are not defaults."""
-    if _NONE.keys().isdisjoint(given):
+    if untouched(given, _NONE):
         return _NONE
     group = check.per_row("group", options["group"], floating=False)
     num_groups = check.positive_int("num_groups", options["num_groups"])

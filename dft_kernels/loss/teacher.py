@@ -18,7 +18,7 @@ from ..teachers.stream import LogitStream
 from ..teachers.top_k import TAILS, TopK
 from .checks import Checks, Fields, flattened
 from .inputs import autocast, check_head
-from .options import LossOptions
+from .options import LossOptions, untouched
 
 
 class Taught(NamedTuple):
@@ -192,7 +192,7 @@ def _sliced(check: Checks, argument: str, theirs: int, vocab_size: Any) -> bool:
 
 def teacher_fields(check: Checks, teacher: Any, labelled: bool, options: LossOptions, given: Collection[str]) -> Fields:
     """The teacher, the divergence to it and both temperatures. given: the names of options that are not defaults."""
-    if teacher is None and _OPTIONS.isdisjoint(given):
+    if teacher is None and untouched(given, _OPTIONS):
         return _UNTAUGHT
     divergence = _divergence(check, options["divergence"])
     temperature = check.positive("temperature", options["temperature"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import Checks, Fields
-from .options import LossOptions
+from .options import LossOptions, untouched
 
 
 def _num_items(check: Checks, value: Any, reduction: str) -> Tensor | None:
@@ -52,7 +52,7 @@ def weight_fields(
 ) -> Fields:
     """The weights of the parts of a row's loss, of the rows, and the reduction over them. given: the names of options
     that are not defaults."""
-    if class_weight is None and _OPTIONS.isdisjoint(given):
+    if class_weight is None and untouched(given, _OPTIONS):
         return {**_EVEN, "hard_weight": float(target is not None and not taught), "soft_weight": float(taught)}
     check.choice("temperature_scaling", options["temperature_scaling"], ("none", "squared"))
     label_smoothing = check.number("label_smoothing", options["label_smoothing"], "lie in 0..1", lambda x: 0 <= x <= 1)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 
 SPEC = importlib.util.spec_from_file_location("longest", Path(__file__).parent.parent.parent / "bench" / "longest.py")

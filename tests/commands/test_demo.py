@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformers")
 from dft_kernels.commands import main as cli
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-transformers = pytest.importorskip("transformers")
+import transformers
 from tiny_models import SMALL, tokenizer  # noqa: F401 - a fixture
 from transformers.hf_argparser import string_to_bool
 

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
 from tiny_models import far as tiny
 from tiny_models import tokenizer  # noqa: F401 - a fixture
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 from tiny_models import IDS, tiny
 from walk_models import gradients

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
+import transformers
 from tiny_models import IDS, tiny
 from walk_models import TABLE, assert_same, classes, gradients, walk
 

@@ -159,7 +159,8 @@ def test_trainer_takes_the_same_steps(tmp_path: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, by PEFT
 def test_lora_on_the_backbone_leaves_the_head_alone() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     losses, found = [], []
     for fused in (False, True):
         torch.manual_seed(1)
@@ -177,7 +178,8 @@ def test_lora_on_the_backbone_leaves_the_head_alone() -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, by PEFT
 def test_a_head_among_modules_to_save_is_trained() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     wrapped = peft.get_peft_model(tiny(tie_word_embeddings=False), config)
     expected = gradients(wrapped, wrapped(input_ids=IDS, labels=IDS).loss)
@@ -191,7 +193,8 @@ def test_a_head_among_modules_to_save_is_trained() -> None:
 @pytest.mark.filterwarnings("ignore")  # PEFT's, of tied heads
 def test_lora_on_the_head_is_trained(kind: str, tied: bool) -> None:
     """Two adapters on the head and one on the backbone; disabled and merged they are what PEFT makes of them."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     lora = {"target_modules": ["lm_head", "q_proj"], "init_lora_weights": False}
     wrapped = peft.get_peft_model(tiny(kind, tie_word_embeddings=tied), peft.LoraConfig(r=3, lora_alpha=5, **lora))
     wrapped.add_adapter("second", peft.LoraConfig(r=2, use_rslora=True, **lora))
@@ -223,7 +226,8 @@ def test_lora_on_the_head_is_trained(kind: str, tied: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_lora_dropout_is_that_of_the_forward() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(r=4, target_modules=["lm_head"], lora_dropout=0.5, init_lora_weights=False)
     wrapped = peft.get_peft_model(tiny(), config)
     losses = []
@@ -237,7 +241,8 @@ def test_lora_dropout_is_that_of_the_forward() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_other_adapters_on_the_head_are_refused() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     for config, said in (
         (peft.LoraConfig(r=2, target_modules=["lm_head"], use_dora=True), "got DoraLinearVariant"),
         (peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]), "got Linear"),
@@ -256,7 +261,8 @@ def test_other_adapters_on_the_head_are_refused() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_trainable_tokens_of_the_head(rows: Any, tied: bool) -> None:
     """Rows of the head, and those of a tied embedding; disabled and merged they are what PEFT makes of them."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=rows, init_lora_weights=False)
     wrapped = peft.get_peft_model(tiny("gemma2", tie_word_embeddings=tied), config)
     deltas = [p for name, p in wrapped.named_parameters() if "trainable_tokens_delta" in name]

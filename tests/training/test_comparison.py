@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
+import transformers
 from tiny_models import WORDS, tokenizer  # noqa: F401 - a fixture
 
 from dft_kernels.benchmarks.runs import about

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_models import IDS, tiny
 from walk_models import assert_same, gradients
 
-transformers = pytest.importorskip("transformers")
 from dft_kernels.training.attach import attach, detach
 
 MISSED = (
@@ -44,7 +44,8 @@ def test_a_replaced_forward_is_missed() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_inside_of_peft_it_is_missed() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = attach(tiny())
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     assert wrapped(input_ids=IDS, labels=IDS).metrics is not None
@@ -71,7 +72,8 @@ def test_a_wrapper_is_not(how: str) -> None:
     elif how == "compiled in place":
         model.compile(backend="eager")
     else:
-        accelerate = pytest.importorskip("accelerate")
+        import accelerate
+
         accelerate.state.AcceleratorState._reset_state(True)  # of a Trainer that ran before
         called = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
     out = called(input_ids=IDS, labels=IDS)
@@ -88,7 +90,8 @@ def test_a_wrapper_is_not(how: str) -> None:
 def test_trls_trainer_is_told(tmp_path: Path) -> None:
     """SFTTrainer replaces the forward by one with a loss of its own."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{n}": n for n in range(3, 64)}}
     plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
     plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-
-transformers = pytest.importorskip("transformers")
+import transformers
 from safetensors.torch import load_file
 from tiny_models import WORDS, tokenizer  # noqa: F401 - a fixture
 from tiny_models import far as tiny
@@ -133,8 +132,6 @@ def test_principles_are_the_teachers_alone(folder: Path) -> None:
 
 @pytest.mark.parametrize("adapted", ["lora", "correction", "whole"])
 def test_what_is_saved_is_sampled(folder: Path, adapted: str, capsys: pytest.CaptureFixture[str]) -> None:
-    if adapted == "lora":
-        pytest.importorskip("peft")
     more = [] if adapted == "whole" else [f"--{adapted}_rank", "4"]
     code, about = run(folder, "--text", *texts(folder), *more)
     assert code == 0

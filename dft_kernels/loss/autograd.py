@@ -129,7 +129,7 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
         return (*_loss_gradients(ctx, grad, None if kept else ctx.backend), None)
 
 

@@ -45,7 +45,7 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
     a new tensor (it may be `problem.hidden` itself where that holds logits)."""
     hidden, vocab, wide = problem.hidden, problem.vocab, problem.dtype
     selection = select_rows(problem)
-    planned = plan(problem, selection.count)
+    planned = plan(problem, selection.count, gradient=seed is not None)
     blocks = selection.blocks(planned.rows)
     terms = problem.terms(differentiated if seed else frozenset())
     backend = backends.choose(problem.backend, hidden.device, hidden.dtype)
@@ -61,8 +61,7 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
     if seed is not None:
         gradients = allocate(problem, selection, planned.products(selection.count), dhidden)
     into, dweight, dbias, ddown, dup = gradients
-    kept = planned.kept if seed is not None else 0
-    workspace = backend.workspace(planned.rows, vocab, hidden, terms, gradient=seed is not None, kept=kept)
+    workspace = backend.workspace(planned.rows, vocab, hidden, terms, gradient=seed is not None, kept=planned.kept)
     to_hidden, to_down = RowGradient(into, selection, planned.rows), RowGradient(ddown, selection, planned.rows)
     with _without_autocast(hidden.device.type), _open_teacher(problem, blocks) as targets:
         for number, rows in enumerate(blocks):

@@ -111,8 +111,8 @@ class Plan:
         return math.ceil(count / max(self.rows, self.kept))
 
 
-def plan(problem: Problem, count: int) -> Plan:
-    """How `count` rows are run.
+def plan(problem: Problem, count: int, gradient: bool = True) -> Plan:
+    """How `count` rows are run; gradient: dlogits follow their logits.
 
     Chunks are as large as the budget admits, up to where the backend gains no more, and of a number of rows that its
     products like. Where several chunks remain, dlogits of all rows are kept for a single product of dweight, straight
@@ -129,7 +129,7 @@ def plan(problem: Problem, count: int) -> Plan:
     alone = most(row, budget)
     if count <= alone:
         return Plan(max(1, count))
-    if backend.keeps and problem.weight is not None and problem.need_weight and problem.folds:
+    if gradient and backend.keeps and problem.weight is not None and problem.need_weight and problem.folds:
         itemsize, vocab = problem.hidden.dtype.itemsize, problem.vocab
         kept, accumulator = itemsize * vocab * count, problem.dtype.itemsize * problem.weight.numel()
         beside = row - itemsize * vocab if problem.narrow else row  # narrow logits are where their dlogits are kept

@@ -134,7 +134,9 @@ def plan(problem: Problem, count: int, gradient: bool = True) -> Plan:
         kept, accumulator = itemsize * vocab * count, problem.dtype.itemsize * problem.weight.numel()
         beside = row - itemsize * vocab if problem.narrow else row  # narrow logits are where their dlogits are kept
         free = kept <= accumulator
-        rows = most(beside, budget if free else budget - kept)
+        rows = most(beside, budget - kept)
+        if free:  # few rows lose little where dweight is one product, and take little beside what is kept
+            rows = max(rows, min(backend.even_rows, most(beside, budget)))
         if free or (kept < budget and rows >= backend.even_rows):
             if rows >= count:
                 return Plan(count)

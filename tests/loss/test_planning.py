@@ -33,9 +33,9 @@ def planned(n: int, h: int, v: int, taught: bool, dtype: torch.dtype = torch.bfl
     ("shape", "taught", "options", "expected"),
     [
         # chunks of a multiple of 1024 rows; dlogits kept where they take no more than an accumulator of dweight
-        ((8192, 4096, 128256), CE, {}, Plan(3072, 8192)),
+        ((8192, 4096, 128256), CE, {}, Plan(1024, 8192)),
         ((8192, 4096, 128256), KL, {}, Plan(1024, 8192)),
-        ((8192, 4096, 151936), CE, {}, Plan(2048, 8192)),
+        ((8192, 4096, 151936), CE, {}, Plan(1024, 8192)),
         ((16384, 4096, 128256), CE, {}, Plan(3072)),
         ((131072, 4096, 128256), KL, {}, Plan(1024)),
         # or where they fit the budget beside a chunk
@@ -48,7 +48,7 @@ def planned(n: int, h: int, v: int, taught: bool, dtype: torch.dtype = torch.bfl
         ((1, 4096, 128256), CE, {}, Plan(1)),
         # narrow logits are where their dlogits are kept
         ((8192, 4096, 128256), CE, {"logits_dtype": torch.bfloat16}, Plan(8192)),
-        ((8192, 4096, 128256), KL, {"logits_dtype": torch.bfloat16}, Plan(4096, 8192)),
+        ((8192, 4096, 128256), KL, {"logits_dtype": torch.bfloat16}, Plan(1024, 8192)),
         # fp16 has not the range for what is kept
         ((8192, 4096, 128256), CE, {"dtype": torch.float16}, Plan(3072)),
         ((8192, 4096, 128256), CE, {"chunk_size": 1000}, Plan(1000, 8192)),

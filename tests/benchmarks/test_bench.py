@@ -18,8 +18,9 @@ from torch import Tensor
 from dft_kernels.backends import BACKENDS
 from dft_kernels.benchmarks import measure, runs
 from dft_kernels.benchmarks.implementations import EAGER, Implementation, Unavailable
+from dft_kernels.benchmarks.inputs import Inputs
 from dft_kernels.benchmarks.peers import everyone
-from dft_kernels.benchmarks.problems import LOSSES, PARTS, Case, Inputs, Shape
+from dft_kernels.benchmarks.problems import LOSSES, PARTS, Case, Shape
 
 SMALL = Case(Shape(24, 16, 96), "float32", "forward_kl", "both", "cpu")
 QUIET: dict[str, Any] = {"rounds": 2, "seconds": 5.0, "limit": 4 << 30, "timeout": 120.0, "errors": False}

@@ -49,6 +49,7 @@ class Shape(NamedTuple):
 
 RANDOM = "random"
 REAL = {"smollm2": (576, 49152)}  # models whose hidden states are inputs too: H, V
+TEXT_ROWS = 8192  # that such a model is run over; beyond them rows repeat
 DISTANCES = (0.4, 0.01, 0.001)  # of their teachers from them, forward KL in nats
 
 

@@ -23,11 +23,11 @@ from ..loss.functional import linear_cross_entropy
 from ..materials.models import lambada
 from ..materials.sources import model_of
 from ..models.heads import hidden_states, in_mode, output_layer
+from . import problems
 from .problems import DISTANCES, Case
 
 RECIPE = "1"  # of the files: another number, other files
 WINDOW = 512  # rows of a window of text; its first token has no row before it
-TEXT_ROWS = 8192  # that a model is run over; beyond them rows repeat
 STEP = 0.03  # of SGD: one step takes SmolLM2 about 0.1 nats away
 SEARCHED = 512  # rows that the search for a distance looks at
 
@@ -42,7 +42,7 @@ class Real(NamedTuple):
 
 def rows_of(case: Case) -> int:
     """Rows of text in the inputs of a case; where that is fewer than N they repeat."""
-    return min(case.shape.n, TEXT_ROWS)
+    return min(case.shape.n, problems.TEXT_ROWS)
 
 
 def prepared(case: Case, cache: Path, tell: Callable[[str], None]) -> Real:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import Source, shown
+from . import problems
 from .implementations import NARROW, OURS
 from .problems import LOSSES, PARTS, RANDOM, REAL, Case, Shape
 from .worker import FAILED, OK, OUT_OF_MEMORY, SKIPPED, TIMED_OUT
@@ -218,6 +219,8 @@ def render(rows: list[Row]) -> list[Any]:
             lines.insert(0, f"floor: {case.products()} products, {min(floors):.4g}..{max(floors):.4g} ms{fewer}")
         if case.distance:
             lines.insert(0, f"KL(teacher || model) is {group[0].teacher_kl:.3g} nats, measured in float64")
+        if case.inputs != RANDOM and case.shape.n > problems.TEXT_ROWS:
+            lines.insert(0, f"rows repeat after {problems.TEXT_ROWS}, which are all that the model was run over")
         table.caption = escape("\n".join(lines))
         tables.append(table)
     return tables

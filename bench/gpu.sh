@@ -90,11 +90,12 @@ if cuda is None and gpu:
     cuda = extension.not_compiled_for(torch.cuda.get_device_capability())
 for name, reason in (("CPU kernels", extension.REASON), ("CUDA kernels", cuda)):
     print(f"{name}:", reason or "they load")
+parts = [("CPU kernels", extension.REASON)] if "DFT_KERNELS_CPU=0" not in (extension.REASON or "") else []
+parts += [] if sys.argv[1] else [("CUDA kernels", cuda)]
 bad = [] if gpu or sys.argv[1] else ["torch sees no GPU"]
-bad += [f"{name} do not load" for name, reason in (("CPU kernels", extension.REASON), ("CUDA kernels", cuda))
-        if reason and not (name == "CUDA kernels" and sys.argv[1])]
-print("; ".join(bad) + ": carry .so files and _build.json of this Python and torch, or name the section build" if bad
-      else "the extensions load")
+bad += [f"{name} do not load ({reason.split(chr(10))[0]})" for name, reason in parts if reason]
+print("carry the .so files and _build.json of this Python and torch, or name the section build: " + "; ".join(bad)
+      if bad else "the extensions load")
 sys.exit(bool(bad))'
 
 run() {

@@ -139,7 +139,10 @@ def errors_table(rows: Rows, every: bool = False) -> str:
     of = {(row["implementation"], row["loss"], row["distance"]): row for row in rows if row["error_dhidden"]}
 
     def percent(text: str) -> str:
-        return f"{100 * float(text):.{max(0, 1 - math.floor(math.log10(100 * float(text))))}f} %"
+        error = float(text)
+        if error < 1e-4:
+            return f"{error:.0e}"
+        return f"{100 * error:.{max(0, 1 - math.floor(math.log10(100 * error)))}f} %"
 
     def cell(name: str, case: tuple[str, str]) -> str:
         row = of.get((name, *case))

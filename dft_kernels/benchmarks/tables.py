@@ -263,7 +263,8 @@ def reasons(rows: Iterable[Row]) -> list[str]:
 
 def markdown(rows: list[Row], shape: Shape, dtype: str) -> str:
     """The README's table: time over the floor and peak memory of every implementation, a column a loss."""
-    rows = [row for row in rows if row.case.shape == shape and row.dtype == dtype and row.part == "both"]
+    whole = ("both", RANDOM)
+    rows = [r for r in rows if r.case.shape == shape and r.dtype == dtype and (r.part, r.inputs) == whole]
     machines = list(dict.fromkeys(row.machine for row in rows))
     if len(machines) != 1:
         raise ValueError(

@@ -115,6 +115,10 @@ def test_tables_say_who_is_where() -> None:
     assert "| dft_kernels native | 1.20, 1 MB |" in made
     assert "| TRL chunked_divergence | out of memory |" in made
     assert "Not measured, since they do not run here: QuACK, its twin." in made
+    assert (
+        tables.markdown([*rows, row(inputs="smollm2", distance=0.4, over_floor=9.0)], Shape(64, 16, 128), "bfloat16")
+        == made
+    )
     for others in ([], [row(machine="another")]):
         with pytest.raises(ValueError, match="of one machine, got"):
             tables.markdown([*rows, *others] if others else [], Shape(64, 16, 128), "bfloat16")
@@ -133,6 +137,10 @@ def test_pictures_of_a_sweep_and_a_roofline(tmp_path: Path) -> None:
     assert title == "forward KL: H 16, V 128, bfloat16"
     assert [r.n for r in group] == [512, 512, 1024, 1024, 2048, 2048]
     assert plots.series(rows, "v") == []
+    real = [row(n=n, inputs="smollm2", distance=0.01) for n in (512, 1024, 2048)]
+    assert [title for title, _ in plots.series([*rows, *real], "n")] == [
+        "forward KL: H 16, V 128, bfloat16", "forward KL, KL 0.01: H 16, V 128, smollm2, bfloat16",
+    ]  # fmt: skip
     plots.draw(rows, tmp_path / "new" / "picture.png")
     from matplotlib import image
 

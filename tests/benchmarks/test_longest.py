@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_attached_takes_less_and_over_the_limit_is_no_crash(folder: Path) -> None:
-    length, plain, attached = 2048, "transformers cross-entropy", "attached cross-entropy"
+    length, plain, attached = 1024, "transformers cross-entropy", "attached cross-entropy"
     logits = length * 50000 * 4
     runs = [(folder, plain, 8 * GIB), (folder, attached, 8 * GIB), (folder, plain, GIB // 4), (folder, "no way", GIB)]
     with ThreadPoolExecutor() as pool:  # they mostly import

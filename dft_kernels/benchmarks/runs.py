@@ -26,6 +26,8 @@ from .worker import EXACT, FAILED, OK, OUT_OF_MEMORY, TIMED_OUT, Event, Job, mai
 WRONG = 0.2  # relative error of a gradient that no rounding explains,
 FAR = 0.1  # where the teacher is at least this KL from the model: nearer ones are spoilt by rounding alone
 
+SPAWN_TIMED = True  # processes that are timed are not forked; tests have no time to measure
+
 
 @dataclass
 class Seen:
@@ -80,8 +82,8 @@ def machine(device: str) -> str:
 
 def watch(job: Job, timeout: float, hear: Callable[[Event], None]) -> tuple[str, str] | None:
     """Run one worker; None if it came to its end, else the status and the reason of its death."""
-    # Forked from a server that has torch and no threads: a process a second sooner, and as fresh. CUDA's are spawned.
-    forked = job.case.device == "cpu" and sys.platform == "linux"
+    # Forked from a server that has torch and no threads: sooner, and as fresh. What is timed, and CUDA's, is spawned.
+    forked = job.case.device == "cpu" and sys.platform == "linux" and not (job.times and SPAWN_TIMED)
     context: Any = multiprocessing.get_context("forkserver" if forked else "spawn")
     if forked:
         context.set_forkserver_preload([main.__module__])

@@ -1,4 +1,4 @@
-"""No test measures a time: workers may all be forked, which takes a tenth of the time."""
+"""No test measures a time: workers may all be forked, which is sooner."""
 
 import pytest
 

@@ -11,13 +11,14 @@ A table stands between two comments, of which the first names its source:
 from __future__ import annotations
 
 import csv
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dft_kernels.benchmarks import tables
-from dft_kernels.benchmarks.problems import Shape
+from dft_kernels.benchmarks.problems import LOSSES, Shape
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(?P<open><!-- table: (?P<source>[^\n]*?) -->\n)(?P<body>.*?)(?P<close><!-- end -->)", re.S)
@@ -130,6 +131,45 @@ def target_table(rows: Rows) -> str:
     return markdown(["distance to the target, in floors", "the floor", *models], lines, f"{size}; {where(rows)}")
 
 
+def errors_table(rows: Rows, every: bool = False) -> str:
+    """Of `dft-kernels bench --inputs`: a row for implementations of the same errors, a column a loss and distance;
+    dhidden's error, or those of dhidden, dweight and the loss."""
+    cases = list(dict.fromkeys((row["loss"], row["distance"]) for row in rows))
+    kl = {(row["loss"], row["distance"]): float(row["teacher_kl"] or 0) for row in rows}
+    of = {(row["implementation"], row["loss"], row["distance"]): row for row in rows if row["error_dhidden"]}
+
+    def percent(text: str) -> str:
+        error = float(text)
+        if error < 1e-4:
+            return f"{error:.0e}"
+        return f"{100 * error:.{max(0, 1 - math.floor(math.log10(100 * error)))}f} %"
+
+    def cell(name: str, case: tuple[str, str]) -> str:
+        row = of.get((name, *case))
+        if row is None:
+            return ""
+        errors = [row[f"error_{what}"] for what in (("dhidden", "dweight", "loss") if every else ("dhidden",))]
+        return ", ".join(map(percent, errors))
+
+    lines: dict[tuple[str, ...], list[str]] = {}
+    for name in dict.fromkeys(row["implementation"] for row in rows):
+        cells = tuple(cell(name, case) for case in cases)
+        if any(cells):
+            lines.setdefault(cells, []).append(name)
+    titles = (
+        LOSSES[loss].title + (f", KL {kl[loss, distance]:.2g}" if float(distance) else "") for loss, distance in cases
+    )
+    first = rows[0]
+    what = "dhidden, dweight, loss" if every else "relative error of dhidden"
+    caption = f"SmolLM2-135M, {first['n']} rows of text, {first['dtype']}, against float64; {where(rows)}"
+    return markdown([what, *titles], ([", ".join(names), *cells] for cells, names in lines.items()), caption)
+
+
+def every_error_table(rows: Rows) -> str:
+    """The same with all three errors."""
+    return errors_table(rows, every=True)
+
+
 def summary_table(rows: Rows) -> str:
     """Of a CSV that is the table already: its cells as they stand; its last column, `about`, is the caption."""
     head = [name for name in rows[0] if name != "about"]
@@ -142,6 +182,8 @@ KINDS: dict[str, Callable[[Rows], str]] = {
     "longest": longest_table,  # bench/longest.py
     "terms": terms_table,  # bench/terms.py
     "target": target_table,  # bench/targets.py
+    "errors": errors_table,  # dft-kernels bench --inputs
+    "every-error": every_error_table,
     "summary": summary_table,  # written by hand from the runs that its last column names
 }
 

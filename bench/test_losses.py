@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from dft_kernels.benchmarks.implementations import EAGER, Unavailable, ours
+from dft_kernels.benchmarks.inputs import Inputs
 from dft_kernels.benchmarks.measure import Floor
-from dft_kernels.benchmarks.problems import Case, Inputs
+from dft_kernels.benchmarks.problems import Case
 from dft_kernels.testing import relative_error
 
 TABLE = {each.name: each for each in (EAGER, *ours())}

@@ -17,11 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import backends
 from ..loss.functional import linear_cross_entropy, linear_distribution_loss
+from ..loss.options import DEFAULTS
 from ..teachers.head import TeacherHead
 from ..teachers.logits import TeacherLogits
-from .problems import HARD_WEIGHT, LOSSES, Case, Inputs
+from .inputs import Inputs
+from .problems import HARD_WEIGHT, LOSSES, Case
 
-OURS = "dft_kernels "  # how our names begin
+OURS = "dft_kernels "  # and a backend: our names
+NARROW = "dft_kernels, bf16 logits"
 Call = Callable[[Inputs], Tensor]  # the mean loss of a row
 
 
@@ -67,23 +70,34 @@ def labels_and_teacher(x: Inputs, loss: str) -> tuple[Tensor | None, Any]:
     return x.target if loss == "ce_and_kl" else None, TeacherHead(x.teacher_hidden, x.teacher_weight)
 
 
+def _called(case: Case, **options: Any) -> Call:
+    """Our public function of a loss, with these options."""
+    if case.loss == "cross_entropy":
+        return lambda x: linear_cross_entropy(x.hidden, x.weight, x.target, **options)
+    extra = terms(case.loss) | options
+
+    def call(x: Inputs) -> Tensor:
+        target, teacher = labels_and_teacher(x, case.loss)
+        loss: Tensor = linear_distribution_loss(x.hidden, x.weight, target, teacher, **extra)
+        return loss
+
+    return call
+
+
 def _ours(backend: str) -> Callable[[Case], Call]:
     def prepare(case: Case) -> Call:
         reason = backends.BACKENDS[backend].unavailable(torch.device(case.device), case.torch_dtype)
         if reason is not None:
             raise Unavailable(reason)
-        if case.loss == "cross_entropy":
-            return lambda x: linear_cross_entropy(x.hidden, x.weight, x.target, backend=backend)
-        extra = terms(case.loss)
-
-        def call(x: Inputs) -> Tensor:
-            target, teacher = labels_and_teacher(x, case.loss)
-            loss: Tensor = linear_distribution_loss(x.hidden, x.weight, target, teacher, backend=backend, **extra)
-            return loss
-
-        return call
+        return _called(case, backend=backend)
 
     return prepare
+
+
+def _narrow(case: Case) -> Call:
+    if case.dtype != "bfloat16":
+        raise Unavailable(f"it is for bfloat16 inputs, not for {case.dtype}")
+    return _called(case, logits_dtype=torch.bfloat16)
 
 
 # ---- what people write ----
@@ -148,10 +162,13 @@ EAGER = Implementation("eager", "torch", tuple(LOSSES), _eager)
 
 
 def ours() -> list[Implementation]:
-    """This library by each of its backends."""
-    return [
+    """This library by each of its backends; and with logits in bf16, as the others have them, where it takes that."""
+    made = [
         Implementation(OURS + name, "dft-kernels", tuple(LOSSES), _ours(name), ours=True) for name in backends.BACKENDS
     ]
+    if "logits_dtype" in DEFAULTS:
+        made.append(Implementation(NARROW, "dft-kernels", tuple(LOSSES), _narrow, ours=True))
+    return made
 
 
 def written() -> list[Implementation]:

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..backends.extension import release_scratch
 from ..testing import dense_loss, relative_error
 from .implementations import Call, Implementation, labels_and_teacher, terms
-from .problems import LOSSES, Case, Inputs, Shape
+from .inputs import Inputs
+from .problems import LOSSES, RANDOM, Case, Shape
 
 ORACLE_FLOPS = {"cpu": 1e12, "cuda": 1e14}  # float64 work that errors may cost; beyond it, fewer rows
 FLOOR_BYTES = 1 << 33  # of the floor's product [N, V]; beyond it, equal slices of rows
@@ -92,10 +93,10 @@ class Floor:
                 torch.mm(logits.t(), hidden, out=self.dweight)
 
 
-def input_sets(case: Case, memory: int) -> list[Inputs]:
+def input_sets(case: Case, memory: int, file: Path | None = None) -> list[Inputs]:
     """Up to three sets of inputs, fewer where they would take more than a quarter of the memory."""
     count = max(1, min(3, int(0.25 * memory / case.input_bytes())))
-    return [Inputs.make(case, seed) for seed in range(count)]
+    return [Inputs.make(case, seed, file) for seed in range(count)]
 
 
 def rounds_for(first: float, rounds: int, seconds: float) -> int:
@@ -183,7 +184,7 @@ def peak_bytes(case: Case, implementation: Implementation, call: Call, x: Inputs
     shape, where something compiles or tunes itself for a shape. None where the system does not say.
     """
     shaped = implementation.compiled or case.device == "cuda"
-    small = x if shaped else Inputs.make(case._replace(shape=Shape(8, case.shape.h, 64)), 0)
+    small = x if shaped else Inputs.make(case._replace(shape=Shape(8, case.shape.h, 64), inputs=RANDOM), 0)
     timed(case, call, small, Clock(case.device))
     small.forget_gradients()
     del small

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .problems import LOSSES, Case
+from .problems import LOSSES, RANDOM, Case
 from .tables import Row, by_case
 
 DIMENSIONS = ("n", "v", "h")
@@ -20,12 +20,15 @@ def series(rows: Iterable[Row], dimension: str) -> list[tuple[str, list[Row]]]:
     for row in rows:
         if row.status != "skipped":
             shape = row.case.shape._replace(**{dimension: 0})
-            groups.setdefault((row.machine, row.dtype, row.loss, row.part, shape), []).append(row)
+            key = (row.machine, row.dtype, row.loss, row.part, shape, row.inputs, row.distance)
+            groups.setdefault(key, []).append(row)
     found = []
-    for (_, dtype, loss, part, shape), group in groups.items():
+    for (_, dtype, loss, part, shape, inputs, distance), group in groups.items():
         if len({getattr(row, dimension) for row in group}) >= 3:
             fixed = ", ".join(f"{_SAME[name]} {size}" for name, size in shape._asdict().items() if name != dimension)
             kind = "" if part == "both" else f", {part}"
+            kind += f", KL {distance:g}" if distance else ""
+            fixed += "" if inputs == RANDOM else f", {inputs}"
             found.append(
                 (
                     f"{LOSSES[loss].title}{kind}: {fixed}, {dtype}",

@@ -1,13 +1,11 @@
-"""What is measured: the losses, the shapes, the presets, and the random inputs."""
+"""What is measured: the losses, the shapes, the presets."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 
 class Loss(NamedTuple):
@@ -49,6 +47,12 @@ class Shape(NamedTuple):
         return f"N {self.n}, H {self.h}, V {self.v}"
 
 
+RANDOM = "random"
+REAL = {"smollm2": (576, 49152)}  # models whose hidden states are inputs too: H, V
+TEXT_ROWS = 8192  # that such a model is run over; beyond them rows repeat
+DISTANCES = (0.4, 0.01, 0.001)  # of their teachers from them, forward KL in nats
+
+
 class Case(NamedTuple):
     """One comparison: everything in it is measured by every implementation."""
 
@@ -57,6 +61,8 @@ class Case(NamedTuple):
     loss: str  # of LOSSES
     part: str  # of PARTS
     device: str  # "cpu", "cuda"
+    inputs: str = RANDOM  # or a model of `REAL`, whose hidden states over text they are
+    distance: float = 0.0  # of `DISTANCES`: about what KL(teacher || model) is; 0: the inputs have one teacher, or none
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -87,7 +93,9 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         part = "" if self.part == "both" else f", {self.part} only"
-        return f"{LOSSES[self.loss].title}{part}: {self.shape}, {self.dtype}, {self.device}"
+        real = "" if self.inputs == RANDOM else f", hidden states of {self.inputs}"
+        near = f", a teacher at KL {self.distance:g}" if self.distance else ""
+        return f"{LOSSES[self.loss].title}{part}: {self.shape}, {self.dtype}, {self.device}{real}{near}"
 
 
 _SMOLLM2 = Shape(4096, 576, 49152)
@@ -128,78 +136,3 @@ SWEEPS = {
 def sweep(dimension: str, base: Shape) -> list[Shape]:
     """Shapes that differ from `base` in one dimension."""
     return [base._replace(**{dimension: size}) for size in SWEEPS[dimension]]
-
-
-SPREAD = 3.0  # of the logits about their token's log-frequency, which falls as Zipf's law
-LIKENESS = 0.9  # correlation of the teacher's logits with the model's
-
-
-@dataclass
-class Inputs:
-    """Random inputs of a loss: a model, labels, and a teacher that resembles the model."""
-
-    hidden: Tensor  # [N, H], requires grad
-    weight: Tensor  # [V, H], requires grad
-    target: Tensor  # [N]
-    teacher_hidden: Tensor  # [N, H]
-    teacher_weight: Tensor  # [V, H]
-    teacher_logits: Tensor | None = field(default=None)  # [N, V], for stored_kl
-    teacher_probabilities: Tensor | None = field(default=None)  # [N, V], the same as peers take it
-
-    @classmethod
-    def make(cls, case: Case, seed: int) -> Inputs:
-        """Of a case. Logits are a token's log-frequency, and about it normal: peers that leave small gradients out, or
-        sort the vocabulary, would do all or nothing on uniform rows, and not what they do on a trained model's. The
-        entropy is about 3 nats at V 49152, the forward KL about 1."""
-        n, h, v = case.shape
-        generator = torch.Generator(device=case.device).manual_seed(seed)
-        dtype = case.torch_dtype
-
-        def normal(rows: int, scale: float) -> Tensor:
-            x = torch.randn(rows, h, generator=generator, device=case.device, dtype=dtype)
-            return x if scale == 1.0 else x.mul_(scale)
-
-        def alike(x: Tensor, scale: float) -> Tensor:
-            other = normal(len(x), scale * math.sqrt(1 - LIKENESS))
-            return other.add_(x, alpha=math.sqrt(LIKENESS))
-
-        scale = SPREAD / math.sqrt(h)
-        hidden, weight = normal(n, 1.0), normal(v, scale)
-        made = cls(
-            hidden,
-            weight,
-            torch.randint(0, v, (n,), generator=generator, device=case.device),
-            alike(hidden, 1.0),
-            alike(weight, scale),
-        )
-        frequency = -torch.arange(2, v + 2, device=case.device, dtype=torch.float32).log()
-        for states, head in ((hidden, weight), (made.teacher_hidden, made.teacher_weight)):
-            states[:, 0], head[:, 0] = 1.0, frequency.to(dtype)
-        if case.loss == "stored_kl":
-            made.teacher_logits = made.teacher_hidden @ made.teacher_weight.t()
-            made.teacher_probabilities = torch.empty_like(made.teacher_logits)
-            for part, logits in zip(made.teacher_probabilities.split(256), made.teacher_logits.split(256), strict=True):
-                part.copy_(logits.float().softmax(-1))
-        hidden.requires_grad_()
-        weight.requires_grad_()
-        return made
-
-    def first(self, rows: int) -> Inputs:
-        """The same problem of the first rows alone."""
-        stored = (self.teacher_logits, self.teacher_probabilities)
-        return Inputs(
-            self.hidden.detach()[:rows].requires_grad_(),
-            self.weight.detach().requires_grad_(),
-            self.target[:rows],
-            self.teacher_hidden[:rows],
-            self.teacher_weight,
-            *(None if x is None else x[:rows] for x in stored),
-        )
-
-    def detached(self) -> Inputs:
-        """The same without gradients: some peers look at the tensors, not at the mode."""
-        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach())
-
-    def forget_gradients(self) -> None:
-        """Frees what the last call returned."""
-        self.hidden.grad = self.weight.grad = None

@@ -8,31 +8,39 @@ from pathlib import Path
 import torch
 
 from ..backends import BACKENDS
-from .implementations import OURS, Call
+from .implementations import NARROW, OURS, Call
+from .inputs import Inputs
 from .peers import everyone
-from .problems import PRESETS, Case, Inputs, Shape, sweep
+from .problems import DISTANCES, PRESETS, RANDOM, REAL, Case, Preset, Shape, sweep
 
-SWEPT = ("cross_entropy", "forward_kl")  # the losses of a sweep where none is named
+SWEPT = ("cross_entropy", "forward_kl")  # the losses of a sweep, and of a real model's inputs, where none is named
+REAL_ROWS = 512  # of a real model's inputs, where no shape is named
 
 
 def cases(
     device: str,
-    preset: str = "quick",
+    preset: str | None = None,
     shapes: Sequence[Shape] | None = None,
     sweeps: Sequence[str] = (),
     dtypes: Sequence[str] | None = None,
     losses: Sequence[str] | None = None,
     parts: Sequence[str] = ("both",),
+    inputs: str = RANDOM,
 ) -> dict[Case, bool]:
     """The cases of a preset, or of these instead, in order, and whether their errors are measured: not in a sweep,
-    which is about time and memory, since float64 at its largest sizes takes long and shows nothing new."""
-    known = PRESETS[preset]
+    which is about time and memory, since float64 at its largest sizes takes long and shows nothing new.
+
+    inputs: of a real model there is a case for each distance of a teacher."""
+    known = PRESETS[preset or "quick"]
+    if inputs != RANDOM and preset is None:
+        known = Preset("", (Shape(REAL_ROWS, *REAL[inputs]),), SWEPT)
     bases, kinds = list(shapes or known.shapes), dtypes or known.dtypes
     found = {
-        Case(shape, dtype, loss, part, device): True
+        Case(shape, dtype, loss, part, device, inputs, distance): True
         for shape in bases
         for dtype in kinds
         for loss in losses or known.losses
+        for distance in (DISTANCES if inputs != RANDOM and loss != "cross_entropy" else (0.0,))
         for part in parts
     }
     for dimension in sweeps or (() if shapes else known.sweeps):
@@ -49,6 +57,7 @@ def names(
     table = everyone()
     begins = None if peers is None else tuple(peers)
     left = [OURS + name for name in (BACKENDS if backends is None else backends)]
+    left += [name for name in (NARROW,) if backends is None and name in table]
     left += [name for name, each in table.items() if not each.ours and (begins is None or name.startswith(begins))]
     return [name for name in left if loss is None or loss in table[name].losses]
 
@@ -70,14 +79,14 @@ def prepared(name: str, case: Case) -> Call | str:
         return str(reason)
 
 
-def trace(case: Case, names: Sequence[str], path: Path) -> str:
+def trace(case: Case, names: Sequence[str], path: Path, file: Path | None = None) -> str:
     """Write a profile of one forward and backward, for chrome://tracing, of the first of `names` that runs here; its
     name."""
     ready = ((name, prepared(name, case)) for name in names)
     name, call = next(((name, call) for name, call in ready if callable(call)), ("", None))
     if call is None:
         raise ValueError(f"bench: trace must have an implementation of {case} that runs here, got none. See --list.")
-    x = Inputs.make(case, 0)
+    x = Inputs.make(case, 0, file)
     call(x).backward()
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if case.device == "cuda":

@@ -8,14 +8,16 @@ import json
 import math
 import os
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..files import Source, shown
-from .implementations import OURS
-from .problems import LOSSES, PARTS, Case, Shape
+from . import problems
+from .implementations import NARROW, OURS
+from .problems import LOSSES, PARTS, RANDOM, REAL, Case, Shape
 from .worker import FAILED, OK, OUT_OF_MEMORY, SKIPPED, TIMED_OUT
 
 
@@ -56,14 +58,18 @@ class Row:
     error_rows: int = 0  # rows of the problem that errors are of: all N, or fewer where float64 is dear
     product_flops: float = math.nan  # of the machine in this run, a second
     copy_bytes: float = math.nan
+    inputs: str = RANDOM
+    distance: float = 0.0  # of the teacher, as it was asked for; 0: not at all
+    teacher_kl: float = math.nan  # what it is, in float64
 
     @property
     def case(self) -> Case:
-        return Case(Shape(self.n, self.h, self.v), self.dtype, self.loss, self.part, self.device)
+        shape = Shape(self.n, self.h, self.v)
+        return Case(shape, self.dtype, self.loss, self.part, self.device, self.inputs, self.distance)
 
     @property
     def ours(self) -> bool:
-        return self.implementation.startswith(OURS)
+        return self.implementation.startswith(OURS) or self.implementation == NARROW
 
     def key(self) -> tuple[Any, ...]:
         """What a newer row replaces."""
@@ -72,12 +78,14 @@ class Row:
 
 HEADER = [column.name for column in fields(Row)]
 CSV_LIMIT = 1 << 24  # bytes
+REASON = 300  # characters of one that are printed
 _NUMBER = {"int": re.compile(r"[0-9]{1,15}"), "float": re.compile(r"-?([0-9]+(\.[0-9]+)?(e[+-]?[0-9]{1,3})?|inf)")}
 _CHOICES = {
     "device": ("cpu", "cuda"),
     "dtype": ("bfloat16", "float16", "float32"),
     "loss": tuple(LOSSES),
     "part": PARTS,
+    "inputs": (RANDOM, *REAL),
     "status": (OK, SKIPPED, OUT_OF_MEMORY, FAILED, TIMED_OUT),
 }
 
@@ -112,7 +120,7 @@ def _cell(file: Source, field: str, kind: str, text: str) -> Any:
         if name in _CHOICES and text not in _CHOICES[name]:
             file.fail(field, f"be one of {', '.join(_CHOICES[name])}", shown(text))
         return text
-    if not text and kind == "float":
+    if not text and kind == "float" and name != "distance":
         return math.nan
     if not _NUMBER[kind].fullmatch(text):
         file.fail(field, "be a whole number" if kind == "int" else "be a number, or empty", shown(text))
@@ -181,7 +189,7 @@ def render(rows: list[Row]) -> list[Any]:
     tables = []
     for case, group in by_case(rows):
         done = [row for row in group if row.status == "ok"]
-        lost = [row for row in group if row.status not in ("ok", "skipped")]
+        lost = [row for row in group if row.status not in (OK, SKIPPED)]
         best = min((row.over_floor for row in done), default=math.nan)
         table = Table(title=str(case), title_justify="left", caption_justify="left")
         headings = ["", "ms (low..high)", "rounds", "x floor (low..high)", "x eager", "x best peer", "peak MB"]
@@ -204,11 +212,15 @@ def render(rows: list[Row]) -> list[Any]:
             )
         for row in lost:
             table.add_row(escape(row.implementation), row.status)
-        lines = [f"{row.implementation}: {row.status}. {row.reason}" for row in lost]
+        lines = reasons(group)
         if done:
             floors, counts = [row.floor_ms for row in done], {row.error_rows for row in done} - {0, case.shape.n}
             fewer = f"; errors are of the first {max(counts)} rows" if counts else ""
             lines.insert(0, f"floor: {case.products()} products, {min(floors):.4g}..{max(floors):.4g} ms{fewer}")
+        if case.distance:
+            lines.insert(0, f"KL(teacher || model) is {group[0].teacher_kl:.3g} nats, measured in float64")
+        if case.inputs != RANDOM and case.shape.n > problems.TEXT_ROWS:
+            lines.insert(0, f"rows repeat after {problems.TEXT_ROWS}, which are all that the model was run over")
         table.caption = escape("\n".join(lines))
         tables.append(table)
     return tables
@@ -232,20 +244,27 @@ def brief(rows: list[Row]) -> Any:
                 number(ours.peak_bytes / 1e6, ".0f"), number(least / 1e6, ".0f"),
             )  # fmt: skip
         else:
-            reasons = "; ".join(f"{row.implementation}: {row.status}" for row in group if row.ours)
-            table.add_row(str(case), reasons or "–")
+            states = "; ".join(f"{row.implementation}: {row.status}" for row in group if row.ours)
+            table.add_row(str(case), states or "–")
     return table
 
 
-def skipped(rows: Iterable[Row]) -> list[str]:
-    """Who was not measured, and why, each once."""
-    lines = [f"{row.implementation}: not measured, {row.reason}" for row in rows if row.status == "skipped"]
-    return list(dict.fromkeys(lines))
+def reasons(rows: Iterable[Row]) -> list[str]:
+    """Who was not measured, and why: a line a reason."""
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        if row.status != OK:
+            why = " ".join(row.reason.split())
+            said.setdefault(f"{row.status}, {textwrap.shorten(why, REASON, placeholder='...')}", []).append(
+                row.implementation
+            )
+    return [f"{', '.join(dict.fromkeys(names))}: {why}" for why, names in said.items()]
 
 
 def markdown(rows: list[Row], shape: Shape, dtype: str) -> str:
     """The README's table: time over the floor and peak memory of every implementation, a column a loss."""
-    rows = [row for row in rows if row.case.shape == shape and row.dtype == dtype and row.part == "both"]
+    whole = ("both", RANDOM)
+    rows = [r for r in rows if r.case.shape == shape and r.dtype == dtype and (r.part, r.inputs) == whole]
     machines = list(dict.fromkeys(row.machine for row in rows))
     if len(machines) != 1:
         raise ValueError(

@@ -9,13 +9,15 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from . import measure
 from .implementations import Call, Implementation, Unavailable
-from .problems import Case, Inputs
+from .inputs import Inputs
+from .problems import Case
 
 SKIPPED, OUT_OF_MEMORY, FAILED, TIMED_OUT, OK = "skipped", "out of memory", "failed", "timed out", "ok"
 EXACT = "float64"  # what `begin` names while the oracle runs
@@ -34,6 +36,7 @@ class Job(NamedTuple):
     seconds: float  # that an implementation's rounds may take; one round it gets
     limit: int  # bytes
     table: Callable[[], dict[str, Implementation]]  # whose names these are
+    file: Path | None = None  # of inputs that are not random
 
 
 class Event(NamedTuple):
@@ -78,7 +81,7 @@ def run(job: Job, say: Callable[[Event], None]) -> None:
         except Exception as error:  # raised by an import that does not suit this machine
             say(Event("status", name, (SKIPPED, f"{type(error).__name__}: {error}")))
     if job.memory:
-        x = attempt("", partial(Inputs.make, job.case, 0))
+        x = attempt("", partial(Inputs.make, job.case, 0, job.file))
         for name in list(calls):
             peak = attempt(name, partial(measure.peak_bytes, job.case, table[name], calls[name], x))
             x.forget_gradients()
@@ -96,7 +99,7 @@ def _brief(error: BaseException) -> str:
 
 def _time(job: Job, calls: dict[str, Call], attempt: Callable[..., Any], say: Callable[[Event], None]) -> None:
     case = job.case
-    sets = attempt("", partial(measure.input_sets, case, job.limit))
+    sets = attempt("", partial(measure.input_sets, case, job.limit, job.file))
     clock, table = measure.Clock(case.device), job.table()
     exact = None
     if calls:

@@ -8,6 +8,7 @@ with the reason. Each is measured in processes of their own under a memory limit
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 
 from ..backends import BACKENDS
-from ..benchmarks import plots, runs, selection, tables
+from ..benchmarks import plots, real, runs, selection, tables
 from ..benchmarks.peers import everyone
-from ..benchmarks.problems import LOSSES, PARTS, PRESETS, SWEEPS, Case, Shape
+from ..benchmarks.problems import DISTANCES, LOSSES, PARTS, PRESETS, RANDOM, REAL, SWEEPS, Case, Shape
 from ..benchmarks.tables import Row
+from ..benchmarks.worker import OK
 from .arguments import Checked, Number, OutputFile, Parser, UsageError, Whole, device, input_file
+from .flags import add_cache
 from .printing import console
 
 SECONDS = 30.0  # of rounds an implementation; a slower one is measured less often, at least once
@@ -32,7 +35,14 @@ def parser() -> Parser:
     presets = "\n".join(f"  {name}: {preset.about}" for name, preset in PRESETS.items())
     kept, shape = Checked(_check_kept), Checked(Shape.parse)
     add = made.add_argument
-    add("--preset", choices=tuple(PRESETS), default="quick", help=f"what to measure (default: quick)\n{presets}")
+    add("--preset", choices=tuple(PRESETS), help=f"what to measure (default: quick)\n{presets}")
+    add(
+        "--inputs", choices=(RANDOM, *REAL), default=RANDOM,
+        help="random, or a model's hidden states over text and its head, with teachers at KL "
+        f"{', '.join(f'{distance:g}' for distance in DISTANCES)}\nfrom it: how exact each implementation is "
+        f"near agreement (default: random; else N {selection.REAL_ROWS})",
+    )  # fmt: skip
+    add_cache(made)
     add(
         "--shape", nargs="+", type=shape, metavar="N,H,V", help="rows, hidden size, vocabulary; instead of the preset's"
     )
@@ -117,9 +127,28 @@ def _device(options: argparse.Namespace) -> str:
 def todo(options: argparse.Namespace, device: str) -> dict[Case, bool]:
     """The cases that the options ask for, by `selection.cases`."""
     shapes = [Shape.parse(text) for text in options.shape or ()]
+    if options.inputs != RANDOM:
+        _check_real(options.inputs, shapes, options)
     return selection.cases(
-        device, options.preset, shapes, options.sweep, options.dtype, options.loss, options.part
+        device, options.preset, shapes, options.sweep, options.dtype, options.loss, options.part, options.inputs
     )  # fmt: skip
+
+
+def _check_real(name: str, shapes: list[Shape], options: argparse.Namespace) -> None:
+    """UsageError for what a model's inputs cannot be."""
+    h, v = REAL[name]
+    for flag, wanted in (("--shape", shapes), ("--preset", PRESETS[options.preset].shapes if options.preset else ())):
+        for shape in wanted if flag == "--shape" or not shapes else ():
+            if (shape.h, shape.v) != (h, v):
+                raise UsageError(
+                    f"{flag} must have the head of {name}, H {h}, V {v}, with --inputs {name}, got {shape}. Give "
+                    f"--shape N,{h},{v}, or leave --inputs out."
+                )
+    if options.sweep:
+        raise UsageError(
+            f"--sweep must be left out with --inputs {name}, got {' '.join(options.sweep)}. Its errors are not "
+            f"measured: name sizes of N as --shape 1024,{h},{v} 4096,{h},{v}."
+        )
 
 
 def _shown(options: argparse.Namespace, out: Any) -> list[Row]:
@@ -133,14 +162,15 @@ def _measured(options: argparse.Namespace, out: Any) -> list[Row]:
     if not plan:
         raise UsageError("bench: --backend, --peer and --loss must leave something, got nothing. See --list.")
     rows = _measure(options, plan, out)
-    for line in tables.skipped(rows):
+    for line in tables.reasons(rows) if options.brief else ():
         out.print(line, markup=False)
     if options.json:
         tables.write_json(options.json, rows)
     if options.trace:
         case = next(iter(plan))
         ran = [row.implementation for row in rows if row.case == case and row.status == "ok"]
-        out.print(f"a trace of {selection.trace(case, ran, options.trace)} is in {options.trace}", markup=False)
+        file = None if case.inputs == RANDOM else real.prepared(case, options.cache, lambda _: None).file
+        out.print(f"a trace of {selection.trace(case, ran, options.trace, file)} is in {options.trace}", markup=False)
     return rows
 
 
@@ -154,9 +184,10 @@ def _measure(options: argparse.Namespace, plan: dict[Case, bool], out: Any) -> l
 
     device = _device(options)
     limit = int(options.memory_limit * 1e9) if options.memory_limit else runs.default_limit(device)
-    rounds = options.rounds or PRESETS[options.preset].rounds
+    rounds = options.rounds or PRESETS[options.preset or "quick"].rounds
     about = runs.about(device, options.commit)
     rows: list[Row] = []
+    peaks: dict[Case, dict[str, int | None]] = {}  # by the case without its distance, which changes no size
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=out, refresh_per_second=1, transient=True) as progress:
         task = progress.add_task("", total=len(plan))
@@ -165,11 +196,16 @@ def _measure(options: argparse.Namespace, plan: dict[Case, bool], out: Any) -> l
             def tell(text: str, case: Case = case) -> None:
                 progress.update(task, description=f"{LOSSES[case.loss].title}, {case.shape}: {text}")
 
+            inputs = None if case.inputs == RANDOM else real.prepared(case, options.cache, tell)
+            known = peaks.setdefault(case._replace(distance=0.0), {})
             seen, ceilings = runs.measure_case(
                 case, _names(options, case), rounds=rounds, seconds=SECONDS, limit=limit, timeout=options.timeout,
-                errors=errors, progress=tell,
+                errors=errors, progress=tell, file=inputs.file if inputs else None, peaks=known,
             )  # fmt: skip
-            new = runs.rows_of(case, seen, ceilings, about)
+            known.update({name: one.peak for name, one in seen.items() if one.status == OK})
+            new = runs.rows_of(
+                case, seen, ceilings, about, inputs.kl.get(case.distance, math.nan) if inputs else math.nan
+            )
             rows += new
             if options.csv:
                 tables.write(Path(options.csv), tables.merged(_kept(options.csv), new))

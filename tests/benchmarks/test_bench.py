@@ -3,25 +3,23 @@ depends on a time."""
 
 from __future__ import annotations
 
-import os
 import re
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from bench_crowd import BLOCK, SMALL, crowd, slow_crowd, unlucky_crowd
 from cases import PRESENT
 from torch import Tensor
 
 from dft_kernels.backends import BACKENDS
 from dft_kernels.benchmarks import measure, runs
-from dft_kernels.benchmarks.implementations import EAGER, Implementation, Unavailable
+from dft_kernels.benchmarks.implementations import EAGER, Unavailable
+from dft_kernels.benchmarks.inputs import Inputs
 from dft_kernels.benchmarks.peers import everyone
-from dft_kernels.benchmarks.problems import LOSSES, PARTS, Case, Inputs, Shape
+from dft_kernels.benchmarks.problems import LOSSES, PARTS, Shape
 
-SMALL = Case(Shape(24, 16, 96), "float32", "forward_kl", "both", "cpu")
 QUIET: dict[str, Any] = {"rounds": 2, "seconds": 5.0, "limit": 4 << 30, "timeout": 120.0, "errors": False}
 
 # ---- implementations ----
@@ -140,87 +138,6 @@ def test_rounds_turn_and_fit_the_time() -> None:
     assert measure.rounds_for(90_000.0, 5, 30.0) == 1
 
 
-def _fake(action: Callable[[Inputs], Any], name: str, compiled: bool = False) -> Implementation:
-    def prepare(case: Case) -> Callable[[Inputs], Tensor]:
-        def call(x: Inputs) -> Tensor:
-            # not in the small call before memory is measured
-            more = action(x) if len(x.hidden) == SMALL.shape.n else None
-            return EAGER.prepare(case)(x) + (0.0 if more is None else more)
-
-        return call
-
-    return Implementation(name, "torch", tuple(LOSSES), prepare, compiled)
-
-
-BLOCK = 192 << 20
-
-
-def _allocate(x: Inputs) -> None:
-    torch.ones(BLOCK, dtype=torch.int8)
-
-
-def _wrong(x: Inputs) -> Tensor:
-    return x.hidden.sum()
-
-
-def _too_much(x: Inputs) -> None:
-    torch.ones(1 << 36, dtype=torch.int8)
-
-
-def _raise(x: Inputs) -> None:
-    raise RuntimeError("this machine\nis not for me")
-
-
-def _die(x: Inputs) -> None:
-    print("so long", flush=True)
-    os._exit(3)
-
-
-def _hang(x: Inputs) -> None:
-    time.sleep(600)
-
-
-def _unavailable(case: Case) -> Any:
-    raise Unavailable("only on Sundays")
-
-
-def _not_installed(case: Case) -> Any:
-    raise ImportError("No module named 'peer'")
-
-
-def crowd() -> dict[str, Implementation]:
-    """What a worker may meet. At module level, so that a worker can import it."""
-    made = [
-        EAGER,
-        _fake(_allocate, "allocates"),
-        _fake(_too_much, "wants 64 GB"),
-        _fake(_raise, "raises"),
-        _fake(_wrong, "is another loss"),
-        _fake(_die, "dies"),
-        Implementation("unavailable", "none", tuple(LOSSES), _unavailable),
-        Implementation("not installed", "none", tuple(LOSSES), _not_installed),
-    ]
-    return {each.name: each for each in made}
-
-
-def _dies_in_float64(case: Case) -> Callable[[Inputs], Tensor]:
-    """Prepared so that the oracle after it ends the process."""
-
-    def die(*_: Any) -> None:
-        os._exit(4)
-
-    measure.Exact = die  # type: ignore[assignment,misc]  # in the worker alone
-    return EAGER.prepare(case)
-
-
-def slow_crowd() -> dict[str, Implementation]:
-    return {"hangs": _fake(_hang, "hangs", compiled=True), EAGER.name: EAGER}
-
-
-def unlucky_crowd() -> dict[str, Implementation]:
-    return {EAGER.name: Implementation(EAGER.name, "torch", tuple(LOSSES), _dies_in_float64)}
-
-
 def test_workers_survive_what_they_run() -> None:
     seen, ceilings = runs.measure_case(
         SMALL, list(crowd()), **{**QUIET, "errors": True}, progress=lambda _: None, table=crowd
@@ -272,9 +189,9 @@ def test_what_dies_while_it_is_timed_takes_nobody_along(monkeypatch: pytest.Monk
 
 def test_what_says_nothing_is_stopped() -> None:
     seen, _ = runs.measure_case(
-        SMALL, ["hangs", "eager"], **{**QUIET, "timeout": 30.0}, progress=lambda _: None, table=slow_crowd
+        SMALL, ["hangs", "eager"], **{**QUIET, "timeout": 12.0}, progress=lambda _: None, table=slow_crowd
     )
-    assert (seen["hangs"].status, seen["hangs"].reason) == ("timed out", "said nothing for 30 s")
+    assert (seen["hangs"].status, seen["hangs"].reason) == ("timed out", "said nothing for 12 s")
     assert (seen["eager"].status, len(seen["eager"].rounds)) == ("ok", 2)
 
 

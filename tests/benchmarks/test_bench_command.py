@@ -90,6 +90,7 @@ def test_tables_say_who_is_where() -> None:
         row(),
         row("CCE", ms=10.0, over_floor=2.0, over_best_peer=1.0, peak_bytes=2e6),
         row("QuACK", status="skipped", reason="QuACK needs [a GPU]"),
+        row("its twin", status="skipped", reason="QuACK needs [a GPU]"),
         row("TRL chunked_divergence", status="out of memory", reason="[enforce fail at /x/y.cpp:1]", ms=math.nan),
     ]
     console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
@@ -101,9 +102,10 @@ def test_tables_say_who_is_where() -> None:
         "dft_kernels native", "CCE", "eager", "TRL chunked_divergence",
     ]  # fmt: skip
     assert re.search(r"native +│ +6 \(19\.\.22\) +│ +3 │ +1\.20 .*│ +0\.30 │ +0\.60 │ +1 │", lines[0])
-    assert "TRL chunked_divergence: out of memory. [enforce fail at /x/y.cpp:1]" in text
-    assert "QuACK" not in text
-    assert tables.skipped([*rows, *rows]) == ["QuACK: not measured, QuACK needs [a GPU]"]
+    assert "TRL chunked_divergence: out of memory, [enforce fail at /x/y.cpp:1]" in text
+    assert "QuACK, its twin: skipped, QuACK needs [a GPU]" in text
+    assert tables.reasons([*rows, *rows])[0] == "QuACK, its twin: skipped, QuACK needs [a GPU]"
+    assert tables.reasons([row(status="failed", reason="a line\nand  more")]) == ["eager: failed, a line and more"]
     console.print(tables.brief(rows))
     (line,) = [line for line in console.export_text(clear=False).splitlines() if "forward KL: N 64" in line]
     assert [cell.strip() for cell in line.split("│")[2:-1]] == [
@@ -112,11 +114,15 @@ def test_tables_say_who_is_where() -> None:
     made = tables.markdown(rows, Shape(64, 16, 128), "bfloat16")
     assert "| dft_kernels native | 1.20, 1 MB |" in made
     assert "| TRL chunked_divergence | out of memory |" in made
-    assert "Not measured, since they do not run here: QuACK." in made
+    assert "Not measured, since they do not run here: QuACK, its twin." in made
+    assert (
+        tables.markdown([*rows, row(inputs="smollm2", distance=0.4, over_floor=9.0)], Shape(64, 16, 128), "bfloat16")
+        == made
+    )
     for others in ([], [row(machine="another")]):
         with pytest.raises(ValueError, match="of one machine, got"):
             tables.markdown([*rows, *others] if others else [], Shape(64, 16, 128), "bfloat16")
-    assert [len(group) for _, group in tables.by_case([*rows, row(machine="another")])] == [5, 1]
+    assert [len(group) for _, group in tables.by_case([*rows, row(machine="another")])] == [6, 1]
     with pytest.raises(ValueError, match="must have rows of N 1, H 2, V 3 in float32"):
         tables.markdown(rows, Shape(1, 2, 3), "float32")
 
@@ -131,6 +137,10 @@ def test_pictures_of_a_sweep_and_a_roofline(tmp_path: Path) -> None:
     assert title == "forward KL: H 16, V 128, bfloat16"
     assert [r.n for r in group] == [512, 512, 1024, 1024, 2048, 2048]
     assert plots.series(rows, "v") == []
+    real = [row(n=n, inputs="smollm2", distance=0.01) for n in (512, 1024, 2048)]
+    assert [title for title, _ in plots.series([*rows, *real], "n")] == [
+        "forward KL: H 16, V 128, bfloat16", "forward KL, KL 0.01: H 16, V 128, smollm2, bfloat16",
+    ]  # fmt: skip
     plots.draw(rows, tmp_path / "new" / "picture.png")
     from matplotlib import image
 
@@ -181,6 +191,16 @@ def test_the_command_lists_who_runs_here(capsys: pytest.CaptureFixture[str]) -> 
             "--peer must begin names of implementations, got 'ligre'. They are: eager, torch.compile",
         ),
         (["--backend", "--peer", "QuACK", "--loss", "forward_kl"], "--backend, --peer and --loss must leave something"),
+        (["--inputs", "llama"], "--inputs must be one of 'random', 'smollm2', got 'llama'"),
+        (
+            ["--inputs", "smollm2", "--shape", "64,576,49152", "64,512,49152"],
+            "--shape must have the head of smollm2, H 576, V 49152, with --inputs smollm2, got N 64, H 512, V 49152",
+        ),
+        (
+            ["--inputs", "smollm2", "--preset", "qwen"],
+            "--preset must have the head of smollm2, H 576, V 49152, with --inputs smollm2, got N 8192, H 4096",
+        ),
+        (["--inputs", "smollm2", "--sweep", "n"], "--sweep must be left out with --inputs smollm2, got n"),
         (["--plot", "x.jpg"], "--plot must end in .png, got x.jpg"),
         (["--memory-limit", "-1"], "--memory-limit must be above 0, got -1"),
         (["--csv", "."], "--csv must be a file's name, got ., a folder"),
@@ -282,9 +302,23 @@ def test_presets_and_sweeps_hold_what_they_say() -> None:
     for name in PRESETS:
         assert plan("--preset", name)
     assert {case.loss for case in plan("--preset", "smollm2")} == set(LOSSES)
+    real = plan("--inputs", "smollm2")
+    assert {case.shape for case in real} == {Shape(512, 576, 49152)}
+    assert [(case.loss, case.distance) for case in real] == [
+        ("cross_entropy", 0.0), ("forward_kl", 0.4), ("forward_kl", 0.01), ("forward_kl", 0.001),
+    ]  # fmt: skip
+    assert {case.shape.n for case in plan("--inputs", "smollm2", "--shape", "8,576,49152")} == {8}
+    assert {case.loss for case in plan("--inputs", "smollm2", "--preset", "smollm2")} == set(LOSSES)
     full = plan("--preset", "full")
     assert {case.shape.n for case in full} >= set(SWEEPS["n"])
     assert {case.shape.v for case in full} >= set(SWEEPS["v"])
     swept = plan("--shape", "4,8,16", "--sweep", "n", "--loss", "reverse_kl", "--part", "forward")
     assert [(case.shape.n, errors) for case, errors in swept.items()] == [(4, True), *((n, False) for n in SWEEPS["n"])]
     assert {(case.loss, case.part) for case in swept} == {("reverse_kl", "forward")}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_table_has_the_compiled_eager_loss(preset: str, device: str) -> None:
+    for case in selection.cases(device, preset):
+        assert "torch.compile(eager)" in selection.names(case.loss)

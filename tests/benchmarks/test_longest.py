@@ -35,16 +35,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_attached_takes_less_and_over_the_limit_is_no_crash(folder: Path, tmp_path: Path) -> None:
-    length, plain, attached, nowhere = 2048, "transformers cross-entropy", "attached cross-entropy", tmp_path
+def test_attached_takes_less_and_over_the_limit_is_no_crash(folder: Path) -> None:
+    length, plain, attached = 1024, "transformers cross-entropy", "attached cross-entropy"
     logits = length * 50000 * 4
-    runs = [(folder, plain, 8 * GIB), (folder, attached, 8 * GIB), (folder, plain, GIB), (nowhere, plain, GIB)]
+    runs = [(folder, plain, 8 * GIB), (folder, attached, 8 * GIB), (folder, plain, GIB // 4), (folder, "no way", GIB)]
     with ThreadPoolExecutor() as pool:  # they mostly import
         theirs, ours, over, failed = (pool.submit(bench.measure, at, way, length, most) for at, way, most in runs)
         assert theirs.result().peak - ours.result().peak > 1.5 * logits
         assert theirs.result().seconds > 0
         assert over.result() == (None, None)
-        with pytest.raises(RuntimeError, match=rf"longest: {plain} at {length} must end well, got 1: "):
+        with pytest.raises(RuntimeError, match=rf"longest: no way at {length} must end well, got 1: KeyError"):
             failed.result()
 
 

@@ -8,13 +8,16 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 
-from dft_kernels.benchmarks import tables
+from dft_kernels.benchmarks import runs, tables
 from dft_kernels.benchmarks.problems import LOSSES
+from dft_kernels.commands import bench as command
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = {
@@ -30,10 +33,20 @@ def run(*command_line: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
+def load(name: str) -> Any:
+    """A script of bench/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_microbenchmarks_run() -> None:
     done = run(
         sys.executable, "-m", "pytest", "bench", "--shape", "16,8,32", "--dtype", "float32", "--rounds", "1",
-        "--device", "cpu", "-p", "no:cacheprovider",
+        "--device", "cpu", "-p", "no:cacheprovider", "-k", "both or forward_kl",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert "benchmark 'forward KL, backward only: N 16, H 8, V 32, float32, cpu'" in done.stdout
@@ -43,8 +56,6 @@ def test_microbenchmarks_run() -> None:
 
 def peer_wheel(folder: Path) -> None:
     """A wheel as a peer's: a module of one line."""
-    import zipfile
-
     folder.mkdir()
     record = "peer.py,,\npeer-1.0.dist-info/METADATA,,\npeer-1.0.dist-info/WHEEL,,\npeer-1.0.dist-info/RECORD,,\n"
     with zipfile.ZipFile(folder / "peer-1.0-py3-none-any.whl", "w") as wheel:
@@ -57,36 +68,155 @@ def peer_wheel(folder: Path) -> None:
         wheel.writestr("peer-1.0.dist-info/RECORD", record)
 
 
-PARTS_OF_GPU_SH = ("wheels", "build", "info", "tests", "memcheck", "racecheck", "trace", "main", "sweep", "other")
+# ---- gpu.sh: its own work with a stand-in for Python, then each command line that it makes, in this process
+
+SECTIONS = ("check", "timings", "suite", "large", "memcheck", "racecheck", "trace")
+STAND_IN = r"""#!/usr/bin/env bash
+if [[ "$*" == *"import xdist"* ]]; then exit 1; fi
+if [[ "$1 $2" == "-m pip" ]]; then exec "$REAL" "$@"; fi
+printf '%s\0' "$@" >>"$SEEN"; printf '\n\0' >>"$SEEN"
+if [[ "$*" == *"bench/timings.py --out"* && -n "$SLOW" ]]; then echo measuring; exec sleep 60; fi
+if [[ "$*" == *"-k 2_to"* ]]; then echo "1 failed"; exit 3; fi
+echo "fine, peers: $(ls ${PYTHONPATH//:/ } 2>/dev/null | grep -c "^peer.py$")"
+"""
 
 
-def test_gpu_script_dry_run(tmp_path: Path) -> None:
-    """Every part on a CPU; and one that fails, here since its file cannot be written, takes no other along."""
+class Ran(NamedTuple):
+    code: int
+    said: str
+    calls: list[list[str]]  # of Python
+
+
+def gpu_sh(folder: Path, *arguments: str, slow: bool = False, **environment: str) -> Ran:
+    """Run gpu.sh with a Python that records what it is called with, and a compute-sanitizer that runs it."""
+    folder.mkdir()
+    for name, text in (
+        ("python", STAND_IN),
+        ("compute-sanitizer", '#!/usr/bin/env bash\nwhile [[ $1 == --* ]]; do shift 2; done\nexec "$@"\n'),
+    ):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    done = run(
+        "bench/gpu.sh", *arguments, PATH=f"{folder}:{os.environ['PATH']}", PYTHON=str(folder / "python"),
+        REAL=sys.executable, SEEN=str(folder / "seen"), SLOW="1" if slow else "", **{"COMMIT": "abc", **environment},
+    )  # fmt: skip
+    seen = (folder / "seen").read_text().split("\0\n\0") if (folder / "seen").exists() else [""]
+    return Ran(done.returncode, done.stdout, [call.split("\0") for call in seen[:-1]])
+
+
+def test_gpu_script_runs_its_sections_in_time(tmp_path: Path) -> None:
+    """One that fails and one that runs out of its time take no other along, and files of another day go."""
     out, wheels = tmp_path / "out", tmp_path / "wheels"
-    (out / "trace.json.gz").mkdir(parents=True)
-    (out / "bench.csv").write_text("of another day\n")
+    out.mkdir()
+    (out / "timings.csv").write_text("of another day\n")
     peer_wheel(wheels)
-    done = run("bench/gpu.sh", "--dry-run", OUT=str(out), WHEELS=str(wheels), PYTHON=sys.executable, COMMIT="abc")
-    summary = (out / "summary.txt").read_text()
-    assert done.returncode == 1, done.stdout
-    for part in ("wheels", "build", "info", "tests", "memcheck", "racecheck", "trace", "main", "sweep", "other"):
-        state = "FAILED with 2 .*must be a file's name" if part == "trace" else "ok"
-        assert re.search(rf"^{part}: {state}", summary, re.M), (out / "log.txt").read_text()
-    assert "1 parts failed" in summary
-    assert "cross-entropy: N 32, H 16, V 64" in done.stdout
-    assert {path.name for path in out.iterdir()} == {
-        "log.txt", "summary.txt", "bench.csv", "sweep.csv", "bench.png", "trace.json.gz",
-    }  # fmt: skip
-    assert {(r.commit, r.n) for r in tables.read(out / "bench.csv")} == {("abc", 32), ("abc", 16)}
+    done = gpu_sh(tmp_path / "bin", "--limit", "8", "--out", str(out), slow=True, WHEELS=str(wheels))
+    lines = [line for line in done.said.splitlines() if re.match(rf"({'|'.join(SECTIONS)}): ", line)]
+    assert [line.split(":")[0] for line in lines] == list(SECTIONS)
+    for line in lines:
+        name = line.split(":")[0]
+        want = {"timings": "OUT OF TIME after [23] s. measuring", "large": "FAILED with 3 .* s. 1 failed"}
+        assert re.match(f"{name}: {want.get(name, 'ok, .* s. fine, peers: 1')}", line), done.said
+    assert "2 sections failed" in done.said
+    assert done.code == 1
+    assert (out / "summary.txt").read_text() == done.said
+    assert {path.name for path in out.iterdir()} == {"log.txt", "summary.txt"}
 
 
-def test_gpu_script_has_one_option() -> None:
-    assert run("bench/gpu.sh", "--wet-run").returncode == 2
+def test_gpu_script_runs_what_is_named(tmp_path: Path) -> None:
+    done = gpu_sh(tmp_path / "bin", "trace", "build", "errors", OUT=str(tmp_path / "out"), CACHE="there")
+    assert done.code == 0, done.said
+    build, trace, errors = done.calls
+    assert (build[0], trace[:2]) == ("setup.py", ["bench/timings.py", "--trace"])
+    given = command.parser().parse_args(
+        ["cpu" if word == "cuda" else word for word in errors[errors.index("bench") + 1 :]]
+    )
+    assert str(given.cache) == "there"
+    assert [case.loss for case in command.todo(given, "cuda")] == ["cross_entropy", *["forward_kl"] * 3]
 
 
-def test_the_pages_have_the_tables_of_the_results() -> None:
-    done = run(sys.executable, "bench/readme.py", "--check")
-    assert done.returncode == 0, done.stdout
+@pytest.mark.parametrize("mistake", [["--wet-run"], ["suites"], ["--limit", "soon"], ["--limit"], ["--out"]])
+def test_gpu_script_refuses(mistake: list[str], tmp_path: Path) -> None:
+    done = gpu_sh(tmp_path / "bin", *mistake, OUT=str(tmp_path / "out"))
+    assert done.code != 0
+    assert not done.calls
+    assert not (tmp_path / "out").exists()
+
+
+class Selected:
+    """What a run of pytest would run."""
+
+    items: list[Any]
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.items = session.items
+
+
+def test_what_the_gpu_script_calls(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its test selections choose tests, its check tells what loads, and its timings run here, tiny."""
+    out = tmp_path / "out"
+    done = gpu_sh(tmp_path / "bin", "--out", str(out))
+    assert len(done.calls) == len(SECTIONS)
+    check, _, *tests, _ = done.calls
+    counts = {}
+    assert tests[2] == tests[3]  # memcheck and racecheck
+    for call in tests[:3]:
+        chosen, words = Selected(), call[2:]
+        words[-1] = words[-1].replace(" and cuda", "")  # without a GPU no cell has a backend
+        assert pytest.main([*words, "--collect-only", "-qq", "-p", "no:benchmark"], plugins=[chosen]) == 0
+        counts[words[-1]] = {item.name for item in chosen.items}
+    suite, large, checked = counts.values()
+    assert len(suite) > 200
+    assert {name.split("[")[0] for name in large} == {"test_more_than_2_to_the_31_logits"}
+    assert checked < suite
+    assert len(checked) > 0
+    assert all("everything" in name and "bfloat16" in name for name in checked)
+
+    dry = gpu_sh(tmp_path / "dry", "--dry-run", "--out", str(out))
+    timings, trace = dry.calls[1], dry.calls[-1]
+    assert load("timings").main(timings[1:]) == 0
+    said = (out / "bars.txt").read_text()
+    assert re.search(r"dft_kernels native .* x floor .* GiB  bar 1.09: (met|MISSED)", said)
+    assert "host time of a call" in said
+    assert re.search("Liger FLCE +skipped: Liger's Triton kernel needs a GPU", said)
+    assert {(r.commit, r.n) for r in tables.read(out / "timings.csv")} == {("abc", 16)}
+    assert load("timings").main(trace[1:]) == 0
+    assert (out / "trace.json.gz").stat().st_size > 1000
+    capsys.readouterr()
+    for arguments, code, words in (
+        (
+            [""],
+            1,
+            "carry the .so files and _build.json of this Python and torch, or name the section build: torch sees",
+        ),
+        (["1"], 0, "the extensions load"),
+    ):
+        if torch.cuda.is_available():
+            break
+        monkeypatch.setattr(sys, "argv", ["-c", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            exec(check[1], {})
+        said = capsys.readouterr().out
+        assert (ended.value.code, said.splitlines()[-1][: len(words)]) == (code, words)
+        assert "CPU kernels: they load" in said
+
+
+def test_timings_stop_when_the_time_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("timings").main(["--dry-run", "--limit", "0", "--calls", "1", "--out", str(tmp_path)]) == 1
+    assert "cross-entropy: N 16, H 8, V 64, bfloat16, cpu: NOT REACHED" in (tmp_path / "bars.txt").read_text()
+    table = {"wants": ValueError("out of memory"), "raises": RuntimeError("no\nmore"), "gone": ImportError("peer")}
+    for name, error in table.items():
+        one = runs.Seen()
+        with load("timings").failing(one):
+            raise error
+        assert one.status == {"wants": "out of memory", "raises": "failed", "gone": "skipped"}[name]
+        assert one.reason in ("ValueError: out of memory", "RuntimeError: no", "not installed (peer)")
+
+
+def test_the_pages_have_the_tables_of_the_results(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("readme").main(["--check"]) == 0, capsys.readouterr().out
 
 
 def test_every_result_is_shown() -> None:
@@ -96,11 +226,7 @@ def test_every_result_is_shown() -> None:
 
 def test_a_stale_table_is_found_and_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """In README.md and in docs/ alike."""
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "bench" / "readme.py")
-    assert spec is not None
-    assert spec.loader is not None
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
+    readme = load("readme")
     (tmp_path / "docs").mkdir()
     (tmp_path / "bench").symlink_to(ROOT / "bench")
     monkeypatch.setattr(readme, "ROOT", tmp_path)
@@ -114,7 +240,7 @@ def test_a_stale_table_is_found_and_written_anew(tmp_path: Path, monkeypatch: py
 
 def test_the_pages_claim_nothing_that_no_table_holds() -> None:
     """Measured quantities stand in tables that come from CSVs; elsewhere only what is not a measurement."""
-    known = {"180 MB", "9 minutes", "0.5x", "80 GB"}  # a download, a limit of gpu.sh, a weight, a GPU's name
+    known = {"180 MB", "0.5x", "80 GB"}  # a download, a weight, a GPU's name
     tables_alone = re.compile(r"<!-- table: .*?<!-- end -->|```.*?```", re.S)
     for path, text in PAGES.items():
         prose = tables_alone.sub("", text)

@@ -178,7 +178,7 @@ def test_what_the_gpu_script_calls(
     timings, trace = dry.calls[1], dry.calls[-1]
     assert load("timings").main(timings[1:]) == 0
     said = (out / "bars.txt").read_text()
-    assert re.search(r"dft_kernels native .* x floor .* GiB  bar 1.09: (met|MISSED)", said)
+    assert re.search(r"dft_kernels native .* x floor .* GiB  bar 1.10: (met|MISSED)", said)
     assert "host time of a call" in said
     assert re.search("Liger FLCE +skipped: Liger's Triton kernel needs a GPU", said)
     assert {(r.commit, r.n) for r in tables.read(out / "timings.csv")} == {("abc", 16)}

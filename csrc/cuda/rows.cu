@@ -81,9 +81,9 @@ const char* launch_generic(const RowArguments& a, CUstream_st* stream) {
 
 const char* launch_rows(const RowArguments& a, Design design, CUstream_st* stream) {
   if (a.rows == 0) return nullptr;
-  if (design != Design::generic && a.wanted) {  // a gradient alone is one sweep in either design
-    const char* message = fits_cluster(a) ? launch_rows_in_clusters(a, stream) : kDoesNotFit;
-    if (message != kDoesNotFit || design == Design::cluster) return message;
+  if (design != Design::generic && a.wanted) {  // a gradient alone is one sweep
+    const char* message = fits_lean(a) ? launch_lean_rows(a, stream) : kDoesNotFit;
+    if (message != kDoesNotFit || design == Design::lean) return message;
   }
   return a.logits.element == Element::f64 ? launch_generic<double>(a, stream) : launch_generic<float>(a, stream);
 }

@@ -113,7 +113,7 @@ struct LeanRows : LeanLoops<D, Columns> {
       known.soft = known.one;
       if (!plan.same) known.soft.set(all.s.top * plan.inverse, sums[kSoftTotal]);
       if (D::linear)
-        known.slope = (sums[kJoint] / sums[plan.same ? kTotal : kSoftTotal] - (known.soft.lse - known.target.lse)) -
+        known.slope = (sums[kJoint] / (plan.same ? sums[kTotal] : sums[kSoftTotal]) - (known.soft.lse - known.target.lse)) -
                       (known.soft.low - known.target.low);
       put(row, kSoftLse, known.soft.lse);
       put(row, kSoftLseLow, known.soft.low);

@@ -62,14 +62,6 @@ __device__ __forceinline__ void forget(float (&x)[Count]) {
 #endif
 }
 
-// After number i of a long loop. The compiler orders instructions up to a barrier: over a whole unrolled loop it would
-// put off the sums and keep all of their addends in registers.
-__device__ __forceinline__ void end_of_stretch(int i) {
-#ifdef __CUDA_ARCH__
-  if (i % 4 == 3) __syncwarp();
-#endif
-}
-
 template <class D, int Columns>
 struct LeanLoops {
   using M = Math<float>;
@@ -89,6 +81,14 @@ struct LeanLoops {
   // The block's column of this thread's number i. Four neighbours are one load and one store.
   __device__ __forceinline__ static int column(int i) {
     return (i / 4 * kLeanThreads + int(threadIdx.x)) * 4 + i % 4;
+  }
+
+  // Whether a loop ends before number i, as nobody in this launch has so many. Asked every few numbers: the compiler
+  // orders instructions between two branches, and over a whole unrolled loop it would put off the sums and keep all of
+  // their addends in registers.
+  template <int Stretch = 4>
+  __device__ __forceinline__ bool ends(int i) const {
+    return i % Stretch == 0 && i > 0 && i * kLeanThreads >= plan.part;
   }
 
   __device__ __forceinline__ float cotangent(int which, int row) const {
@@ -225,10 +225,10 @@ struct LeanLoops {
     const float scale = by * M::kLog2E;
 #pragma unroll
     for (int i = 0; i < Count; i++) {
+      if (ends<Joint ? 4 : 8>(i)) break;
       const float e = M::exp2((x[i] - top) * scale);
       total += e;
       if constexpr (Joint) joint += times(e, x[i] * by - t[i] * plan.target_inverse);
-      if (Joint) end_of_stretch(i);
     }
   }
 
@@ -302,11 +302,11 @@ struct LeanLoops {
     forget<Keep>(t);
 #pragma unroll
     for (int i = 0; i < Columns; i++) {
+      if (ends(i)) break;
       float f = 0, g = 0, q = 0;
       evaluate(z[i], t[i], known, f, g, q);
       sums.f += f, sums.g += g;
       if constexpr (Keep) z[i] = g, t[i] = q;
-      end_of_stretch(i);
     }
     return sums;
   }
@@ -334,6 +334,7 @@ struct LeanLoops {
     forget<2 + Hard * 2 + Plain>(t);
 #pragma unroll
     for (int i = 0; i < Columns; i++) {
+      if (ends(i)) break;
       float dz = pull.every;
       if constexpr (present) {
         float f = 0, g = 0, q = 0;
@@ -356,7 +357,6 @@ struct LeanLoops {
         dz *= 1.0f - bent * bent;
       }
       z[i] = dz;
-      end_of_stretch(i);
     }
     return value;
   }

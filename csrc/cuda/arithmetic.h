@@ -27,9 +27,9 @@ struct Math {
 // them outside of 1/2..2 and 2^-22 absolute within; 1/x: 2):
 //
 //     exp      3 and what rounding x log2 e adds, |x| of these units; below 2^-126: 0
-//     expm1    5: a polynomial for |x| < 1/2
+//     expm1    8 for x < 1: a polynomial for |x| < 1/2; beyond as exp
 //     log1p    7: 2 atanh(x / (2 + x)) as a series for |x| < 1/2
-//     tanh     9
+//     tanh     11
 template <>
 struct Math<float> {
   using N = float;

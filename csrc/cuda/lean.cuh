@@ -151,7 +151,8 @@ struct LeanRows : LeanLoops<D, Columns> {
       const Part all = meet(mine, shared.parts, shared.part_slots, [&] {
         if (threadIdx.x == 0) fetch(stage, row + plan.stages * clusters);
 #pragma unroll
-        for (int k = 0; k < kCorrect; k++) by[k] = this->cotangent(k, row);  // on their way while the blocks meet
+        for (int k = 0; k < kCorrect; k++)  // on their way while the blocks meet
+          by[k] = k == kPotential || (k == kDivergence && !present) ? 0.0f : this->cotangent(k, row);
         if (a.live & kLseBit && a.lse_slope) lse_slope = static_cast<const float*>(a.lse_slope)[row];
       });
       if (early && present && row != from) put(row - clusters, kDivergence, all.value);

@@ -92,7 +92,7 @@ struct LeanLoops {
   }
 
   __device__ __forceinline__ float cotangent(int which, int row) const {
-    return a.live >> which & 1 ? static_cast<const float*>(a.cotangents)[which * a.cotangents_stride + row] : 0.0f;
+    return a.cotangents && a.live >> which & 1 ? static_cast<const float*>(a.cotangents)[which * a.cotangents_stride + row] : 0.0f;
   }
 
   // -------------------------------------------------------------------------------------------- from shared memory
@@ -225,7 +225,7 @@ struct LeanLoops {
     const float scale = by * M::kLog2E;
 #pragma unroll
     for (int i = 0; i < Count; i++) {
-      if (ends<Joint ? 4 : 8>(i)) break;
+      if (ends<Joint || Columns == 64 ? 4 : 8>(i)) break;
       const float e = M::exp2((x[i] - top) * scale);
       total += e;
       if constexpr (Joint) joint += times(e, x[i] * by - t[i] * plan.target_inverse);

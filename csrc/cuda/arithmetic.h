@@ -23,8 +23,8 @@ struct Math {
   DFT_FN T select(bool condition, T a, T b) { return condition ? a : b; }
 };
 
-// Errors relative to the result, in units of 2^-24, over the hardware's (2^x: 2^-22.5 = 2.8 of these units; log2 x: 4 of
-// them outside of 1/2..2 and 2^-22 absolute within; 1/x: 2):
+// Errors relative to the result, in units of 2^-24, with the hardware's (2^x: 2.8 of these units; log2 x: 4 of them
+// outside of 1/2..2, and 2^-22 absolute within; 1/x: 2):
 //
 //     exp      3 and what rounding x log2 e adds, |x| of these units; below 2^-126: 0
 //     expm1    8 for x < 1: a polynomial for |x| < 1/2; beyond as exp

@@ -245,7 +245,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("row_statistics", &row_statistics);
   m.def("row_gradient", &row_gradient);
   m.def("row_step", &row_step);
-  m.def("chosen_design", &chosen_design, py::arg("rows"), py::arg("wanted"), py::arg("live"), py::arg("out") = py::none());
+  m.def("chosen_design", &chosen_design, py::arg("rows"), py::arg("wanted"), py::arg("live"),
+        py::arg("out") = py::none());
   m.def("accumulate_columns", &accumulate_columns);
   m.def("probabilities", &probabilities);
 #ifdef DFT_CUDA_ON_HOST

@@ -127,7 +127,9 @@ __device__ __forceinline__ void arrival_expect(Arrival* a, uint32_t bytes) {
 __device__ __forceinline__ void arrival_wait(Arrival* a, uint32_t parity) {
   uint32_t done = 0;
   while (!done)
-    asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+    asm volatile(
+        "{\n .reg .pred p;\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        " selp.u32 %0, 1, 0, p;\n}"
                  : "=r"(done)
                  : "r"(shared_address(a)), "r"(parity)
                  : "memory");
@@ -141,7 +143,12 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t b
                : "memory");
 }
 
-__device__ __forceinline__ unsigned cluster_rank() { return __clusterRelativeBlockRank(); }
+// volatile: read where it is needed, rather than kept, with all that depends on it, in registers
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
 __device__ __forceinline__ unsigned cluster_size() { return __clusterSizeInBlocks(); }
 __device__ __forceinline__ void cluster_barrier() {
   __cluster_barrier_arrive();

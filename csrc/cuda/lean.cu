@@ -31,7 +31,8 @@ bool fits_lean(const RowArguments& a) {
   const int asked = a.wanted | a.live;
   return a.wanted && !(asked & 1 << kPotential) && (compared || (none && !a.target.data)) &&
          a.logits.element != Element::f64 && a.target.element != Element::f64 && whole(a.logits) && whole(a.target) &&
-         whole(a.out) && a.rows < 1 << 30 && a.logits.padded && (!a.target.data || a.target.padded) && cut(a).blocks > 0;
+         whole(a.out) && a.rows < 1 << 30 && a.logits.padded && (!a.target.data || a.target.padded) &&
+         cut(a).blocks > 0;
 }
 
 const char* launch_lean_rows(const RowArguments& a, CUstream_st* stream) {

@@ -16,9 +16,6 @@
 // the loops over the registers. Internal to each translation unit that includes it.
 #pragma once
 
-#include <climits>
-#include <type_traits>
-
 #include "lean_loops.cuh"
 
 namespace dft::cuda {
@@ -38,14 +35,11 @@ struct LeanRows : LeanLoops<D, Columns> {
   static constexpr bool early = D::flat || D::linear;  // the divergence's value is summed with the gradient
 
   Workspace& shared;
-  const unsigned rank, size;
   unsigned meetings;  // so far
 
   __device__ __forceinline__ LeanRows(const RowArguments& arguments, const Plan& parts)
       : Base(arguments, parts, int(cluster_rank()) * parts.part),
         shared(*reinterpret_cast<Workspace*>(arena())),
-        rank(cluster_rank()),
-        size(cluster_size()),
         meetings(0) {}
 
   __device__ __forceinline__ char* stage_at(int stage) const {
@@ -59,7 +53,8 @@ struct LeanRows : LeanLoops<D, Columns> {
     const int columns = (inside + 7) / 8 * 8, size = bytes_of(a.logits.element);
     const int target_size = present ? bytes_of(a.target.element) : 0;
     arrival_expect(full, uint32_t(columns * (size + target_size)));
-    bulk_load(stage_at(stage), static_cast<const char*>(a.logits.data) + (int64_t(row) * a.logits.stride + first) * size,
+    bulk_load(stage_at(stage),
+              static_cast<const char*>(a.logits.data) + (int64_t(row) * a.logits.stride + first) * size,
               uint32_t(columns * size), full);
     if constexpr (present)
       bulk_load(stage_at(stage) + plan.part * size,
@@ -70,25 +65,25 @@ struct LeanRows : LeanLoops<D, Columns> {
   // A meeting of the cluster: what all of its warps say, joined. then(): called when all threads of the block are there
   template <class X, class Then>
   __device__ __forceinline__ X meet(const X& mine, X (&warps)[kLeanWarps], X (&slots)[2][kMostBlocks], Then then) {
-    const unsigned lane = threadIdx.x % 32, place = lane % 16, turn = meetings & 1;
+    const int lane = int(threadIdx.x % 32), place = lane % 16, turn = int(meetings & 1);
     if (lane == 0) warps[threadIdx.x / 32] = mine;
     __syncthreads();
     then();
     if (threadIdx.x < 32) {
       X block = place < kLeanWarps ? warps[place] : X::none();
       this->join(block);
-      if (lane == 0) arrival_expect(&shared.met[turn], uint32_t(size * sizeof(X)));
-      if (lane < size) send(&slots[turn][rank], lane, block, &shared.met[turn]);
+      if (lane == 0) arrival_expect(&shared.met[turn], uint32_t(plan.blocks * sizeof(X)));
+      if (lane < plan.blocks) send(&slots[turn][cluster_rank()], unsigned(lane), block, &shared.met[turn]);
     }
     arrival_wait(&shared.met[turn], meetings / 2 & 1);
-    X all = place < size ? slots[turn][place] : X::none();
+    X all = place < plan.blocks ? slots[turn][place] : X::none();
     this->join(all);
     meetings++;
     return all;
   }
 
   __device__ __forceinline__ void put(int row, int which, float value) const {
-    if (rank == 0 && threadIdx.x == 0) static_cast<float*>(a.statistics)[which * a.statistics_stride + row] = value;
+    if (first == 0 && threadIdx.x == 0) static_cast<float*>(a.statistics)[which * a.statistics_stride + row] = value;
   }
 
   // Writes the statistics that need no probability of a column.
@@ -113,7 +108,8 @@ struct LeanRows : LeanLoops<D, Columns> {
       known.soft = known.one;
       if (!plan.same) known.soft.set(all.s.top * plan.inverse, sums[kSoftTotal]);
       if (D::linear)
-        known.slope = (sums[kJoint] / (plan.same ? sums[kTotal] : sums[kSoftTotal]) - (known.soft.lse - known.target.lse)) -
+        known.slope = (sums[kJoint] / (plan.same ? sums[kTotal] : sums[kSoftTotal]) -
+                       (known.soft.lse - known.target.lse)) -
                       (known.soft.low - known.target.low);
       put(row, kSoftLse, known.soft.lse);
       put(row, kSoftLseLow, known.soft.low);
@@ -124,7 +120,7 @@ struct LeanRows : LeanLoops<D, Columns> {
   }
 
   __device__ __forceinline__ void run() {
-    const int clusters = int(gridDim.x / size), from = int(blockIdx.x / size), rows = int(a.rows);
+    const int clusters = int(gridDim.x) / plan.blocks, from = int(blockIdx.x) / plan.blocks, rows = int(a.rows);
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < plan.stages; stage++) arrival_init(&shared.full[stage]);
       arrival_init(&shared.met[0]);

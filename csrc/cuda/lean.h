@@ -10,7 +10,7 @@ constexpr int kLeanThreads = 64;  // of a block: on a CPU rows of a few thousand
 #else
 constexpr int kLeanThreads = 512;
 #endif
-constexpr int kMostBlocks = 16;  // of a cluster; more than 8 is no portable size, but one that every sm_90 and sm_100 has
+constexpr int kMostBlocks = 16;  // of a cluster; more than 8 is no portable size
 constexpr int kMostStages = 3;
 constexpr int kLeanWorkspace = 4096;  // bytes of a block's shared memory before the stages
 

@@ -1,41 +1,16 @@
-// The loops of the lean row kernels over the columns of a thread, which are in registers: z, the finished logits, and t,
-// the target's. Each is unrolled whole; what a call does not ask for is left out around a loop, never within it.
+// The loops of the lean row kernels over the columns of a thread, which are in registers: z, the finished logits, and
+// t, the target's. Each is unrolled whole; what a call does not ask for is left out around a loop, never within it.
 // Internal to each translation unit that includes it.
 #pragma once
 
-#include <climits>
 #include <type_traits>
 
 #include "groups.cuh"
-#include "lean.h"
-#include "online.cuh"
+#include "lean_parts.cuh"
 #include "row_work.cuh"
 
 namespace dft::cuda {
 namespace {
-
-constexpr int kLeanWarps = kLeanThreads / 32;
-
-// What a warp, a block or a cluster knows of the columns that it has seen; what a meeting joins
-struct alignas(8) Part {
-  Measured<float, int> s;
-  float z_y, value;  // the label's logit, the divergence of the row before: 0 in all who do not have them
-  __device__ __forceinline__ static Part none() {
-    return {{lowest<float>(), lowest<float>(), INT_MAX, INT_MAX, {}}, 0, 0};
-  }
-};
-struct alignas(8) Sums {
-  float f, g;
-  __device__ __forceinline__ static Sums none() { return {0, 0}; }
-};
-
-// The beginning of a block's shared memory
-struct Workspace {
-  Arrival full[kMostStages], met[2];
-  Part parts[kLeanWarps], part_slots[2][kMostBlocks];
-  Sums sums[kLeanWarps], sum_slots[2][kMostBlocks];
-};
-static_assert(sizeof(Workspace) <= kLeanWorkspace && kLeanWarps <= 16);
 
 // A row's constants in its gradient, by the formula at the head of row_work.cuh, with the head's scale in all of them:
 //
@@ -92,7 +67,8 @@ struct LeanLoops {
   }
 
   __device__ __forceinline__ float cotangent(int which, int row) const {
-    return a.cotangents && a.live >> which & 1 ? static_cast<const float*>(a.cotangents)[which * a.cotangents_stride + row] : 0.0f;
+    if (!a.cotangents || !(a.live >> which & 1)) return 0;
+    return static_cast<const float*>(a.cotangents)[which * a.cotangents_stride + row];
   }
 
   // -------------------------------------------------------------------------------------------- from shared memory
@@ -278,7 +254,8 @@ struct LeanLoops {
     pull.every = by[kMeanLogProb] / float(a.vocab) * scale;
     pull.hit = hit * scale * (1.0f - bent * bent);
     pull.soft = by[kDivergence] * plan.inverse * scale;
-    const float all = pull.base + pull.every + pull.soft + known.one.lse + known.soft.lse + known.target.lse + known.slope;
+    const float lses = known.one.lse + known.soft.lse + known.target.lse;
+    const float all = pull.base + pull.every + pull.soft + lses + known.slope;
     pull.plain = plan.cap == 0 && !(a.live & kEntropyBit) && std::fabs(all) < INFINITY &&
                  (!present || a.live & kDivergenceBit);
     return pull;

@@ -48,7 +48,7 @@ enum Sum {
 };
 static_assert(kSums <= kMostSums);
 
-// The state of the first sweep in a thread, a warp, a block or a cluster: maxima with their columns, and the sums above.
+// The state of the first sweep in a thread, a warp, a block or a cluster: maxima with their columns, the sums above.
 template <class T, class Index = int64_t>
 struct Measured {
   T top, target_top;

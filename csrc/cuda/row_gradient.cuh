@@ -9,7 +9,8 @@ namespace {
 // draw [V], by the formula at the head of row_work.cuh: `base` is the factor of q that no column changes, `every` is
 // added to all columns, `hit` to the label's. Zero where every cotangent is zero, even if the row holds NaN.
 template <class T, class D, bool Present>
-__device__ __forceinline__ void RowWork<T, D, Present>::differentiate(const Known<T>& known, int64_t label, bool summed) const {
+__device__ __forceinline__ void RowWork<T, D, Present>::differentiate(const Known<T>& known, int64_t label,
+                                                                      bool summed) const {
   using M = Math<T>;
   T lse_by = cotangent(kLse), hit = cotangent(kLogProb), every = cotangent(kMeanLogProb);
   const T entropy_by = cotangent(kEntropy), pulled_by = cotangent(kPotential), soft_by = cotangent(kDivergence);

@@ -74,8 +74,8 @@ const char* launch_rows(const RowArguments&, Design, CUstream_st*);
 const char* launch_columns(const ColumnArguments&, CUstream_st*);
 const char* launch_probabilities(const ProbabilityArguments&, CUstream_st*);
 
-// lean.cu, for launch_rows: whether the current device, what is asked for, the shape and the alignment admit that design.
-// The launch returns kDoesNotFit where a part of a device (MIG) cannot hold a cluster of the size it takes.
+// lean.cu, for launch_rows: whether the current device, what is asked for, the shape and the alignment admit it. The
+// launch returns kDoesNotFit where a part of a device (MIG) cannot hold a cluster of the size it takes.
 inline constexpr char kDoesNotFit[] = "these rows do not fit the lean design here";
 bool fits_lean(const RowArguments&);
 const char* launch_lean_rows(const RowArguments&, CUstream_st*);

@@ -1,6 +1,6 @@
-// The lean kernel of cross-entropy by itself, over rows of two blocks through both orders of threads: exits with 0 where
-// it finds every log-sum-exp and writes every gradient, else says what went wrong. tests/backends/test_cuda.py compiles
-// it with faults in the kernel.
+// The lean kernel of cross-entropy by itself, over rows of two blocks through both orders of threads: exits with 0
+// where it finds every log-sum-exp and writes every gradient, else says what went wrong.
+// tests/backends/test_lean.py compiles it with faults in the kernel.
 #include <cstdio>
 
 #include "cuda/lean.cuh"

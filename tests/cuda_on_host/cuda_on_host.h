@@ -3,14 +3,14 @@
 //
 // Clusters of blocks run one after another. The threads of a cluster are fibres on one CPU thread: each runs until it
 // waits, at a barrier of its block or cluster, in an exchange of its warp or for an mbarrier. A warp gets as far as it
-// can by itself before the next one has its turn, a block likewise, and `reversed` runs them from the last to the first:
-// what depends on who comes first, as where a barrier is missing, then comes out differently in one of the two. A round
-// in which nobody can go on is a divergent barrier, and is reported.
+// can by itself before the next one has its turn, a block likewise, and `reversed` runs them from the last to the
+// first: what depends on who comes first, as where a barrier is missing, then comes out differently in one of the two.
+// A round in which nobody can go on is a divergent barrier, and is reported.
 //
 // Shared memory begins as NaN. What is copied or stored asynchronously fills its place with NaN at once and with its
-// numbers as late as can be: when nobody can go on, for one of the mbarriers that somebody waits for. Who does not wait,
-// or has not done with the place, notices. An mbarrier that hears of more bytes than were announced, or of none that
-// anybody waits for, is reported too.
+// numbers as late as can be: when nobody can go on, for one of the mbarriers that somebody waits for. Who does not
+// wait, or has not done with the place, notices. An mbarrier that hears of more bytes than were announced,
+// or of some that nobody waits for, is reported too.
 #pragma once
 
 #include <setjmp.h>

@@ -36,7 +36,10 @@ from setuptools import setup
 HERE = Path(__file__).resolve().parent
 STAMP = HERE / "dft_kernels" / "_build.json"  # what the extensions were built against, or why there are none
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("bindings", "memory", "ops", "step")]
-KERNELS = [f"csrc/cuda/{name}.cu" for name in ("columns", "rows", "rows_cluster", "scaling")]
+KERNELS = [
+    f"csrc/cuda/{name}.cu"
+    for name in ("columns", "lean", "lean_entropy", "lean_jensen_shannon", "lean_kl", "lean_skew", "rows", "scaling")
+]
 DEPENDS = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").rglob("*") if path.is_file())
 JOBS = int(os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1)))
 

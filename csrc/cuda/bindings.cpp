@@ -86,8 +86,8 @@ void on_device(const c10::Device device, Launch launch) {
   TORCH_CHECK(!message, "dft_kernels: a CUDA kernel did not launch (", message, ").");
 }
 
-void run(const Rows& rows, const at::Tensor& statistics, int64_t wanted, int64_t live, const Optional& cotangents,
-         const Optional& lse_slope, const Optional& out) {
+// The launch that is asked for, but for where its statistics and cotangents are
+RowArguments described(const Rows& rows, int64_t wanted, int64_t live, const Optional& out) {
   if (wanted & kAtOne) wanted |= 1 << kLse;
   const int64_t asked = wanted | live;
   const bool compared = asked & 1 << kDivergence, taught = compared || wanted & 1 << kAgreement;
@@ -104,13 +104,6 @@ void run(const Rows& rows, const at::Tensor& statistics, int64_t wanted, int64_t
     a.out = matrix(*out, "out", rows);
     a.in_place = out->storage().data() == rows.logits.storage().data();
   }
-  check_table(statistics, kRows, "statistics", rows);
-  a.statistics = statistics.mutable_data_ptr(), a.statistics_stride = statistics.stride(0);
-  if (cotangents) {
-    check_table(*cotangents, kCorrect, "cotangents", rows);
-    a.cotangents = cotangents->const_data_ptr(), a.cotangents_stride = cotangents->stride(0);
-  }
-  a.lse_slope = numbers(lse_slope, rows.number(), "lse_slope", rows);
   if (asked & (1 << kLogProb | 1 << kCorrect)) {
     TORCH_CHECK(rows.label, "dft_kernels: label must be given where log_prob is asked for, got None");
     a.label = numbers<const int64_t*>(rows.label, at::kLong, "label", rows);
@@ -125,12 +118,35 @@ void run(const Rows& rows, const at::Tensor& statistics, int64_t wanted, int64_t
   a.divergence = compared ? int(name - kNames.begin()) : int(kNames.size());
   a.parameter = rows.parameter, a.inverse = 1.0 / rows.temperature, a.target_inverse = 1.0 / rows.target_temperature;
   a.wanted = int(wanted), a.live = int(live);
-  TORCH_CHECK(rows.design == "automatic" || rows.design == "generic" || rows.design == "cluster",
-              "dft_kernels: design must be automatic, generic or cluster, got ", rows.design);
+  return a;
+}
+
+void run(const Rows& rows, const at::Tensor& statistics, int64_t wanted, int64_t live, const Optional& cotangents,
+         const Optional& lse_slope, const Optional& out) {
+  RowArguments a = described(rows, wanted, live, out);
+  check_table(statistics, kRows, "statistics", rows);
+  a.statistics = statistics.mutable_data_ptr(), a.statistics_stride = statistics.stride(0);
+  if (cotangents) {
+    check_table(*cotangents, kCorrect, "cotangents", rows);
+    a.cotangents = cotangents->const_data_ptr(), a.cotangents_stride = cotangents->stride(0);
+  }
+  a.lse_slope = numbers(lse_slope, rows.number(), "lse_slope", rows);
+  TORCH_CHECK(rows.design == "automatic" || rows.design == "generic" || rows.design == "lean",
+              "dft_kernels: design must be automatic, generic or lean, got ", rows.design);
   const Design design = rows.design == "automatic" ? Design::automatic
                         : rows.design == "generic" ? Design::generic
-                                                   : Design::cluster;
+                                                   : Design::lean;
   on_device(rows.logits.device(), [&](CUstream_st* stream) { return launch_rows(a, design, stream); });
+}
+
+// Which kernels `automatic` takes for a launch, where all of the device can be had
+std::string chosen_design(const Rows& rows, int64_t wanted, int64_t live, const Optional& out) {
+  std::string design;
+  on_device(rows.logits.device(), [&](CUstream_st*) {
+    design = fits_lean(described(rows, wanted, live, out)) ? "lean" : "generic";
+    return nullptr;
+  });
+  return design;
 }
 
 at::Tensor row_statistics(const Rows& rows, int64_t wanted, int64_t live) {
@@ -238,6 +254,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("row_statistics", &row_statistics);
   m.def("row_gradient", &row_gradient);
   m.def("row_step", &row_step);
+  m.def("chosen_design", &chosen_design, py::arg("rows"), py::arg("wanted"), py::arg("live"),
+        py::arg("out") = py::none());
   m.def("accumulate_columns", &accumulate_columns);
   m.def("probabilities", &probabilities);
   m.def("scale", &scale);

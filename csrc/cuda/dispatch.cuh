@@ -5,12 +5,13 @@
 #include "gpu.h"
 
 namespace dft::cuda {
-namespace {
 
 // Stands in for a divergence where none is asked for.
 struct None {
   static constexpr bool flat = true, linear = false;
 };
+
+namespace {
 
 template <class D, bool Present = true>
 struct Pair {

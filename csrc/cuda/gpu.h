@@ -1,4 +1,4 @@
-// The device functions and launches that the kernels use, and the arithmetic of divergence.h on a GPU.
+// The device functions and launches that the kernels use.
 // tests/cuda_on_host compiles the same kernels for the CPU, with its own threads, barriers and shuffles.
 #pragma once
 
@@ -14,6 +14,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <utility>
 
 namespace dft::cuda {
@@ -22,6 +23,16 @@ __device__ __forceinline__ float from_bf16(uint16_t x) { return __uint_as_float(
 __device__ __forceinline__ uint16_t to_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 __device__ __forceinline__ float from_f16(uint16_t x) { return __half2float(__ushort_as_half(x)); }
 __device__ __forceinline__ uint16_t to_f16(float x) { return __half_as_ushort(__float2half_rn(x)); }
+
+// Two numbers, the first in the lower half
+__device__ __forceinline__ uint32_t pack_bf16(float a, float b) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
+  return uint32_t(__bfloat16_as_ushort(both.y)) << 16 | __bfloat16_as_ushort(both.x);
+}
+__device__ __forceinline__ uint32_t pack_f16(float a, float b) {
+  const __half2 both = __floats2half2_rn(a, b);
+  return uint32_t(__half_as_ushort(both.y)) << 16 | __half_as_ushort(both.x);
+}
 
 inline const char* message_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
@@ -35,39 +46,55 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, int threads, CUstre
 
 // ------------------------------------------------------------------------ thread-block clusters and bulk copies
 
-// Launches as many clusters of `size` blocks as are resident at a time, at most `most`; arena() has `bytes`.
+constexpr int kDevices = 64, kSizes = 5;
+
+// What launch_clusters knows of a kernel, by device and the size of a cluster (1, 2, 4, 8, 16): the clusters that are
+// resident at a time. 0: not asked yet, -1: none.
+struct Resident {
+  std::atomic<int> clusters[kDevices][kSizes];
+};
+
+// Bytes of shared memory that a block of the current device may have; 0 where it has no clusters and bulk copies
+inline int cluster_arena() {
+  static std::atomic<int> known[kDevices];  // 1 + the bytes
+  int device = 0, major = 0, most = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (device < kDevices && known[device]) return known[device] - 1;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
+  const int bytes = major >= 9 ? most : 0;
+  if (device < kDevices) known[device] = bytes + 1;
+  return bytes;
+}
+
+// Launches as many clusters of `size` blocks as are resident at a time, at most `most`; arena() has `bytes`. One block
+// of the kernel fills a multiprocessor, so that the number of resident clusters does not depend on `bytes`.
 template <class... Parameters, class... Arguments>
-const char* launch_clusters(void (*kernel)(Parameters...), int64_t most, int size, int threads, int bytes,
-                            CUstream_st* stream, Arguments&&... arguments) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return message_of(error);
+const char* launch_clusters(Resident& resident, void (*kernel)(Parameters...), int64_t most, int size, int threads,
+                            int bytes, CUstream_st* stream, Arguments&&... arguments) {
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = unsigned(size), cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t how = {};
   how.gridDim = dim3(unsigned(size)), how.blockDim = dim3(unsigned(threads));
   how.dynamicSmemBytes = size_t(bytes), how.stream = stream, how.attrs = &cluster, how.numAttrs = 1;
-  int resident = 0;
-  error = cudaOccupancyMaxActiveClusters(&resident, kernel, &how);
-  if (error != cudaSuccess) return message_of(error);
-  if (resident == 0) return kDoesNotFit;
-  how.gridDim.x = unsigned((most < resident ? most : resident) * size);
+  int device = 0, place = 0;
+  while (1 << place < size) place++;
+  cudaError_t error = cudaGetDevice(&device);
+  int clusters = error == cudaSuccess && device < kDevices ? resident.clusters[device][place].load() : 0;
+  if (clusters == 0) {
+    const int all = cluster_arena();
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, all);
+    if (error == cudaSuccess && size > 8)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &how);
+    if (error != cudaSuccess) return message_of(error);
+    if (clusters == 0) clusters = -1;
+    if (device < kDevices) resident.clusters[device][place] = clusters;
+  }
+  if (clusters < 0) return kDoesNotFit;
+  how.gridDim.x = unsigned((most < clusters ? most : clusters) * size);
   return message_of(cudaLaunchKernelEx(&how, kernel, std::forward<Arguments>(arguments)...));
-}
-
-// `bytes`, or less where a block of the current device cannot have that much shared memory
-inline int64_t arena_limit(int64_t bytes) {
-  int device = 0, most = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
-  return bytes < most ? bytes : most;
-}
-
-// Whether the current device has clusters and bulk copies
-inline bool has_clusters() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
 }
 
 // A block's dynamic shared memory
@@ -76,7 +103,8 @@ __device__ __forceinline__ char* arena() {
   return memory;
 }
 
-// An mbarrier: counts the bytes of the copies announced to it; a phase ends when all have arrived.
+// An mbarrier: a phase of it ends when one thread has announced a number of bytes and all of these have arrived, in
+// whatever order.
 struct alignas(8) Arrival {
   uint64_t state;
 };
@@ -99,7 +127,9 @@ __device__ __forceinline__ void arrival_expect(Arrival* a, uint32_t bytes) {
 __device__ __forceinline__ void arrival_wait(Arrival* a, uint32_t parity) {
   uint32_t done = 0;
   while (!done)
-    asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+    asm volatile(
+        "{\n .reg .pred p;\n mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        " selp.u32 %0, 1, 0, p;\n}"
                  : "=r"(done)
                  : "r"(shared_address(a)), "r"(parity)
                  : "memory");
@@ -113,16 +143,33 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t b
                : "memory");
 }
 
-__device__ __forceinline__ unsigned cluster_rank() { return __clusterRelativeBlockRank(); }
+// volatile: read where it is needed, rather than kept, with all that depends on it, in registers
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
 __device__ __forceinline__ unsigned cluster_size() { return __clusterSizeInBlocks(); }
 __device__ __forceinline__ void cluster_barrier() {
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
 }
-// The same address in the shared memory of another block of the cluster
-template <class T>
-__device__ __forceinline__ T* of_rank(T* mine, unsigned rank) {
-  return static_cast<T*>(__cluster_map_shared_rank(mine, rank));
+
+// Writes x to the address that `to` has in this block, in the shared memory of block `rank` of the cluster, and its
+// bytes are counted by the mbarrier that is there where `arrival` is here.
+template <class X>
+__device__ __forceinline__ void send(X* to, unsigned rank, const X& x, Arrival* arrival) {
+  static_assert(sizeof(X) % 8 == 0 && alignof(X) % 8 == 0);
+  uint32_t there, counter;
+  uint64_t words[sizeof(X) / 8];
+  memcpy(words, &x, sizeof x);
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(shared_address(arrival)), "r"(rank));
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(X) / 8; i++)
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(there + 8 * i),
+                 "l"(words[i]), "r"(counter)
+                 : "memory");
 }
 
 #endif
@@ -130,28 +177,4 @@ __device__ __forceinline__ T* of_rank(T* mine, unsigned rank) {
 }  // namespace dft::cuda
 #endif
 
-#include "common/divergence.h"
-
-namespace dft::cuda {
-
-// The arithmetic M of divergence.h on single numbers. exp in fp32 is the hardware's: 2 ulp, enough for q and p.
-template <class T>
-struct Math {
-  using N = T;
-  using Scalar = T;
-  DFT_FN T set(T x) { return x; }
-  DFT_FN T exp(T x) {
-#ifdef __CUDA_ARCH__
-    if constexpr (sizeof(T) == 4) return __expf(x);
-#endif
-    return std::exp(x);
-  }
-  DFT_FN T exp_any(T x) { return exp(x); }
-  DFT_FN T expm1(T x) { return std::expm1(x); }
-  DFT_FN T log1p(T x) { return std::log1p(x); }
-  DFT_FN T abs(T x) { return std::fabs(x); }
-  DFT_FN T max(T a, T b) { return a > b ? a : b; }
-  DFT_FN T select(bool condition, T a, T b) { return condition ? a : b; }
-};
-
-}  // namespace dft::cuda
+#include "arithmetic.h"

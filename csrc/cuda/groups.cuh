@@ -105,7 +105,7 @@ __device__ __forceinline__ void store(const T (&x)[kGroup<T>], const Matrix& to,
 template <class T>
 __device__ __forceinline__ T finished(T raw, T scale, T cap) {
   const T z = raw * scale;
-  return cap == T(0) ? z : cap * std::tanh(z / cap);
+  return cap == T(0) ? z : cap * Math<T>::tanh(z * (T(1) / cap));
 }
 
 // A group of logits, scaled and softcapped; -inf beyond the first n

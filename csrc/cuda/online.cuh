@@ -48,11 +48,11 @@ enum Sum {
 };
 static_assert(kSums <= kMostSums);
 
-// The state of the first sweep in a thread, a block or a cluster: maxima with their columns, and the sums above.
-template <class T>
+// The state of the first sweep in a thread, a warp, a block or a cluster: maxima with their columns, the sums above.
+template <class T, class Index = int64_t>
 struct Measured {
   T top, target_top;
-  int64_t best, target_best;  // columns of the maxima
+  Index best, target_best;  // columns of the maxima
   T sums[kSums];
 
   // Rescales the sums to other maxima, neither of which is below its own.

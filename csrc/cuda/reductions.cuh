@@ -7,7 +7,7 @@
 namespace dft::cuda {
 namespace {
 
-constexpr int kMostWarps = 8;
+constexpr int kMostWarps = 4;
 constexpr int kMostSums = 7;  // reduced by one call
 
 // Shared memory through which the warps of a block exchange their partial results

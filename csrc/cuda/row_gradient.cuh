@@ -8,9 +8,9 @@ namespace {
 
 // draw [V], by the formula at the head of row_work.cuh: `base` is the factor of q that no column changes, `every` is
 // added to all columns, `hit` to the label's. Zero where every cotangent is zero, even if the row holds NaN.
-template <class T, class D, bool Present, class Storage>
-__device__ __forceinline__ void RowWork<T, D, Present, Storage>::differentiate(const Known<T>& known, int64_t label,
-                                                                               bool summed) const {
+template <class T, class D, bool Present>
+__device__ __forceinline__ void RowWork<T, D, Present>::differentiate(const Known<T>& known, int64_t label,
+                                                                      bool summed) const {
   using M = Math<T>;
   T lse_by = cotangent(kLse), hit = cotangent(kLogProb), every = cotangent(kMeanLogProb);
   const T entropy_by = cotangent(kEntropy), pulled_by = cotangent(kPotential), soft_by = cotangent(kDivergence);
@@ -24,13 +24,12 @@ __device__ __forceinline__ void RowWork<T, D, Present, Storage>::differentiate(c
   const T scale = T(a.finish.scale), cap = T(a.finish.cap);
   const bool at_one = a.live & kAtOne, compared = Present && (summed || a.live & kDivergenceBit);
   T value[1] = {0};
-  for (int count = 0; count < steps(); count++) {
-    const int step = Storage::backwards ? steps() - 1 - count : count;
+  for (int step = steps() - 1; step >= 0; step--) {  // backwards: see rows.cu
     const int64_t at = begin(step);
-    const int n = inside<T>(at, storage.end);
+    const int n = inside<T>(at, a.vocab);
     T z[kGroup<T>], dz[kGroup<T>] = {};
     if (n > 0) {
-      storage.logits(z, at, n);
+      logits(z, at, n);
       if (at_one) {
 #pragma unroll
         for (int i = 0; i < kGroup<T>; i++) {
@@ -43,7 +42,7 @@ __device__ __forceinline__ void RowWork<T, D, Present, Storage>::differentiate(c
       }
       if (compared) {
         T t[kGroup<T>];
-        storage.target(t, at, n);
+        target(t, at, n);
 #pragma unroll
         for (int i = 0; i < kGroup<T>; i++) {
           T f = 0, g = 0, q = 0;
@@ -59,11 +58,11 @@ __device__ __forceinline__ void RowWork<T, D, Present, Storage>::differentiate(c
         dz[i] = active ? dz[i] * scale : T(0);
       }
     }
-    storage.consumed(step);  // before anything of it is written
+    if (a.in_place) __syncthreads();  // all have read the step before any of it is written
     if (n > 0) store(dz, a.out, row, at, n);
   }
   if (summed) {
-    storage.sum(value);
+    block_sum<kWarps>(value, scratch);
     put(kDivergence, value[0]);
   }
 }

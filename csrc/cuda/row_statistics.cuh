@@ -11,9 +11,8 @@ namespace {
 //
 //     lse = top + log sum exp(z - top)                  mean log q = sum z / V - lse
 //     H   = log sum exp(z - top) - <q, z - top>         <q, G>     = sum exp(z - top) G / sum exp(z - top)
-template <class T, class D, bool Present, class Storage>
-__device__ __forceinline__ void RowWork<T, D, Present, Storage>::measure(Known<T>& known, int64_t label, bool separate,
-                                                                         bool last) const {
+template <class T, class D, bool Present>
+__device__ __forceinline__ void RowWork<T, D, Present>::measure(Known<T>& known, int64_t label, bool separate) const {
   using M = Math<T>;
   const bool same = a.inverse == 1.0, one = (a.wanted & kAtOne) || (Present && same), soft = Present && !same;
   const bool entropy = a.wanted & kEntropyBit, pulled = a.wanted & kPotentialBit, agrees = a.wanted & kAgreementBit;
@@ -24,11 +23,10 @@ __device__ __forceinline__ void RowWork<T, D, Present, Storage>::measure(Known<T
   Measured<T> s = {lowest<T>(), lowest<T>(), 0, 0, {}};
   for (int step = 0; step < steps(); step++) {
     const int64_t at = begin(step);
-    const int n = inside<T>(at, storage.end);
+    const int n = inside<T>(at, a.vocab);
     T z[kGroup<T>], t[kGroup<T>];
-    storage.wait(step);
     if (n > 0) {
-      storage.logits(z, at, n);
+      logits(z, at, n);
       T high = s.top, target_high = s.target_top;
       int which = -1;
 #pragma unroll
@@ -36,7 +34,7 @@ __device__ __forceinline__ void RowWork<T, D, Present, Storage>::measure(Known<T
         if (z[i] > high) high = z[i], which = i;
       if (which >= 0) s.best = at + which;
       if (Present || agrees) {
-        storage.target(t, at, n);
+        target(t, at, n);
         int target_which = -1;
 #pragma unroll
         for (int i = 0; i < kGroup<T>; i++)
@@ -71,10 +69,13 @@ __device__ __forceinline__ void RowWork<T, D, Present, Storage>::measure(Known<T
         for (int i = 0; i < kGroup<T>; i++) s.sums[kTargetTotal] += M::exp((t[i] - s.target_top) * target_inverse);
       }
     }
-    if (last) storage.consumed(step);
   }
 
-  storage.reduce(s, inverse, target_inverse);
+  T top = s.top, target_top = s.target_top;
+  block_max<kWarps>(top, s.best, scratch);
+  block_max<kWarps>(target_top, s.target_best, scratch);
+  s.raise(top, target_top, inverse, target_inverse);
+  block_sum<kWarps>(s.sums, scratch);
   const T total = s.sums[kTotal], soft_total = same ? total : s.sums[kSoftTotal];
   if (one) {
     known.one.set(s.top, total);
@@ -101,22 +102,22 @@ __device__ __forceinline__ void RowWork<T, D, Present, Storage>::measure(Known<T
     put(kSoftLseLow, known.soft.low);
     put(kTargetLse, known.target.lse);
     put(kTargetLseLow, known.target.low);
-    if (separate) compare(known, !a.out.data);
+    if (separate) compare(known);
     put(kSlope, known.slope);
   }
 }
 
 // A sweep for the divergence's value sum f and its slope sum g
-template <class T, class D, bool Present, class Storage>
-__device__ __forceinline__ void RowWork<T, D, Present, Storage>::compare(Known<T>& known, bool last) const {
+template <class T, class D, bool Present>
+__device__ __forceinline__ void RowWork<T, D, Present>::compare(Known<T>& known) const {
   T sums[2] = {0, 0};
   for (int step = 0; step < steps(); step++) {
     const int64_t at = begin(step);
-    const int n = inside<T>(at, storage.end);
+    const int n = inside<T>(at, a.vocab);
     if (n > 0) {
       T z[kGroup<T>], t[kGroup<T>];
-      storage.logits(z, at, n);
-      storage.target(t, at, n);
+      logits(z, at, n);
+      target(t, at, n);
 #pragma unroll
       for (int i = 0; i < kGroup<T>; i++) {
         T f = 0, g = 0, q;
@@ -125,15 +126,14 @@ __device__ __forceinline__ void RowWork<T, D, Present, Storage>::compare(Known<T
         sums[1] += g;
       }
     }
-    if (last) storage.consumed(step);
   }
-  storage.sum(sums);
+  block_sum<kWarps>(sums, scratch);
   put(kDivergence, sums[0]);
   if (a.live & kDivergenceBit && !D::flat) known.slope = sums[1];
 }
 
-template <class T, class D, bool Present, class Storage>
-__device__ __forceinline__ void RowWork<T, D, Present, Storage>::recall(Known<T>& known) const {
+template <class T, class D, bool Present>
+__device__ __forceinline__ void RowWork<T, D, Present>::recall(Known<T>& known) const {
   known.one = {get(kLse), get(kLseLow)};
   known.soft = {get(kSoftLse), get(kSoftLseLow)};
   known.target = {get(kTargetLse), get(kTargetLseLow)};

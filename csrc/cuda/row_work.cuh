@@ -1,5 +1,5 @@
-// The work on one row of logits [V]: its statistics, its gradient or both, for whatever holds the row between the
-// sweeps over it. With z = cap tanh(scale raw / cap), q = softmax(z), qT = softmax(z / T), p the target's softmax at
+// The work of one block on one row of logits [V]: its statistics, its gradient or both, in sweeps over device memory.
+// With z = cap tanh(scale raw / cap), q = softmax(z), qT = softmax(z / T), p the target's softmax at
 // its own temperature, (f, g) the divergence's pair (common/divergence.h), H the entropy of q, G the row's potential,
 // and a, m, h, l, d, c the cotangents of log q_y, mean log q, H, log-sum-exp, divergence and <q, G>:
 //
@@ -29,35 +29,28 @@ struct Known {
   T entropy, pulled, slope;
 };
 
-// D is the divergence (Present: there is one), in arithmetic T. Storage is where the row's numbers are kept and which
-// threads work on it (MemoryStorage in rows.cu, ClusterStorage in rows_cluster.cu):
-//   threads, warps            of a block
-//   backwards                 whether the gradient's sweep goes from the end of the row
-//   first, end                the columns of this block
-//   leads                     whether this block writes the row's statistics
-//   wait(step)                until the numbers of a step are there
-//   logits(..), target(..)    read a group, finished
-//   reduce(Measured), sum(x)  over all threads that work on the row
-//   consumed(step)            called when the last sweep has read a step, before it writes any of it
-template <class T, class D, bool Present, class Storage>
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+
+// D is the divergence (Present: there is one), in arithmetic T.
+template <class T, class D, bool Present>
 struct RowWork {
-  static constexpr int kStep = Storage::threads * kGroup<T>;
+  static constexpr int kStep = kThreads * kGroup<T>;
 
   const RowArguments& a;
-  Storage& storage;
+  Scratch<T>& scratch;
   const int64_t row;
   const T* pull;  // [V]: the row's potential
   T* statistics;  // [kRows], a.statistics_stride apart
 
-  __device__ __forceinline__ RowWork(const RowArguments& arguments, Storage& where, int64_t number)
-      : a(arguments), storage(where), row(number), pull(nullptr), statistics(static_cast<T*>(a.statistics) + number) {
+  __device__ __forceinline__ RowWork(const RowArguments& arguments, Scratch<T>& shared, int64_t number)
+      : a(arguments), scratch(shared), row(number), pull(nullptr), statistics(static_cast<T*>(a.statistics) + number) {
     if ((a.wanted | a.live) & kPotentialBit)
       pull = static_cast<const T*>(a.potential) + (a.group ? a.group[row] * a.vocab : 0);
   }
 
   // Writes and reads one of the row's statistics.
   __device__ __forceinline__ void put(int which, T value) const {
-    if (storage.leads && threadIdx.x == 0) statistics[which * a.statistics_stride] = value;
+    if (threadIdx.x == 0) statistics[which * a.statistics_stride] = value;
   }
   __device__ __forceinline__ T get(int which) const { return statistics[which * a.statistics_stride]; }
 
@@ -72,19 +65,24 @@ struct RowWork {
   }
 
   // A sweep goes over the row in steps of one group a thread; begin: the column of this thread's group.
-  __device__ __forceinline__ int steps() const { return int((storage.end - storage.first + kStep - 1) / kStep); }
+  __device__ __forceinline__ int steps() const { return int((a.vocab + kStep - 1) / kStep); }
   __device__ __forceinline__ int64_t begin(int step) const {
-    return storage.first + int64_t(step) * kStep + threadIdx.x * kGroup<T>;
+    return int64_t(step) * kStep + threadIdx.x * kGroup<T>;
+  }
+  __device__ __forceinline__ void logits(T (&z)[kGroup<T>], int64_t at, int n) const {
+    read(z, a.logits, a.finish, row, at, n);
+  }
+  __device__ __forceinline__ void target(T (&t)[kGroup<T>], int64_t at, int n) const {
+    read(t, a.target, a.target_finish, row, at, n);
   }
 
   __device__ __forceinline__ T cotangent(int which) const {
     return a.live >> which & 1 ? static_cast<const T*>(a.cotangents)[which * a.cotangents_stride + row] : T(0);
   }
 
-  // separate: compare follows. last: no other sweep follows.
-  __device__ __forceinline__ void measure(Known<T>& known, int64_t label, bool separate, bool last) const;
-  // last: no gradient follows.
-  __device__ __forceinline__ void compare(Known<T>& known, bool last) const;
+  // separate: compare follows.
+  __device__ __forceinline__ void measure(Known<T>& known, int64_t label, bool separate) const;
+  __device__ __forceinline__ void compare(Known<T>& known) const;
   // What measure and compare wrote in an earlier launch
   __device__ __forceinline__ void recall(Known<T>& known) const;
   // summed: the divergence's value is summed here.
@@ -96,7 +94,7 @@ struct RowWork {
     const bool gradient = a.out.data, separate = Present && (!gradient || !(D::flat || D::linear));
     Known<T> known = {};
     if (a.wanted)
-      measure(known, label, separate, !gradient && !separate);
+      measure(known, label, separate);
     else
       recall(known);
     if (gradient) differentiate(known, label, Present && a.wanted && !separate);

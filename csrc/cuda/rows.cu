@@ -18,42 +18,6 @@
 namespace dft::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-
-// The whole row in device memory, read by one block in every sweep
-template <class T>
-struct MemoryStorage {
-  static constexpr int threads = kThreads, warps = kThreads / 32;
-  static constexpr bool backwards = true, leads = true;
-  static constexpr int64_t first = 0;
-
-  const RowArguments& a;
-  Scratch<T>& scratch;
-  const int64_t row, end;
-
-  __device__ __forceinline__ void wait(int) const {}
-  __device__ __forceinline__ void logits(T (&z)[kGroup<T>], int64_t at, int n) const {
-    read(z, a.logits, a.finish, row, at, n);
-  }
-  __device__ __forceinline__ void target(T (&t)[kGroup<T>], int64_t at, int n) const {
-    read(t, a.target, a.target_finish, row, at, n);
-  }
-  template <int Count>
-  __device__ __forceinline__ void sum(T (&x)[Count]) const {
-    block_sum<warps>(x, scratch);
-  }
-  __device__ __forceinline__ void reduce(Measured<T>& s, T inverse, T target_inverse) const {
-    T top = s.top, target_top = s.target_top;
-    block_max<warps>(top, s.best, scratch);
-    block_max<warps>(target_top, s.target_best, scratch);
-    s.raise(top, target_top, inverse, target_inverse);
-    block_sum<warps>(s.sums, scratch);
-  }
-  __device__ __forceinline__ void consumed(int) const {
-    if (a.in_place) __syncthreads();
-  }
-};
-
 // Resident blocks a multiprocessor, at the least: this leaves a thread 102 registers (128 on sm_100, which would spill
 // with fewer), or 255 in fp64.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
@@ -65,8 +29,7 @@ constexpr int kBlocks = 5;
 template <class T, class D, bool Present>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kBlocks : 2) row_kernel(const RowArguments a) {
   __shared__ Scratch<T> scratch;
-  MemoryStorage<T> storage = {a, scratch, int64_t(blockIdx.x), a.vocab};
-  RowWork<T, D, Present, MemoryStorage<T>>(a, storage, blockIdx.x).run();
+  RowWork<T, D, Present>(a, scratch, blockIdx.x).run();
 }
 
 template <class T>
@@ -81,9 +44,9 @@ const char* launch_generic(const RowArguments& a, CUstream_st* stream) {
 
 const char* launch_rows(const RowArguments& a, Design design, CUstream_st* stream) {
   if (a.rows == 0) return nullptr;
-  if (design != Design::generic && a.wanted) {  // a gradient alone is one sweep in either design
-    const char* message = fits_cluster(a) ? launch_rows_in_clusters(a, stream) : kDoesNotFit;
-    if (message != kDoesNotFit || design == Design::cluster) return message;
+  if (design != Design::generic && a.wanted) {  // a gradient alone is one sweep
+    const char* message = fits_lean(a) ? launch_lean_rows(a, stream) : kDoesNotFit;
+    if (message != kDoesNotFit || design == Design::lean) return message;
   }
   return a.logits.element == Element::f64 ? launch_generic<double>(a, stream) : launch_generic<float>(a, stream);
 }

@@ -65,9 +65,9 @@ struct ProbabilityArguments {
   void* out;  // Number [R, V], contiguous
 };
 
-// generic (rows.cu): any row, up to three sweeps over device memory. cluster (rows_cluster.cu): rows are kept resident
-// in shared memory between the sweeps, where fits_cluster.
-enum class Design { automatic, generic, cluster };
+// generic (rows.cu): any row, up to three sweeps over device memory. lean (lean.cu): a row is read once and kept in the
+// registers of a cluster, where fits_lean. automatic: lean where it fits.
+enum class Design { automatic, generic, lean };
 
 // Launch on a stream of the current device. Returns null, or the error message of a launch that was refused.
 const char* launch_rows(const RowArguments&, Design, CUstream_st*);
@@ -76,10 +76,10 @@ const char* launch_probabilities(const ProbabilityArguments&, CUstream_st*);
 // x [1, count] *= factor, one Number in device memory
 const char* launch_scaling(const Matrix& x, int64_t count, const void* factor, CUstream_st*);
 
-// rows_cluster.cu, for launch_rows: whether the current device, the shape and the alignment admit that design. The
+// lean.cu, for launch_rows: whether the current device, what is asked for, the shape and the alignment admit it. The
 // launch returns kDoesNotFit where a part of a device (MIG) cannot hold a cluster of the size it takes.
-inline constexpr char kDoesNotFit[] = "these rows do not fit the cluster design here";
-bool fits_cluster(const RowArguments&);
-const char* launch_rows_in_clusters(const RowArguments&, CUstream_st*);
+inline constexpr char kDoesNotFit[] = "these rows do not fit the lean design here";
+bool fits_lean(const RowArguments&);
+const char* launch_lean_rows(const RowArguments&, CUstream_st*);
 
 }  // namespace dft::cuda

@@ -1,4 +1,4 @@
-"""The CUDA backend: the row operations of csrc/cuda/rows.cu, where the extension was built with nvcc."""
+"""The CUDA backend: the row operations of csrc/cuda, where the extension was built with nvcc."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def _kernels() -> Any:
 class CudaBackend(RowBackend):
     """CUDA row kernels around torch's products.
 
-    design: "generic" (rows.cu), "cluster" (rows_cluster.cu, which keeps a row resident in the shared memory of a
-    cluster between its sweeps), or "automatic", the second wherever device, V and alignment admit it.
+    design: "generic" (rows.cu, any row), "lean" (lean.cu: a row is read once and kept in the registers of a cluster of
+    blocks), or "automatic", the second wherever device, shape, alignment and what is asked for admit it.
     """
 
     name = "cuda"

@@ -179,6 +179,9 @@ class Checked:
         try:
             self.check(text)
         except (ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the system's own, of a name
+                shown = text if len(text) <= 80 else f"{text[:80]}... ({len(text)} characters)"
+                _refuse("be a name that the system takes", f"{shown}: {error.strerror}", "Check the name")
             own_name = re.sub(r"^(\w+: )?\w+ (?=must )", "", str(error))
             raise argparse.ArgumentTypeError(re.sub(r"^\w+: ", "", own_name)) from error
         return text

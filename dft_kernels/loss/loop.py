@@ -111,7 +111,8 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _open_teacher(problem: Problem, blocks: list[Rows]) -> AbstractContextManager[Any]:

@@ -47,12 +47,14 @@ def test_shapes_at_the_edge(shape: str, call: str, dtype: torch.dtype, backend: 
 @pytest.mark.parametrize("backend", PRESENT)
 @pytest.mark.parametrize("name", divergences.TABLE)
 def test_one_class_is_certain(name: str, backend: str) -> None:
-    """q = p = 1: the loss and the gradients of hidden and weight are exactly zero."""
+    """q = p = 1: the loss and the gradients of hidden and weight are zero, but for the rounding of z / T where a
+    processor has no fused multiplication and addition."""
     hidden, weight = torch.randn(3, 2).requires_grad_(), torch.randn(1, 2).requires_grad_()
     label, teacher = torch.zeros(3, dtype=torch.int64), 5 * torch.randn(3, 1)
     loss = dk.linear_distribution_loss(
         hidden, weight, label, teacher, hard_weight=0.5, divergence=name, temperature=1.3, backend=backend
     )
-    assert float(loss.detach()) == 0.0
+    off = 2e-7 * float((hidden @ weight.t()).detach().abs().max() + teacher.abs().max())  # of log q and log p
+    assert abs(float(loss.detach())) <= off**2
     for gradient in torch.autograd.grad(loss, (hidden, weight)):
-        assert float(gradient.abs().max()) == 0.0
+        assert float(gradient.abs().max()) <= 10 * off

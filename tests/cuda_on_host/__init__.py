@@ -56,6 +56,14 @@ def _compile(folder: Path, module: Path, digest: str) -> None:
     Path(f"{module}.part").rename(module)
 
 
+def alone(csrc: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Compile one lean kernel of these sources by itself, and run it over a few rows: whether it finds their losses."""
+    program = folder / "alone"
+    flags = ["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-DDFT_CUDA_ON_HOST", f"-I{csrc}", f"-I{HERE}"]
+    subprocess.run(["g++", *flags, "-x", "c++", HERE / "alone.cpp", "-o", program], check=True)
+    return subprocess.run([program], capture_output=True, text=True)
+
+
 def load() -> Any:
     spec = importlib.util.spec_from_file_location(NAME, build())
     assert spec is not None

@@ -2,17 +2,21 @@
 // source, executed. csrc/cuda/gpu.h includes it instead of CUDA's headers where DFT_CUDA_ON_HOST is defined.
 //
 // Clusters of blocks run one after another. The threads of a cluster are fibres on one CPU thread: each runs until it
-// waits, at a barrier of its block or cluster, in an exchange of its warp or for a copy. A warp gets as far as it can by
-// itself before the next one has its turn, a block likewise, and `reversed` runs them from the last to the first: what
-// depends on who comes first, as where a barrier is missing, then comes out differently in one of the two. A round in
-// which nobody can go on is a divergent barrier, and is reported. A bulk copy fills its place with NaN at once and with
-// its numbers a round later (reversed: when somebody waits for one): who does not wait, or has not done with the place,
-// notices.
+// waits, at a barrier of its block or cluster, in an exchange of its warp or for an mbarrier. A warp gets as far as it
+// can by itself before the next one has its turn, a block likewise, and `reversed` runs them from the last to the
+// first: what depends on who comes first, as where a barrier is missing, then comes out differently in one of the two.
+// A round in which nobody can go on is a divergent barrier, and is reported.
+//
+// Shared memory begins as NaN. What is copied or stored asynchronously fills its place with NaN at once and with its
+// numbers as late as can be: when nobody can go on, for one of the mbarriers that somebody waits for. Who does not
+// wait, or has not done with the place, notices. An mbarrier that hears of more bytes than were announced,
+// or of some that nobody waits for, is reported too.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -37,11 +41,14 @@ struct dim3 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct CUstream_st;
 
 namespace on_host {
 
-constexpr size_t kStack = 128 << 10;
+constexpr size_t kStack = 64 << 10;
 constexpr unsigned kWarp = 32;
 
 struct Fibre {
@@ -56,11 +63,19 @@ struct Barrier {
   uint64_t opened = 0;
 };
 
-struct Copy {
+// An mbarrier of one arrival. A phase ends when that has come and no announced byte is missing.
+struct Counter {
+  int32_t missing;
+  uint16_t arrived, phase;
+};
+
+// A copy or store under way: from memory, or of `kept` bytes that were given
+struct Write {
   void* to;
   const void* from;
   uint32_t bytes;
-  uint64_t* arrival;
+  Counter* counter;
+  char kept[64];
 };
 
 struct Machine {
@@ -75,7 +90,8 @@ struct Machine {
   std::function<void()> body;
   std::vector<Barrier> warp, block;
   Barrier cluster;
-  std::vector<Copy> copies;
+  std::vector<Write> writes;
+  std::vector<Counter*> waited;  // those that somebody waits for, since the last round
   uint64_t events = 0;  // of any kind: a round without one is a deadlock
 };
 
@@ -107,15 +123,39 @@ inline void run_until_it_waits(unsigned thread) {
   setcontext(&fibre.first);
 }
 
-inline void finish_copies() {
+inline void check(Counter* c) {
+  if (!c->arrived || c->missing > 0) return;
+  if (c->missing < 0) throw std::runtime_error("an mbarrier was sent more bytes than were announced");
+  c->arrived = 0;
+  c->phase ^= 1;
+}
+
+inline void start(const Write& write) {
+  std::memset(write.to, 0xff, write.bytes);
+  machine().writes.push_back(write);
+  machine().events++;
+}
+
+// Ends the writes to one of the mbarriers that are waited for
+inline void finish_writes() {
   Machine& m = machine();
-  for (const Copy& copy : m.copies) {
-    std::memcpy(copy.to, copy.from, copy.bytes);
-    *copy.arrival -= uint64_t(copy.bytes) << 1;  // bit 0: the parity of rounds that have ended; above it: bytes to come
-    if (*copy.arrival >> 1 == 0) *copy.arrival ^= 1;
-    m.events++;
+  if (m.reversed) std::reverse(m.waited.begin(), m.waited.end());
+  for (Counter* counter : m.waited) {
+    std::vector<Write> others;
+    for (const Write& write : m.writes) {
+      if (write.counter != counter) {
+        others.push_back(write);
+        continue;
+      }
+      std::memcpy(write.to, write.from ? write.from : write.kept, write.bytes);
+      counter->missing -= int32_t(write.bytes);
+      m.events++;
+    }
+    if (others.size() == m.writes.size()) continue;
+    m.writes = others;
+    check(counter);
+    break;
   }
-  m.copies.clear();
 }
 
 // Runs the threads from `first` on, in parts of `part` of them, each part as far as it can get by itself before the
@@ -157,11 +197,12 @@ inline void run_cluster() {
   }
   for (;;) {
     const uint64_t before = m.events;
-    const bool all = run_threads(0, count, m.threads);
-    finish_copies();
-    if (all) return;
+    m.waited.clear();
+    if (run_threads(0, count, m.threads)) break;
+    if (m.events == before) finish_writes();
     if (m.events == before) throw std::runtime_error("deadlock: the threads of a block wait at different barriers");
   }
+  if (!m.writes.empty()) throw std::runtime_error("nobody has waited for an asynchronous write");
 }
 
 template <class Body>
@@ -172,12 +213,14 @@ void run_grid(dim3 grid, unsigned blocks, int threads, size_t arena_bytes, Body 
   m.blocks = blocks;
   m.body = body;
   m.arena_bytes = arena_bytes;
-  m.arenas.assign(blocks * arena_bytes + 128, char(0xff));
+  m.writes.clear();
+  m.arenas.resize(blocks * arena_bytes + 128);
   m.fibres.resize(m.threads * blocks);
   if (m.stacks.size() < m.threads * blocks * kStack) m.stacks.resize(m.threads * blocks * kStack);
   for (unsigned z = 0; z < grid.z; z++)
     for (unsigned y = 0; y < grid.y; y++)
       for (unsigned x = 0; x < grid.x; x += blocks) {
+        std::fill(m.arenas.begin(), m.arenas.end(), char(0xff));
         m.first_block = dim3(x, y, z);
         run_cluster();
       }
@@ -269,20 +312,23 @@ const char* launch(void (*kernel)(Parameters...), dim3 grid, int threads, CUstre
   return on_host::reported([&] { on_host::run_grid(grid, 1, threads, 0, [=] { kernel(arguments...); }); });
 }
 
+inline uint32_t pack_bf16(float a, float b) { return uint32_t(to_bf16(b)) << 16 | to_bf16(a); }
+inline uint32_t pack_f16(float a, float b) { return uint32_t(to_f16(b)) << 16 | to_f16(a); }
+
+struct Resident {};
+
 template <class... Parameters, class... Arguments>
-const char* launch_clusters(void (*kernel)(Parameters...), int64_t most, int size, int threads, int bytes, CUstream_st*,
-                            Arguments... arguments) {
+const char* launch_clusters(Resident&, void (*kernel)(Parameters...), int64_t most, int size, int threads, int bytes,
+                            CUstream_st*, Arguments... arguments) {
   const dim3 grid(unsigned((most < 2 ? most : 2) * size));  // two clusters at a time: each has several rows
   return on_host::reported(
       [&] { on_host::run_grid(grid, unsigned(size), threads, size_t(bytes), [=] { kernel(arguments...); }); });
 }
 
-inline int64_t arena_limit(int64_t bytes) {
+inline int cluster_arena() {
   const int64_t limit = on_host::machine().arena_limit;
-  return limit ? limit : bytes;
+  return limit ? int(limit) : 227 << 10;
 }
-
-inline bool has_clusters() { return true; }
 
 inline char* arena_of(unsigned rank) {
   on_host::Machine& m = on_host::machine();
@@ -292,20 +338,26 @@ inline char* arena_of(unsigned rank) {
 inline char* arena() { return arena_of(on_host::rank()); }
 
 struct alignas(8) Arrival {
-  uint64_t state;
+  on_host::Counter counter;
 };
-inline void arrival_init(Arrival* a) { a->state = 0; }
-inline void arrival_expect(Arrival* a, uint32_t bytes) { a->state += uint64_t(bytes) << 1; }
+inline void arrival_init(Arrival* a) { a->counter = {}; }
+inline void arrival_expect(Arrival* a, uint32_t bytes) {
+  if (a->counter.arrived) throw std::runtime_error("an mbarrier was arrived at twice in a phase");
+  a->counter.missing += int32_t(bytes);
+  a->counter.arrived = 1;
+  on_host::machine().events++;
+  on_host::check(&a->counter);
+}
 inline void arrival_wait(Arrival* a, uint32_t parity) {
-  if (on_host::machine().reversed) on_host::finish_copies();
-  while ((a->state & 1) == parity) on_host::wait();
+  while (a->counter.phase == parity) {
+    on_host::machine().waited.push_back(&a->counter);
+    on_host::wait();
+  }
 }
 inline void bulk_load(void* to, const void* from, uint32_t bytes, Arrival* a) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)
     throw std::runtime_error("a bulk copy that is not in units of 16 bytes");
-  std::memset(to, 0xff, bytes);
-  on_host::machine().copies.push_back({to, from, bytes, &a->state});
-  on_host::machine().events++;
+  on_host::start({to, from, bytes, &a->counter, {}});
 }
 inline unsigned cluster_rank() { return on_host::rank(); }
 inline unsigned cluster_size() { return on_host::machine().blocks; }
@@ -316,6 +368,14 @@ inline void cluster_barrier() {
 template <class T>
 T* of_rank(T* mine, unsigned rank) {
   return reinterpret_cast<T*>(reinterpret_cast<char*>(mine) - arena() + arena_of(rank));
+}
+template <class X>
+void send(X* to, unsigned rank, const X& x, Arrival* arrival) {
+  static_assert(sizeof(X) % 8 == 0 && alignof(X) % 8 == 0);
+  on_host::Write write = {of_rank(to, rank), nullptr, sizeof x, &of_rank(arrival, rank)->counter, {}};
+  static_assert(sizeof x <= sizeof write.kept);
+  std::memcpy(write.kept, &x, sizeof x);
+  on_host::start(write);
 }
 
 }  // namespace dft::cuda

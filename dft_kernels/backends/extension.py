@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 STAMP = Path(__file__).parent.with_name("_build.json")
-_LARGE = 1 << 20  # bytes
+_LARGE = 1 << 17  # bytes that malloc would map anew, and its pages be faulted in, in every call
 REBUILD = "Rebuild with: pip install --no-build-isolation -e ."
 
 

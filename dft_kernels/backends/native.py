@@ -31,6 +31,14 @@ class NativeWorkspace:
     terms: Terms
     step: Any
     outcomes: sparse.Outcomes | None = None
+    chunk: Chunk | None = None  # the last one, and the same for the C++ step
+    given: Any = None
+
+    def of(self, chunk: Chunk) -> Any:
+        """The chunk as the C++ step takes it, for both halves."""
+        if chunk is not self.chunk:
+            self.chunk, self.given = chunk, _chunk(chunk)
+        return self.given
 
 
 class NativeBackend(Backend[NativeWorkspace]):
@@ -85,7 +93,7 @@ class NativeBackend(Backend[NativeWorkspace]):
     def chunk_statistics(self, workspace: NativeWorkspace, chunk: Chunk, columns: Tensor | None) -> Statistics:
         """Products and two sweeps."""
         terms = workspace.terms
-        statistics, features, found, tail = workspace.step.statistics(_chunk(chunk), columns)
+        statistics, features, found, tail = workspace.step.statistics(workspace.of(chunk), columns)
         workspace.outcomes = None
         if isinstance(chunk.target, SparseTarget) and Row.DIVERGENCE in terms.wanted:
             workspace.outcomes = sparse.complete_(statistics, chunk.target, found, (tail[0], tail[1]), terms)
@@ -119,7 +127,7 @@ def _gradient(
         vocab = terms.head.weight.shape[0] if terms.head.weight is not None else chunk.hidden.shape[1]
         at = sparse.gradient_at(workspace.outcomes, index, chunk, terms, found.rows, settled, vocab, pull)
     workspace.step.gradient(
-        _chunk(chunk),
+        workspace.of(chunk),
         found.rows,
         found.rows if found.features is None else found.features,
         settled,

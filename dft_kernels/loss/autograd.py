@@ -8,7 +8,7 @@ every order of the two modes. A traced call (torch.compile, export, fake tensors
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -123,20 +123,24 @@ class FusedLoss(torch.autograd.Function):
         if problem.reports:
             call.rows, call.features = outcome.rows, outcome.features
             call.mean, _ = mean_probability(problem, outcome)
-        ctx.needs, ctx.dtype, ctx.folded, ctx.backend = problem.needs, hidden.dtype, problem.folds, outcome.backend
-        ctx.save_for_backward(hidden, weight, outcome.selection.denominator, *outcome.gradients)
+        ctx.needs, ctx.dtype, ctx.backend = problem.needs, hidden.dtype, outcome.backend
+        ctx.divisor = None if problem.folds else outcome.selection.denominator
+        ctx.save_for_backward(hidden, weight, *outcome.gradients)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
-        return (*_loss_gradients(ctx, grad, None if kept else ctx.backend), None)
+        factor = grad if ctx.divisor is None else grad / ctx.divisor
+        return (*_multiplied(ctx, ctx.saved_tensors, factor, None if kept else ctx.backend), None)
 
 
-def _loss_gradients(ctx: Any, grad: Tensor, backend: Backend[Any] | None) -> Iterator[Tensor | None]:
-    """The saved gradients times grad; by `backend` in place where nobody reads them again, None: somebody may."""
-    hidden, weight, denominator, *gradients = ctx.saved_tensors
-    factor = grad if ctx.folded else grad / denominator
+def _multiplied(
+    ctx: Any, saved: Sequence[Tensor], factor: Tensor, backend: Backend[Any] | None
+) -> Iterator[Tensor | None]:
+    """The saved gradients times factor; by `backend` in place where nobody reads them again, None: somebody may. saved:
+    hidden, weight and the gradients."""
+    hidden, weight, *gradients = saved
     twice = torch.is_grad_enabled() or forward_ad._current_level >= 0  # a second derivative may be taken
     for gradient, need in zip(gradients, ctx.needs, strict=True):
         if not need:
@@ -173,7 +177,9 @@ class TransformedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
         if grad is None:
             return (None,) * (_FIELDS + 1)
-        return (*gradients_of(*_loss_gradients(ctx, grad, None)), None)
+        hidden, weight, denominator, *gradients = ctx.saved_tensors
+        factor = grad if ctx.folded else grad / denominator
+        return (*gradients_of(*_multiplied(ctx, (hidden, weight, *gradients), factor, None)), None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:

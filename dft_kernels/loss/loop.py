@@ -45,10 +45,10 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
     a new tensor (it may be `problem.hidden` itself where that holds logits)."""
     hidden, vocab, wide = problem.hidden, problem.vocab, problem.dtype
     selection = select_rows(problem)
-    planned = plan(problem, selection.count, gradient=seed is not None)
+    backend = backends.choose(problem.backend, hidden.device, hidden.dtype)
+    planned = plan(problem, backend, selection.count, gradient=seed is not None)
     blocks = selection.blocks(planned.rows)
     terms = problem.terms(differentiated if seed else frozenset())
-    backend = backends.choose(problem.backend, hidden.device, hidden.dtype)
     whole = len(blocks) == 1 and selection.index is None  # the quantities of its only chunk are the result
     outcome = Outcome(
         selection,
@@ -147,7 +147,7 @@ def run_loss(problem: Problem, dhidden: Tensor | None = None) -> tuple[Tensor, O
     outcome = run(problem, loss_terms(problem), seed if wanted else None, dhidden)
     selection = outcome.selection
     total = loss_rows(problem, outcome.rows, outcome.features, selection.weight).sum()
-    return total / (selection.divisor or selection.denominator), outcome
+    return total / selection.denominator, outcome
 
 
 def compute_loss(problem: Problem, dhidden: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -155,10 +155,12 @@ def compute_loss(problem: Problem, dhidden: Tensor | None = None) -> tuple[Tenso
     weights (where a group is), and the gradients, by `Problem.folds` of the loss or of the sum; what is not there is
     empty. `dhidden`: see `run`."""
     total, outcome = run_loss(problem, dhidden)
-    none = problem.hidden.new_empty
+    none, denominator = problem.hidden.new_empty, outcome.selection.denominator
+    if not isinstance(denominator, Tensor):
+        denominator = torch.full((), denominator, dtype=problem.dtype, device=problem.hidden.device)
     return (
         total,
-        outcome.selection.denominator,
+        denominator.clone() if denominator is problem.num_items else denominator,  # no output may be an argument
         outcome.rows.clone() if problem.reports else none(0, dtype=problem.dtype),
         none(0, dtype=problem.dtype) if outcome.features is None else outcome.features,
         *mean_probability(problem, outcome),

@@ -86,16 +86,11 @@ def scratch_bytes(device: torch.device) -> int:
     return SCRATCH_BYTES.get(device.type, SCRATCH_BYTES_ELSEWHERE)
 
 
-def _backend_of(problem: Problem) -> Backend[Any]:
-    return backends.choose(problem.backend, problem.hidden.device, problem.hidden.dtype)
-
-
-def row_bytes(problem: Problem) -> int:
-    """Scratch bytes for the logits of one row."""
-    chunk_bytes = _backend_of(problem).chunk_bytes(
-        problem.logits_dtype, problem.weight is not None, problem.target_bytes
-    )
-    return chunk_bytes * problem.vocab
+def row_bytes(problem: Problem, backend: Backend[Any] | None = None) -> int:
+    """Scratch bytes for the logits of one row. backend: that of the problem, where it is known."""
+    projected, target = problem.weight is not None, problem.target_bytes
+    chosen = backend or backends.choose(problem.backend, problem.hidden.device, problem.hidden.dtype)
+    return chosen.chunk_bytes(problem.logits_dtype, projected, target) * problem.vocab
 
 
 @dataclass(frozen=True)
@@ -111,15 +106,16 @@ class Plan:
         return math.ceil(count / max(self.rows, self.kept))
 
 
-def plan(problem: Problem, count: int, gradient: bool = True) -> Plan:
-    """How `count` rows are run; gradient: dlogits follow their logits.
+def plan(problem: Problem, backend: Backend[Any], count: int, gradient: bool = True) -> Plan:
+    """How `count` rows are run by the problem's backend; gradient: dlogits follow their logits.
 
     Chunks are as large as the budget admits, up to where the backend gains no more, and of a number of rows that its
     products like. Where several chunks remain, dlogits of all rows are kept for a single product of dweight, straight
     into its dtype, if they take no more than the accumulator [V, H] that it would else be summed in, or fit the budget
     beside a chunk.
     """
-    backend, budget, row = _backend_of(problem), _budget(problem), row_bytes(problem)
+    budget = problem.memory_budget or scratch_bytes(problem.hidden.device)
+    row = row_bytes(problem, backend)
 
     def most(bytes_of_row: int, within: int) -> int:
         if problem.chunk_size is not None or bytes_of_row == 0:
@@ -142,10 +138,6 @@ def plan(problem: Problem, count: int, gradient: bool = True) -> Plan:
                 return Plan(count)
             return Plan(_even(problem, count, rows, backend.even_rows), count)
     return Plan(_even(problem, count, alone, backend.even_rows))
-
-
-def _budget(problem: Problem) -> int:
-    return problem.memory_budget or scratch_bytes(problem.hidden.device)
 
 
 def _rounded(rows: int, even: int) -> int:

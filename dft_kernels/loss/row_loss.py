@@ -66,7 +66,8 @@ def loss_cotangents(
     def taken(of: Tensor | None) -> Tensor | None:
         return None if of is None else (of if rows is None else rows.take(of)).to(problem.dtype)
 
-    share = 1.0 if selection is None or selection.divisor is None else 1.0 / selection.divisor
+    denominator = 1.0 if selection is None else selection.denominator
+    share = 1.0 if isinstance(denominator, Tensor) else 1.0 / denominator
     live = loss_terms(problem)
     out = hidden.new_zeros(DIFFERENTIABLE, hidden.shape[0], dtype=problem.dtype)
     if Row.LOG_PROB in live:
@@ -82,8 +83,8 @@ def loss_cotangents(
     features = taken(problem.feature_weight)
     features = None if features is None else features * share
     slope = torch.full_like(out[0], 2.0 * share * problem.z_loss) if Row.LSE in live else None  # of z_loss lse^2
-    if selection is not None and selection.divisor is None:
-        by = 1.0 / selection.denominator
+    if isinstance(denominator, Tensor):
+        by = 1.0 / denominator
         weight = by.expand(len(hidden)) if weight is None else weight * by
     if weight is not None:
         out = torch.where(weight != 0, out * weight, 0.0)

@@ -28,8 +28,7 @@ class Selection:
     weight: Tensor | None  # [N] in the accumulation dtype, 0 for ignored rows; None: 1 for all that are visited
     group: Tensor | None  # [N], inside 0..G-1 wherever visited
     ignored: Tensor | None  # [N], where ignored rows are visited (`compact=False`)
-    denominator: Tensor  # 0-d, never 0
-    divisor: float | None  # its value, where the host knows it
+    denominator: float | Tensor  # never 0; a 0-d tensor where only the device knows it
 
     def blocks(self, size: int) -> list[Rows]:
         """Chunks of `size` rows, in order."""
@@ -57,7 +56,7 @@ def select_rows(problem: Problem) -> Selection:
     count, weight = rows, None if problem.row_weight is None else problem.row_weight.to(problem.dtype)
     looks = problem.compact or device.type == "cpu"
     if group is None and problem.top is None and all_labels(problem.target, problem.vocab, problem.ignore_index):
-        return Selection(None, rows, weight, None, None, *_denominator(problem, rows, weight))
+        return Selection(None, rows, weight, None, None, _denominator(problem, rows, weight))
     valid = None if problem.target is None else problem.target != problem.ignore_index
     faults = _faults(problem, valid) if looks else []
     if faults:
@@ -76,7 +75,7 @@ def select_rows(problem: Problem) -> Selection:
         count, ignored = rows, ~valid
         weight = valid.to(problem.dtype) if weight is None else torch.where(valid, weight, 0.0)
         group = None if group is None else torch.where(valid, group, 0)
-    return Selection(index, count, weight, group, ignored, *_denominator(problem, count, weight))
+    return Selection(index, count, weight, group, ignored, _denominator(problem, count, weight))
 
 
 class _Fault(NamedTuple):
@@ -157,16 +156,16 @@ def _refuse(fault: _Fault, rows: int) -> NoReturn:
     )
 
 
-def _denominator(problem: Problem, count: int, weight: Tensor | None) -> tuple[Tensor, float | None]:
-    """What the sum of row losses is divided by, 1 where that would be 0; and as a number, where the host knows it."""
-    device, items = problem.hidden.device, problem.num_items
-    if items is not None and count > 0:  # no rows give 0: where no batch of a step has labels, num_items is 0
-        if items.device.type != "cpu":
-            return items.to(problem.dtype, copy=True), None  # an operator may not return its argument
-        number = float(items)
-    elif items is None and problem.reduction == "mean" and weight is not None:
-        total = weight.sum()
-        return torch.where(total == 0, 1.0, total), None
-    else:
-        number = float(max(1, count)) if items is None and problem.reduction == "mean" else 1.0
-    return torch.full((), number, dtype=problem.dtype, device=device), number
+def _denominator(problem: Problem, count: int, weight: Tensor | None) -> float | Tensor:
+    """What the sum of row losses is divided by, 1 where that would be 0."""
+    items = problem.num_items
+    if items is not None:
+        if count == 0:  # 0, whatever it is divided by: where no batch of a step has labels, num_items is 0
+            return 1.0
+        return float(items) if items.device.type == "cpu" else items.to(problem.dtype)
+    if problem.reduction != "mean":
+        return 1.0
+    if weight is None:
+        return float(max(1, count))
+    total = weight.sum()
+    return torch.where(total == 0, 1.0, total)

@@ -26,7 +26,7 @@ def planned(n: int, h: int, v: int, taught: bool, dtype: torch.dtype = torch.bfl
     teacher = dk.TeacherHead(hidden, weight) if taught else None
     target = torch.zeros((), dtype=torch.int64).expand(n)
     problem = build(LINEAR_DISTRIBUTION_LOSS, hidden, weight, target, teacher, given)
-    return plan(problem._replace(need_hidden=True, need_weight=True), n)
+    return plan(problem._replace(need_hidden=True, need_weight=True), BACKENDS[str(given["backend"])], n)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import torch
 _WORDS = (  # argparse's messages, and the form that all errors of this package have
     (r"expected (.*?) arguments?", r"must have \1 value, got none. Add it."),
     (r"invalid choice: (.*) \(choose from (.*)\)", r"must be one of \2, got \1. Pick one of these."),
+    (r"Truthy value expected: got (\s*) but expected .*", r"must be true or false, got '\1'. Pick one of these."),
     (r"Truthy value expected: got (.*) but expected .*", r"must be true or false, got \1. Pick one of these."),
     (r"not allowed with argument (.*)", r"must not be given with \1, got both. Leave one out."),
     (r"ignored explicit argument (.*)", r"must have no value, got \1. Leave it out."),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dft_kernels.backends import BACKENDS
 from dft_kernels.benchmarks import measure, runs
-from dft_kernels.benchmarks.implementations import EAGER, Unavailable
+from dft_kernels.benchmarks.implementations import EAGER, NARROW, Unavailable
 from dft_kernels.benchmarks.inputs import Inputs
 from dft_kernels.benchmarks.peers import everyone
 from dft_kernels.benchmarks.problems import LOSSES, PARTS, Shape
@@ -39,7 +39,8 @@ OURS_ELSEWHERE = tuple(f"dft_kernels {name}" for name in BACKENDS if name not in
 @pytest.mark.parametrize(("name", "loss"), ON_CPU)
 @pytest.mark.filterwarnings("ignore")  # peers' own
 def test_every_implementation_is_the_loss(name: str, loss: str) -> None:
-    case = SMALL._replace(loss=loss)
+    narrow = name == NARROW  # rounds logits, which only 16-bit inputs can ask for
+    case = SMALL._replace(loss=loss, dtype="bfloat16" if narrow else SMALL.dtype)
     if name.startswith(ELSEWHERE + OURS_ELSEWHERE) and name != "CCE torch_compile":
         with pytest.raises((Unavailable, ImportError), match=r"needs a GPU|kernels run on"):
             everyone()[name].prepare(case)
@@ -50,7 +51,7 @@ def test_every_implementation_is_the_loss(name: str, loss: str) -> None:
         if everyone()[name].package in ("dft-kernels", "liger-kernel", "cut-cross-entropy"):
             raise
         pytest.skip(str(reason))  # TRL has Python 3.11, F.linear_cross_entropy torch 2.13
-    assert worst(measure.Exact(case, Inputs.make(case, 0)).errors(call)) < 1e-5
+    assert worst(measure.Exact(case, Inputs.make(case, 0)).errors(call)) < (0.05 if narrow else 1e-5)
 
 
 def worst(errors: dict[str, float]) -> float:

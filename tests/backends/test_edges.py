@@ -55,6 +55,6 @@ def test_one_class_is_certain(name: str, backend: str) -> None:
         hidden, weight, label, teacher, hard_weight=0.5, divergence=name, temperature=1.3, backend=backend
     )
     off = 2e-7 * float((hidden @ weight.t()).detach().abs().max() + teacher.abs().max())  # of log q and log p
-    assert abs(float(loss.detach())) <= off**2
+    assert abs(float(loss.detach())) <= (off if name == "total_variation" else off**2)  # of first or second order
     for gradient in torch.autograd.grad(loss, (hidden, weight)):
         assert float(gradient.abs().max()) <= 10 * off

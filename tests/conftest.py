@@ -3,10 +3,18 @@
 
 import inspect
 import os
+import tempfile
+from pathlib import Path
 
 # Before anything loads OpenMP: threads that wait sleep. The processes of a test run share the cores, and threads that
 # spin until a core is free for the others take three times the CPU time of the work itself.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Inductor keeps what it compiled between runs, for the processor it saw: kernels for AVX-512 must not serve a run that
+# ATEN_CPU_CAPABILITY holds to AVX2.
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    kept = Path(tempfile.gettempdir()) / f"inductor-{os.environ['ATEN_CPU_CAPABILITY']}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
 
 import pytest
 import torch

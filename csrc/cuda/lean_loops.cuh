@@ -133,20 +133,19 @@ struct LeanLoops {
   // ------------------------------------------------------------------------------------------------------- the sums
 
   // Over groups of lanes, From * 2 of them: the largest x; and the lowest column of those that have it
-  template <int From>
-  __device__ __forceinline__ static float largest(float x) {
+  template <int From, class X, class Better>
+  __device__ __forceinline__ static X best_of_lanes(X x, Better better) {
 #pragma unroll
-    for (int distance = From; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, distance));
+    for (int distance = From; distance > 0; distance /= 2) x = better(x, __shfl_xor_sync(~0u, x, distance));
     return x;
   }
   template <int From>
+  __device__ __forceinline__ static float largest(float x) {
+    return best_of_lanes<From>(x, [](float one, float other) { return fmaxf(one, other); });
+  }
+  template <int From>
   __device__ __forceinline__ static int lowest_column(int x) {
-#pragma unroll
-    for (int distance = From; distance > 0; distance /= 2) {
-      const int other = __shfl_xor_sync(~0u, x, distance);
-      x = other < x ? other : x;
-    }
-    return x;
+    return best_of_lanes<From>(x, [](int one, int other) { return other < one ? other : one; });
   }
   template <int From>
   __device__ __forceinline__ void add_up(float (&sums)[kSums]) const {

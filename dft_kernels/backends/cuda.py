@@ -7,15 +7,14 @@ from typing import Any
 import torch
 
 from . import extension
-from .kernels import KernelOperations
-from .rows import RowBackend
+from .kernels import KernelBackend, KernelOperations
 
 
 def _kernels() -> Any:
     return extension.CUDA
 
 
-class CudaBackend(RowBackend):
+class CudaBackend(KernelBackend):
     """CUDA row kernels around torch's products.
 
     design: "generic" (rows.cu, any row), "lean" (lean.cu: a row is read once and kept in the registers of a cluster of

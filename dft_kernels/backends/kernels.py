@@ -10,7 +10,7 @@ from torch import Tensor
 from ..dtypes import accumulate_dtype
 from ..teachers.contract import Head, SparseTarget
 from .contract import Cotangents, bits
-from .rows import Operand, RowOperations
+from .rows import Operand, RowBackend, RowOperations
 
 
 class KernelOperations(RowOperations):
@@ -39,10 +39,6 @@ class KernelOperations(RowOperations):
     def row_probabilities(self, x: Operand, statistics: Tensor) -> Tensor:
         return self.kernels().probabilities(self._rows(x), statistics)
 
-    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
-        """Without a synchronisation; the kernel returns at once where the factor is 1."""
-        self.kernels().scale(gradient, factor)
-
     def _rows(self, x: Operand) -> Any:
         logits, chunk, terms = x.logits, x.chunk, x.terms
         assert not isinstance(chunk.target, SparseTarget)
@@ -64,6 +60,16 @@ class KernelOperations(RowOperations):
             target_temperature=terms.teacher_temperature,
             **self.more,
         )
+
+
+class KernelBackend(RowBackend):
+    """A row backend whose operations are compiled kernels."""
+
+    operations: KernelOperations
+
+    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
+        """Without a synchronisation; the kernel returns at once where the factor is 1."""
+        self.operations.kernels().scale(gradient, factor)
 
 
 def _along_rows(logits: Tensor) -> Tensor:

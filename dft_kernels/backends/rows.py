@@ -71,10 +71,6 @@ class RowOperations(ABC):
     def accumulate_columns_(self, x: Operand, statistics: Tensor, columns: Tensor) -> None:
         """columns[group_n] += weight_n q_n over the chunk's rows, deterministically; columns [G, V]."""
 
-    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
-        """gradient *= factor [1]."""
-        torch.mul(gradient, factor, out=gradient)
-
     @abstractmethod
     def row_probabilities(self, x: Operand, statistics: Tensor) -> Tensor:
         """q [R, V]."""
@@ -203,10 +199,6 @@ class RowBackend(Backend[RowWorkspace]):
             return RowWorkspace(rows, terms, logits[:, :vocab], dlogits, keeps=True)
         over = logits.view(like.dtype)
         return RowWorkspace(rows, terms, logits[:, :vocab], over[:, over.shape[1] - logits.shape[1] :][:, :vocab])
-
-    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
-        """By a kernel, where the row operations have one."""
-        self.operations.scale_(gradient, factor)
 
     def chunk_statistics(self, workspace: RowWorkspace, chunk: Chunk, columns: Tensor | None) -> Statistics:
         """One product (two with a teacher's head) and one row operation, or two."""

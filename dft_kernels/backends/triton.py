@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from .kernels import KernelOperations
-from .rows import RowBackend
+from .kernels import KernelBackend, KernelOperations
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")  # as triton reads it
@@ -25,7 +24,7 @@ def _kernels() -> Any:
     return triton_ops
 
 
-class TritonBackend(RowBackend):
+class TritonBackend(KernelBackend):
     """Triton row kernels around torch's products."""
 
     name = "triton"

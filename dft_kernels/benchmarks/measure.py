@@ -104,21 +104,35 @@ def rounds_for(first: float, rounds: int, seconds: float) -> int:
     return max(1, min(rounds, int(1e3 * seconds / max(first, 1e-3))))
 
 
+QUICK = 50.0  # ms of a product after which one of twice the size, 8 times the work, is not tried
+
+
 def ceilings(case: Case) -> dict[str, float]:
     """What this machine reaches: the rate of a large square product, FLOP/s, and of a large copy, bytes read and
-    written a second. The better of three."""
+    written a second. The better of three. The product grows while it is quick: a CPU that has no bf16 instructions
+    would take minutes for a large one."""
     clock = Clock(case.device)
-    size = 8192 if case.device == "cuda" else 2048
-    a, b, c = (torch.randn(size, size, device=case.device).to(case.torch_dtype) for _ in range(3))
+    most = 8192 if case.device == "cuda" else 2048
+    size = most // 8
+    a, b, c = (torch.randn(most, most, device=case.device).to(case.torch_dtype) for _ in range(3))
+
+    def product() -> None:
+        torch.mm(a[:size, :size], b[:size, :size], out=c[:size, :size])
+
+    product()  # which may set up more than it computes
+    while size < most and clock(product) < QUICK:
+        size *= 2
     source = torch.ones((1 << 30) if case.device == "cuda" else (256 << 20), dtype=torch.int8, device=case.device)
     sink = torch.empty_like(source)
+
+    def copy() -> None:
+        sink.copy_(source)
 
     def best(call: Callable[[], Any]) -> float:
         call()
         return min(clock(call) for _ in range(3)) / 1e3
 
-    product, copy = best(lambda: torch.mm(a, b, out=c)), best(lambda: sink.copy_(source))
-    return {"product_flops": 2.0 * size**3 / product, "copy_bytes": 2.0 * len(source) / copy}
+    return {"product_flops": 2.0 * size**3 / best(product), "copy_bytes": 2.0 * len(source) / best(copy)}
 
 
 class Race:

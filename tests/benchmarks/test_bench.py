@@ -202,3 +202,13 @@ def test_times_survive_the_oracle() -> None:
     )
     assert (seen["eager"].status, seen["eager"].errors, len(seen["eager"].rounds)) == ("ok", {}, 2)
     assert seen["eager"].reason.startswith("no errors, float64 does not fit: ")
+
+
+def test_a_slow_product_is_not_tried_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without bf16 instructions, where one of 2048 takes minutes."""
+    sizes: set[int] = set()
+    multiply = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: (sizes.add(len(a)), multiply(a, b, out=out))[1])
+    monkeypatch.setattr(measure, "QUICK", 0.0)
+    assert measure.ceilings(SMALL)["product_flops"] > 0
+    assert sizes == {256}

@@ -48,9 +48,9 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<ChunkArguments>(m, "Chunk")
       .def(py::init([](at::Tensor hidden, Optional label, Optional group, Optional weight, Optional target,
-                       HeadArguments teacher, Optional index, Optional favourite, Optional down) {
+                       const std::optional<HeadArguments>& teacher, Optional index, Optional favourite, Optional down) {
              return ChunkArguments{std::move(hidden), std::move(label),     std::move(group),
-                                   std::move(weight), std::move(target),    std::move(teacher),
+                                   std::move(weight), std::move(target),    teacher.value_or(HeadArguments{}),
                                    std::move(index),  std::move(favourite), std::move(down)};
            }),
            py::arg("hidden"), py::arg("label"), py::arg("group"), py::arg("weight"), py::arg("target"),
@@ -67,11 +67,11 @@ PYBIND11_MODULE(_C, m) {
                                std::move(feature_rows), std::move(feature_columns), std::move(feature_entries),
                                features, std::move(logits), std::move(target), rounding});
            }),
-           py::kw_only(), py::arg("model"), py::arg("up"), py::arg("vocab"), py::arg("wanted"),
-           py::arg("differentiated"), py::arg("differentiates"), py::arg("divergence"), py::arg("parameter"),
-           py::arg("temperature"), py::arg("teacher_temperature"), py::arg("potential"), py::arg("feature_rows"),
-           py::arg("feature_columns"), py::arg("feature_entries"), py::arg("features"), py::arg("logits"),
-           py::arg("target"), py::arg("rounding"))
+           py::arg("model"), py::arg("up"), py::arg("vocab"), py::arg("wanted"), py::arg("differentiated"),
+           py::arg("differentiates"), py::arg("divergence"), py::arg("parameter"), py::arg("temperature"),
+           py::arg("teacher_temperature"), py::arg("potential"), py::arg("feature_rows"), py::arg("feature_columns"),
+           py::arg("feature_entries"), py::arg("features"), py::arg("logits"), py::arg("target"), py::arg("rounding"))
       .def("statistics", &CpuStep::statistics, py::call_guard<py::gil_scoped_release>())
+      .def("both", &CpuStep::both, py::call_guard<py::gil_scoped_release>())
       .def("gradient", &CpuStep::gradient, py::call_guard<py::gil_scoped_release>());
 }

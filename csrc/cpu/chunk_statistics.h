@@ -127,8 +127,7 @@ void Step<T>::picks(const Source<T>& model, const ChunkArguments& chunk, const M
 }
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> Step<T>::statistics(const ChunkArguments& chunk,
-                                                               const optional<Tensor>& columns) {
+CpuStep::Found Step<T>::statistics(const ChunkArguments& chunk, const optional<Tensor>& columns) {
   const Source<T> model = source(a_.model, chunk.hidden, a_.logits, chunk.down, a_.up), teacher = teacher_source(chunk);
   const int64_t c = model.c, threads = at::get_num_threads();
   const bool taught = chunk.target.has_value();

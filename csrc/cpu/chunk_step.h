@@ -36,8 +36,7 @@ template <class T>
 class Step final : public CpuStep {
  public:
   explicit Step(StepArguments arguments);
-  std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const ChunkArguments& chunk,
-                                                        const optional<Tensor>& columns) override;
+  Found statistics(const ChunkArguments& chunk, const optional<Tensor>& columns) override;
   void gradient(const ChunkArguments& chunk, const Tensor& statistics, const Tensor& features, const Tensor& cotangents,
                 const optional<Tensor>& feature_cotangents, const optional<Tensor>& sparse,
                 const optional<Tensor>& dhidden, const optional<Tensor>& dweight, const optional<Tensor>& dbias,

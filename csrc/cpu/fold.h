@@ -47,15 +47,15 @@ Constants<T> fold(const StepArguments& a, const Tables& tables, const ChunkArgum
                   int64_t c, bool columns) {
   const int64_t rows = chunk.hidden.size(0), k = a.features;
   auto live = [&](Row row) { return a.differentiated >> row & 1; };
-  auto known = [&](Row row) { return padded<T>(statistics[row], c); };
-  auto seed = [&](Row row) { return padded<T>(cotangents[row], c); };
+  const Tensor seeds = cotangents.to(c10::CppTypeToScalarType<T>::value).contiguous();
+  const T *quantity = statistics.const_data_ptr<T>(), *by = seeds.const_data_ptr<T>();
+  auto known = [&](Row row) { return padded(quantity + row * rows, rows, c); };
+  auto seed = [&](Row row) { return padded(by + row * rows, rows, c); };
   Constants<T> out;
   out.active.assign(c, T(0));
-  for (int row = 0; row <= kPotential; row++) {
-    auto values = seed(Row(row));
+  for (int row = 0; row <= kPotential; row++)
     for (int64_t r = 0; r < rows; r++)
-      if (values[r] != 0) out.active[r] = T(1);
-  }
+      if (by[row * rows + r] != 0) out.active[r] = T(1);
   const bool hard = a.differentiated & kAtOne || feature_cotangents;
   if (hard || columns) {
     out.lse = {known(kLse), known(kLseLow)};

@@ -132,13 +132,17 @@ void share(int64_t begin, int64_t end, F f) {
   });
 }
 
-// row [n] as T [c], padded with 0
+// [n] numbers as T [c], padded with 0
 template <class T>
-Numbers<T> padded(const Tensor& row, int64_t c) {
+Numbers<T> padded(const T* from, int64_t n, int64_t c) {
   Numbers<T> out(c, T(0));
-  Tensor values = row.to(c10::CppTypeToScalarType<T>::value).contiguous();
-  std::memcpy(out.data(), values.const_data_ptr(), values.numel() * sizeof(T));
+  if (n > 0) std::memcpy(out.data(), from, n * sizeof(T));
   return out;
+}
+template <class T>
+Numbers<T> padded(const Tensor& x, int64_t c) {
+  const Tensor values = x.to(c10::CppTypeToScalarType<T>::value).contiguous();
+  return padded(values.const_data_ptr<T>(), values.numel(), c);
 }
 
 // One product of a chunk's logits: left [R, K] (hidden states) times the transpose of right [V, K] (a head).

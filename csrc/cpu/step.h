@@ -45,13 +45,13 @@ struct ChunkArguments {
 
 class CpuStep {
  public:
+  using Found = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
   virtual ~CpuStep() = default;
   // Returns row statistics [kRows, R] and features [R, K], adds to columns [G, V], and leaves the logits in the
   // workspace. The value of a flat divergence (common/divergence.h) is left to gradient() if that follows, which writes
   // it into `statistics`. With a sparse target also returns the finished logits at its tokens [R, k], and the
   // log-sum-exp of z / T outside of them with its rounding error [2, R]; the caller then writes kDivergence and kSlope.
-  virtual std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> statistics(
-      const ChunkArguments& chunk, const std::optional<at::Tensor>& columns) = 0;
+  virtual Found statistics(const ChunkArguments& chunk, const std::optional<at::Tensor>& columns) = 0;
   // Writes dhidden [R, H] and ddown [R, r]; writes (first) or adds to dweight [V, H], dbias [V] and dup [V, r].
   // statistics, features, columns: of statistics(); cotangents [kCorrect, R], feature_cotangents [R, K]. sparse [R, k]:
   // the gradient with respect to the raw logits at a sparse target's tokens. columns are passed to one of the two
@@ -62,6 +62,17 @@ class CpuStep {
                         const std::optional<at::Tensor>& dweight, const std::optional<at::Tensor>& dbias,
                         const std::optional<at::Tensor>& ddown, const std::optional<at::Tensor>& dup, bool first,
                         const std::optional<at::Tensor>& columns) = 0;
+  // statistics() and gradient(), for cotangents that need no statistics and a target that is not sparse
+  Found both(const ChunkArguments& chunk, const at::Tensor& cotangents,
+             const std::optional<at::Tensor>& feature_cotangents, const std::optional<at::Tensor>& dhidden,
+             const std::optional<at::Tensor>& dweight, const std::optional<at::Tensor>& dbias,
+             const std::optional<at::Tensor>& ddown, const std::optional<at::Tensor>& dup, bool first,
+             const std::optional<at::Tensor>& columns) {
+    Found found = statistics(chunk, {});
+    gradient(chunk, std::get<0>(found), std::get<1>(found), cotangents, feature_cotangents, {}, dhidden, dweight, dbias,
+             ddown, dup, first, columns);
+    return found;
+  }
 };
 
 std::unique_ptr<CpuStep> make_step(StepArguments arguments);

@@ -7,10 +7,10 @@ backend between the two halves. All row quantities are fp32 (fp64 for fp64 input
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,8 +45,7 @@ class Row(IntEnum):
 DIFFERENTIABLE = 6  # the rows of `Row` before CORRECT take cotangents
 
 
-@dataclass(frozen=True)
-class Terms:
+class Terms(NamedTuple):
     """What a call computes for every row, and its constants. `wanted`: the row quantities to compute; `differentiated`:
     the subset that may receive a non-zero cotangent. Other quantities may hold anything."""
 
@@ -63,8 +62,7 @@ class Terms:
     features: Tensor | None = None  # [V, K], dense or sparse COO
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """One chunk of R rows. A label outside 0..V-1 gives LOG_PROB = NaN; a row of weight 0 is left out of
     the column sums."""
 
@@ -77,20 +75,18 @@ class Chunk:
 
     def part(self, rows: slice) -> Chunk:
         """Some of its rows."""
-        own = {name: tensor[rows] for name, tensor in vars(self).items() if isinstance(tensor, Tensor)}
-        return replace(self, **own, target=None if self.target is None else self.target.part(rows))
+        own = {name: tensor[rows] for name, tensor in self._asdict().items() if isinstance(tensor, Tensor)}
+        return self._replace(**own, target=None if self.target is None else self.target.part(rows))
 
 
-@dataclass(frozen=True)
-class Statistics:
+class Statistics(NamedTuple):
     """The results of the first half: the row quantities [len(Row), R], and q @ terms.features [R, K] where given."""
 
     rows: Tensor
     features: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Cotangents:
+class Cotangents(NamedTuple):
     """d(what is differentiated) / d(row quantities): rows [DIFFERENTIABLE, R] and features [R, K]. A row whose
     cotangents are all zero gets an exactly zero gradient, whatever its logits hold.
 
@@ -115,8 +111,7 @@ class Cotangents:
         return rows
 
 
-@dataclass(frozen=True)
-class Backward:
+class Backward(NamedTuple):
     """The inputs of a chunk's gradient and the buffers for its results. dhidden and ddown are written; dweight,
     dbias and dup are written by the first chunk and added to by the others, or written with the last chunk where the
     workspace keeps dlogits. None: not needed, so no product is made for it."""
@@ -186,6 +181,7 @@ class Backend(ABC, Generic[W]):
         torch.mul(gradient, factor, out=gradient)
 
 
+@functools.cache
 def bits(rows: frozenset[Row]) -> int:
     """A set of rows as the kernels take it: bit `row` for each."""
     return sum(1 << row for row in rows)

@@ -68,25 +68,23 @@ class NativeBackend(Backend[NativeWorkspace]):
         index: tuple[Tensor | None, ...] = (None, None, None)
         if terms.features is not None:
             index = _compressed(terms.features)
-        step = native.CpuStep(
-            model=_head(terms.head),
-            up=terms.up,
-            vocab=vocab,
-            wanted=bits(terms.wanted),
-            differentiated=bits(terms.differentiated),
-            differentiates=gradient,
-            divergence=TABLE[terms.divergence.name].id,
-            parameter=terms.divergence.parameter,
-            temperature=terms.temperature,
-            teacher_temperature=terms.teacher_temperature,
-            potential=terms.potential,
-            feature_rows=index[0],
-            feature_columns=index[1],
-            feature_entries=index[2],
-            features=0 if terms.features is None else terms.features.shape[1],
-            logits=buffers[0],
-            target=buffers[1] if terms.dense else None,
-            rounding=None if terms.logits_dtype == wide else terms.logits_dtype,
+        step = native.CpuStep(  # by place: keywords cost host time
+            _head(terms.head),
+            terms.up,
+            vocab,
+            bits(terms.wanted),
+            bits(terms.differentiated),
+            gradient,  # whether it differentiates
+            TABLE[terms.divergence.name].id,
+            terms.divergence.parameter,
+            terms.temperature,
+            terms.teacher_temperature,
+            terms.potential,
+            *index,  # rows, columns and entries of the features
+            0 if terms.features is None else terms.features.shape[1],
+            buffers[0],
+            buffers[1] if terms.dense else None,
+            None if terms.logits_dtype == wide else terms.logits_dtype,  # rounding
         )
         return NativeWorkspace(rows, terms, step)
 
@@ -108,11 +106,26 @@ class NativeBackend(Backend[NativeWorkspace]):
     ) -> Statistics:
         """One half after the other: a chunk's logits do not stay in the cache between them. Column sums are taken in
         the gradient's sweep, which has every q at hand, unless a sparse target's tokens are left out of it."""
-        if columns is None or isinstance(chunk.target, SparseTarget):
+        cotangents = backward.cotangents
+        if isinstance(chunk.target, SparseTarget):
             return super().chunk_step(workspace, chunk, columns, backward)
-        found = self.chunk_statistics(workspace, chunk, None)
-        _gradient(workspace, chunk, found, backward, columns)
-        return found
+        if cotangents.lse_slope is not None:
+            found = self.chunk_statistics(workspace, chunk, None)
+            _gradient(workspace, chunk, found, backward, columns)
+            return found
+        statistics, features, *_ = workspace.step.both(
+            _chunk(chunk),
+            cotangents.rows,
+            cotangents.features,
+            backward.dhidden,
+            backward.dweight,
+            backward.dbias,
+            backward.ddown,
+            backward.dup,
+            backward.first,
+            columns,
+        )
+        return Statistics(statistics, None if workspace.terms.features is None else features)
 
 
 def _gradient(
@@ -148,15 +161,13 @@ def _head(head: Head) -> Any:
 
 
 def _chunk(chunk: Chunk) -> Any:
-    target, head, index, best = None, Head(), None, None
+    target = head = index = best = None
     if isinstance(chunk.target, SparseTarget):
         index, best = chunk.target.index, chunk.target.best()
     elif chunk.target is not None:
-        target, head = chunk.target
+        target, head = chunk.target.hidden, _head(chunk.target.head)
     native = extension.MODULE
-    return native.Chunk(
-        chunk.hidden, chunk.label, chunk.group, chunk.weight, target, _head(head), index, best, chunk.down
-    )
+    return native.Chunk(chunk.hidden, chunk.label, chunk.group, chunk.weight, target, head, index, best, chunk.down)
 
 
 def _compressed(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +32,7 @@ def tiles(rows: Tensor, vocab: int | None = None) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows.shape[0], step))
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(NamedTuple):
     """What a row operation reads: raw logits [R, V], their chunk, whose target is logits or
     None, and the terms."""
 
@@ -78,7 +78,7 @@ class RowOperations(ABC):
 
 def _hard(terms: Terms) -> Terms:
     """The terms without a gradient of the divergence."""
-    return replace(terms, differentiated=terms.differentiated - {Row.DIVERGENCE})
+    return terms._replace(differentiated=terms.differentiated - {Row.DIVERGENCE})
 
 
 def _tempered(terms: Terms) -> Head:
@@ -134,7 +134,7 @@ class RowWorkspace:
         logits = self.target[: hidden.shape[0]]
         if multiply:
             gemm.logits_(hidden, head.weight, head.bias, logits)
-        return replace(chunk, target=DenseTarget(logits, head._replace(weight=None, bias=None)))
+        return chunk._replace(target=DenseTarget(logits, head._replace(weight=None, bias=None)))
 
     def gradient(self, chunk: Chunk, backward: Backward) -> Tensor:
         """Where the gradient of the chunk's raw logits goes."""
@@ -206,7 +206,7 @@ class RowBackend(Backend[RowWorkspace]):
         if isinstance(chunk.target, SparseTarget):
             if Row.DIVERGENCE in x.terms.wanted:
                 return self._sparse_statistics(workspace, x, chunk.target, columns)
-            x = replace(x, chunk=replace(chunk, target=None))
+            x = x._replace(chunk=chunk._replace(target=None))
         return self._dense_statistics(x, columns)
 
     def _dense_statistics(self, x: Operand, columns: Tensor | None) -> Statistics:
@@ -227,8 +227,8 @@ class RowBackend(Backend[RowWorkspace]):
         """The statistics without the target, and the log-sum-exp outside of it by a second sweep over the logits. Where
         no more is wanted beside it than the label's log-probability, that second sweep is the only one."""
         logits, terms = x.logits, x.terms
-        hard = replace(_hard(terms), wanted=terms.wanted - {Row.DIVERGENCE, Row.AGREEMENT})
-        plain = Operand(logits, replace(x.chunk, target=None), hard)
+        hard = _hard(terms)._replace(wanted=terms.wanted - {Row.DIVERGENCE, Row.AGREEMENT})
+        plain = Operand(logits, x.chunk._replace(target=None), hard)
         raw = logits.gather(1, target.index)
         alone = (
             terms.temperature == 1.0
@@ -246,8 +246,8 @@ class RowBackend(Backend[RowWorkspace]):
         else:
             found = self._dense_statistics(plain, columns)
             if Row.AGREEMENT in terms.wanted:
-                asked = replace(hard, wanted=frozenset({Row.CORRECT}), differentiated=frozenset())
-                best = Operand(logits, replace(plain.chunk, label=target.best()), asked)
+                asked = hard._replace(wanted=frozenset({Row.CORRECT}), differentiated=frozenset())
+                best = Operand(logits, plain.chunk._replace(label=target.best()), asked)
                 agreement = self.operations.row_statistics(best)[Row.CORRECT]
         statistics, z = found.rows, formulas.finished(raw, terms.head)
         tail = self._log_sum_exp_outside(workspace, plain, target.index)
@@ -268,19 +268,19 @@ class RowBackend(Backend[RowWorkspace]):
         """Log-sum-exp of z / T outside of a row's `index`, and its rounding error. The workspace's own logits are
         overwritten there where nobody reads them after, unless a head would turn -inf into something finite."""
         terms, logits = workspace.terms, x.logits
-        asked = replace(terms, wanted=frozenset({Row.LSE}), differentiated=frozenset(), potential=None, features=None)
+        asked = terms._replace(wanted=frozenset({Row.LSE}), differentiated=frozenset(), potential=None, features=None)
         # the gradient at `index` is written over what is there, or there is none
         spent = Row.DIVERGENCE in terms.differentiated or not terms.differentiated
         if spent and workspace.logits is not None and terms.head.softcap is None and terms.head.logit_scale > 0:
             logits.scatter_(1, index, -torch.inf)
-            tempered = replace(asked, head=_tempered(terms))
+            tempered = asked._replace(head=_tempered(terms))
             found = self.operations.row_statistics(Operand(logits, Chunk(logits), tempered))
         else:
             parts = []
             for rows in tiles(logits):
                 z = formulas.finished(logits[rows], terms.head) / terms.temperature
                 z.scatter_(1, index[rows], -torch.inf)
-                parts.append(self.operations.row_statistics(Operand(z, Chunk(z), replace(asked, head=Head()))))
+                parts.append(self.operations.row_statistics(Operand(z, Chunk(z), asked._replace(head=Head()))))
             found = torch.cat(parts, dim=1)
         return found[Row.LSE], found[Row.LSE_LOW]
 
@@ -300,32 +300,32 @@ class RowBackend(Backend[RowWorkspace]):
         """The row operation, and what a sparse target adds. Outside of its tokens that is a cotangent of SOFT_LSE,
         which at T = 1 is LSE; else a head divided by T makes it one, and the other terms take a sweep of their own."""
         target, terms = x.chunk.target, x.terms
-        plain = x if isinstance(target, DenseTarget) else replace(x, chunk=replace(x.chunk, target=None))
+        plain = x if isinstance(target, DenseTarget) else x._replace(chunk=x.chunk._replace(target=None))
         if not isinstance(target, SparseTarget) or Row.DIVERGENCE not in terms.differentiated:
             self.operations.row_gradient_(plain, statistics, cotangents, out)
             return
         assert outcomes is not None
-        hard, settled = replace(plain, terms=_hard(terms)), cotangents.settled(statistics)
+        hard, settled = plain._replace(terms=_hard(terms)), cotangents.settled(statistics)
         at = sparse.gradient_at(outcomes, target.index, plain.chunk, terms, statistics, settled, x.logits.shape[1])
         outside = sparse.slope_cotangent(statistics, settled)
         own = Cotangents(cotangents.rows.clone(), lse_slope=cotangents.lse_slope)
         own.rows[Row.DIVERGENCE] = 0.0
         if terms.temperature == 1.0:
             own.rows[Row.LSE] += outside
-            with_lse = replace(hard.terms, differentiated=hard.terms.differentiated | {Row.LSE})
-            self.operations.row_gradient_(replace(hard, terms=with_lse), statistics, own, out)
+            with_lse = hard.terms._replace(differentiated=hard.terms.differentiated | {Row.LSE})
+            self.operations.row_gradient_(hard._replace(terms=with_lse), statistics, own, out)
         else:
-            soft = replace(terms, head=_tempered(terms), differentiated=frozenset({Row.LSE}), potential=None)
+            soft = terms._replace(head=_tempered(terms), differentiated=frozenset({Row.LSE}), potential=None)
             known = statistics.clone()
             known[Row.LSE], known[Row.LSE_LOW] = statistics[Row.SOFT_LSE], statistics[Row.SOFT_LSE_LOW]
             pull = Cotangents(torch.zeros_like(own.rows))
             pull.rows[Row.LSE] = outside
             if not hard.terms.differentiated:
-                self.operations.row_gradient_(replace(plain, terms=soft), known, pull, out)
+                self.operations.row_gradient_(plain._replace(terms=soft), known, pull, out)
             else:
                 for rows, tile in hard.tiles():
                     more = torch.empty_like(out[rows])
-                    self.operations.row_gradient_(replace(tile, terms=soft), known[:, rows], pull.part(rows), more)
+                    self.operations.row_gradient_(tile._replace(terms=soft), known[:, rows], pull.part(rows), more)
                     self.operations.row_gradient_(tile, statistics[:, rows], own.part(rows), out[rows])
                     out[rows] += more
         out.scatter_(1, target.index, at.to(out.dtype))
@@ -366,8 +366,8 @@ class RowBackend(Backend[RowWorkspace]):
             differentiated = terms.differentiated | {Row.POTENTIAL}
             tile = Operand(
                 tile.logits,
-                replace(tile.chunk, group=each),
-                replace(terms, potential=potential.contiguous(), differentiated=differentiated),
+                tile.chunk._replace(group=each),
+                terms._replace(potential=potential.contiguous(), differentiated=differentiated),
             )
             part = None if outcomes is None else sparse.Outcomes(*(part[rows] for part in outcomes))
             self._row_gradient_(part, tile, known, Cotangents(by[:DIFFERENTIABLE], None, own.lse_slope), out[rows])

@@ -37,14 +37,14 @@ _FIELDS = len(Problem._fields)
 def loss(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Loss, row quantities, features and mean probability, of which the first is differentiable in the first fields of
     the problem; the others may be None or empty where metrics do not want them."""
-    problem, tangents = problem.with_needs(), _has_tangents(problem)
+    tangents = _has_tangents(problem)
     if _traced(problem.hidden):
         total, _, rows, features, mean, *_ = operators.loss(*problem)
     elif tangents or torch._C._are_functorch_transforms_active():
         total, _, rows, features, mean, *_ = TransformedLoss.apply(*problem, tangents)
     else:
         call = Call(problem)
-        total = FusedLoss.apply(*problem.differentiated, call)
+        total = _apply_fused_loss(*problem.differentiated, call)
         return total, call.rows, call.features, call.mean
     return total, rows, features, mean
 
@@ -57,7 +57,6 @@ def statistics(problem: Problem) -> tuple[Tensor, ...]:
             'quantities (statistics, or reduction="none"). Use reverse mode (backward, torch.func.grad, vjp), or '
             "testing.dense_loss on a small problem."
         )
-    problem = problem.with_needs()
     if _traced(problem.hidden):
         return operators.statistics(*problem)  # type: ignore[no-any-return]
     return FusedStatistics.apply(*problem)  # type: ignore[no-any-return]
@@ -69,6 +68,8 @@ def transformed(problem: Problem) -> bool:
 
 
 def _has_tangents(problem: Problem) -> bool:
+    if forward_ad._current_level < 0 and not torch.compiler.is_compiling():
+        return False
     return any(map(has_tangent, problem.differentiated))
 
 
@@ -135,6 +136,10 @@ class FusedLoss(torch.autograd.Function):
         return (*_multiplied(ctx, ctx.saved_tensors, factor, None if kept else ctx.backend), None)
 
 
+# without a second look for transforms, which takes longer than all else that apply does
+_apply_fused_loss = super(torch.autograd.Function, FusedLoss).apply
+
+
 def _multiplied(
     ctx: Any, saved: Sequence[Tensor], factor: Tensor, backend: Backend[Any] | None
 ) -> Iterator[Tensor | None]:
@@ -197,6 +202,11 @@ class TransformedLoss(torch.autograd.Function):
         return _one_by_one(lambda *fields: _transformed(Problem(*fields[:_FIELDS])), info, in_dims, arguments)
 
 
+def _statistics_of_one(*fields: Any) -> tuple[Tensor, ...]:
+    """One element of a vmap."""
+    return statistics(Problem(*fields).with_needs())
+
+
 def _transformed(problem: Problem) -> tuple[Tensor, ...]:
     """One element of a vmap: under what other transforms run."""
     problem = problem.with_needs()
@@ -256,7 +266,7 @@ class FusedStatistics(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *fields: Any) -> Any:
-        return _one_by_one(lambda *one: statistics(Problem(*one)), info, in_dims, fields)
+        return _one_by_one(_statistics_of_one, info, in_dims, fields)
 
 
 class FusedStatisticsGradient(torch.autograd.Function):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .checks import Fields
 from .inputs import inputs
 from .options import Function, complete
 from .planning import check_plan, plan_fields
 from .potentials import potential_fields
-from .problem import Problem, loss_terms
+from .problem import NEEDS, Problem, needs_gradient
+from .reported import metric_names, reported
 from .teacher import teacher_fields
-from .wanted import metric_names, wanted
 from .weights import weight_fields
 
 
@@ -38,14 +39,20 @@ def build(
     fields |= potential_fields(check, options, given)
     fields |= plan_fields(check, options)
     metrics = metric_names(check, options["return_metrics"])
-    asked = (target, teacher, fields["potential"], fields["feature_weight"], fields["entropy_weight"])
-    if not (function.statistics or fields["z_loss"] != 0 or any(term is not None for term in asked)):
+    if target is None and teacher is None and not function.statistics and _asks_nothing(fields):
         check.fail("target or teacher", "be given", "neither", "Pass labels, a teacher, or a potential")
+    differentiable = (fields["hidden"], fields["weight"], fields["bias"], fields["down"], fields["up"])
+    fields |= zip(NEEDS, map(needs_gradient, differentiable), strict=True)
     problem = Problem(
         **fields,
-        wanted=0,
+        reported=reported(metrics, function.statistics, fields["label_smoothing"] != 0),
         reports=function.statistics or bool(metrics),
         columns=function.statistics or ("mean_probability" in metrics and fields["group"] is not None),
-    ).with_needs()
+    )
     check_plan(check, problem, teacher, function.statistics or problem.reduction == "none")
-    return problem._replace(wanted=wanted(problem, loss_terms(problem), metrics, function.statistics))
+    return problem
+
+
+def _asks_nothing(fields: Fields) -> bool:
+    terms = (fields["potential"], fields["feature_weight"], fields["entropy_weight"])
+    return fields["z_loss"] == 0 and all(term is None for term in terms)

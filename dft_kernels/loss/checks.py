@@ -97,7 +97,8 @@ class Checks:
             if value.is_floating_point():
                 remedy = "Class probabilities as targets go in as teacher=TeacherLogits(probabilities.log())"
             self.fail(argument, "be int64", value.dtype, remedy, TypeError)
-        return self.shape(argument, value, tuple(self.lead), f"{self.names[0]}'s leading shape").reshape(-1)
+        value = self.shape(argument, value, tuple(self.lead), f"{self.names[0]}'s leading shape")
+        return value if value.ndim == 1 else value.reshape(-1)
 
     def number(
         self, argument: str, value: Any, relation: str, holds: Callable[[float], bool] = lambda _: True
@@ -136,5 +137,7 @@ class Checks:
 
 def flattened(tensor: Tensor) -> Tensor:
     """[..., H] as [N, H]."""
+    if tensor.ndim == 2:
+        return tensor
     width = tensor.shape[-1]  # -1 rows of width 0 would be ambiguous
     return tensor.reshape(-1, width) if width else tensor.reshape(tensor.shape[:-1].numel(), 0)

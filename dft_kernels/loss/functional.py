@@ -237,7 +237,7 @@ def _loss(
 
 def _outside_graph(function: Any, teacher: Any) -> Any:
     """`function`, kept out of torch.compile's graph where the teacher calls back into Python."""
-    if not isinstance(teacher, Source):
+    if teacher is None or not isinstance(teacher, Source):
         return function
     reason = f"a {type(teacher).__name__} calls back into Python; pass tensors to compile"
     return torch.compiler.disable(function, reason=reason)

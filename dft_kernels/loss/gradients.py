@@ -29,7 +29,7 @@ class RowGradient:
         """Where a chunk writes."""
         if self.buffer is not None:
             return self.buffer[: rows.stop - rows.start]
-        return None if self.whole is None else self.whole[rows.start : rows.stop]
+        return None if self.whole is None else rows.take(self.whole)
 
     def settle(self, rows: Rows) -> None:
         """Scatter a chunk that was written into the buffer."""
@@ -102,7 +102,7 @@ def scaled_(backend: Backend[Any], gradient: Tensor, factor: Tensor, dtype: torc
     if gradient.dtype != dtype:
         return scaled(gradient, factor, dtype)
     if gradient.device.type == "cpu":
-        return gradient if float(factor) == 1.0 else _multiplied(gradient, factor, gradient)
+        return gradient if factor.item() == 1.0 else _multiplied(gradient, factor, gradient)
     backend.scale_(gradient, factor.reshape(1))
     return gradient
 

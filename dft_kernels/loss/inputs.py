@@ -14,7 +14,7 @@ from .options import Function, LossOptions
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """Cast as `F.linear` would under an active autocast of the tensors' device: all but fp64 to its dtype."""
-    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
@@ -53,11 +53,9 @@ def check_head(check: Checks, weight: Any, bias: Any, hidden: Tensor, names: tup
             list(weight.shape),
             f"Pass the head as [V, H], as nn.Linear keeps it, with the H of {names[0]}",
         )
-    for name, value in ((names[1], weight), (names[2], bias)):
-        if value is None:
-            continue
-        check.like(names[0], hidden, name, check.tensor(name, value))
+    check.like(names[0], hidden, names[1], weight)
     if bias is not None:
+        check.like(names[0], hidden, names[2], check.tensor(names[2], bias))
         check.shape(names[2], bias, (weight.shape[0],), f"V of {names[1]}")
 
 

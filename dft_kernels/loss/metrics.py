@@ -44,7 +44,7 @@ def metrics_of(
 
     def row(which: Row) -> Tensor | None:
         known: Tensor = rows[which.value]
-        return known.reshape(lead) if problem.wanted >> which & 1 else None
+        return known.reshape(lead) if which in problem.wanted else None
 
     correct, agreement = row(Row.CORRECT), row(Row.AGREEMENT)
     # with smoothing the cross-entropy is of two of them

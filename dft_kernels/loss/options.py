@@ -111,7 +111,7 @@ def complete(function: Function, given: Mapping[str, Any]) -> LossOptions:
 
 def untouched(given: Collection[str], names: Collection[str]) -> bool:
     """Whether a call has left all these options at their defaults."""
-    return all(name not in names for name in given)
+    return not given or all(name not in names for name in given)
 
 
 def check_names(function: Function, given: Iterable[str], taken: tuple[str, ...]) -> None:

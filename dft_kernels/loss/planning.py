@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,8 +22,10 @@ _EVEN = 32  # rows a chunk are a multiple of this: backends pad to it
 
 
 def _backend(check: Checks, name: Any) -> str:
+    if name == "auto":
+        return "auto"
     check.choice("backend", name, ("auto", *backends.BACKENDS))
-    reason = None if name == "auto" else backends.BACKENDS[name].unavailable(check.hidden.device, check.hidden.dtype)
+    reason = backends.BACKENDS[name].unavailable(check.hidden.device, check.hidden.dtype)
     if reason is not None:
         where = f"be available for {check.hidden.dtype} on {check.hidden.device}"
         check.fail("backend", where, f"{name!r}: {reason}", 'Use backend="auto"')
@@ -33,8 +34,10 @@ def _backend(check: Checks, name: Any) -> str:
 
 def _narrow(check: Checks, value: Any) -> bool:
     """Whether logits_dtype asks for logits in the input dtype, where that is not the accumulation dtype."""
+    if value is None:
+        return False
     own, wide = check.hidden.dtype, accumulate_dtype(check.hidden.dtype)
-    if value is None or value == wide:
+    if value == wide:
         return False
     if value != own:
         relation = f"be None, {wide}, or the dtype of {check.names[0]}"
@@ -93,8 +96,7 @@ def row_bytes(problem: Problem, backend: Backend[Any] | None = None) -> int:
     return chosen.chunk_bytes(problem.logits_dtype, projected, target) * problem.vocab
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """rows: of a chunk. kept: rows whose dlogits [kept, V] are kept, in the input dtype, until one product adds their
     share of dweight; 0: each chunk's are multiplied at once, and take the memory of its logits."""
 

@@ -75,8 +75,8 @@ class Problem(NamedTuple):
     narrow: bool  # logits are held in the input dtype, not in the accumulation dtype
     compact: bool
     backend: str
-    wanted: int  # bit r: Row(r) is computed
-    reports: bool  # the row quantities are wanted for their own sake
+    reported: int  # bit r: Row(r) is wanted for its own sake
+    reports: bool  # any of the results but the loss is
     columns: bool  # accumulate the column sums
     need_hidden: bool = False
     need_weight: bool = False
@@ -112,13 +112,9 @@ class Problem(NamedTuple):
         return (self.teacher_hidden.dtype if self.teacher_weight is None else self.logits_dtype).itemsize
 
     def with_needs(self) -> Problem:
-        """With the gradients to compute beside those known: of what requires grad, or forward mode runs through."""
-        grad = torch.is_grad_enabled()
-        needs = tuple(
-            known or (t is not None and ((grad and t.requires_grad) or has_tangent(t)))
-            for known, t in zip(self.needs, self.differentiated, strict=True)
-        )
-        return self if needs == self.needs else self._replace(**dict(zip(NEEDS, needs, strict=True)))  # type: ignore[arg-type]
+        """With the gradients to compute beside those known, where a transform has changed what they are of."""
+        known = zip(NEEDS, self.needs, self.differentiated, strict=True)
+        return self._replace(**{name: need or needs_gradient(tensor) for name, need, tensor in known})  # type: ignore[arg-type]
 
     @property
     def differentiated(self) -> tuple[Tensor | None, ...]:
@@ -156,13 +152,21 @@ class Problem(NamedTuple):
         """The teacher's head; for plain logits one without a weight."""
         return Head(self.teacher_weight, self.teacher_bias, self.teacher_logit_scale, self.teacher_softcap)
 
+    @property
+    def wanted(self) -> frozenset[Row]:
+        """The row quantities to compute: those of the loss, and what is reported and there are tensors for."""
+        rows = loss_terms(self)
+        return rows if self.reported == 0 else (rows | _rows_of(self.reported)) - self._absent
+
+    @property
+    def _absent(self) -> frozenset[Row]:
+        """The row quantities that the call has no tensors for."""
+        return _ABSENT[self.target is None, not self.has_teacher, self.potential is None]
+
     def terms(self, differentiated: frozenset[Row]) -> Terms:
-        """What to ask of a backend, where the quantities `differentiated` take cotangents. Of these, and of what is
-        wanted, only what the call has tensors for."""
-        absent = {Row.LOG_PROB, Row.CORRECT} if self.target is None else set()
-        absent |= set() if self.has_teacher else {Row.DIVERGENCE, Row.AGREEMENT}
-        absent |= set() if self.potential is not None else {Row.POTENTIAL}
-        differentiated -= absent
+        """What to ask of a backend, where the quantities `differentiated` take cotangents, as far as there are tensors
+        for them."""
+        differentiated -= self._absent
         features = self.features
         if features is not None and self.feature_index is not None:
             shape = (self.vocab, self.num_features)
@@ -171,7 +175,7 @@ class Problem(NamedTuple):
             head=Head(self.weight, self.bias, self.logit_scale, self.softcap),
             up=self.up,
             logits_dtype=self.logits_dtype,
-            wanted=_rows_of(self.wanted) | differentiated,
+            wanted=self.wanted | differentiated,
             differentiated=differentiated,
             divergence=Divergence(self.divergence, self.parameter),
             temperature=self.temperature,
@@ -213,6 +217,22 @@ _LOSS_TERMS = {
     present: frozenset(itertools.compress(_TERMS, present))
     for present in itertools.product((False, True), repeat=len(_TERMS))
 }
+
+
+_PER_TENSOR = (
+    frozenset({Row.LOG_PROB, Row.MEAN_LOG_PROB, Row.CORRECT}),
+    frozenset({Row.DIVERGENCE, Row.AGREEMENT}),
+    frozenset({Row.POTENTIAL}),
+)
+_ABSENT = {  # without a target, a teacher, a potential
+    absent: frozenset[Row]().union(*itertools.compress(_PER_TENSOR, absent))
+    for absent in itertools.product((False, True), repeat=len(_PER_TENSOR))
+}
+
+
+def needs_gradient(tensor: Tensor | None) -> bool:
+    """Whether it requires grad, or forward mode runs through it."""
+    return tensor is not None and ((tensor.requires_grad and torch.is_grad_enabled()) or has_tangent(tensor))
 
 
 @functools.cache

@@ -75,8 +75,10 @@ class Rows:
     index: Tensor | None
 
     def take(self, tensor: Tensor) -> Tensor:
-        """These rows of `tensor` [N, ...]: a view where they are contiguous, else a copy."""
-        return tensor[self.start : self.stop] if self.index is None else tensor.index_select(0, self.index)
+        """These rows of `tensor` [N, ...]: itself where they are all, a view where they are contiguous, else a copy."""
+        if self.index is not None:
+            return tensor.index_select(0, self.index)
+        return tensor if self.stop - self.start == len(tensor) else tensor[self.start : self.stop]
 
     def put(self, tensor: Tensor, value: Tensor, dim: int = 0) -> None:
         """Write `value` to these rows of `tensor`, rows counted along `dim`."""

@@ -1,4 +1,4 @@
-"""Which row quantities a call computes."""
+"""Which row quantities a call computes for their own sake."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 from ..backends.contract import Row
 from .checks import Checks
-from .problem import Problem
 
 METRICS = {  # of `Metrics`: the row quantities that each is
     "hard_loss": (Row.LOG_PROB,),
@@ -24,8 +23,10 @@ METRICS = {  # of `Metrics`: the row quantities that each is
 
 def metric_names(check: Checks, return_metrics: Any) -> frozenset[str]:
     """The names of `Metrics` that a call asks for."""
-    if isinstance(return_metrics, bool):
-        return frozenset(METRICS) if return_metrics else frozenset()
+    if return_metrics is False:
+        return frozenset()
+    if return_metrics is True:
+        return frozenset(METRICS)
     names = return_metrics if isinstance(return_metrics, Collection) and not isinstance(return_metrics, str) else [None]
     if set(names) - {*METRICS}:
         relation = f"be True, False, or some of {', '.join(METRICS)}"
@@ -33,15 +34,12 @@ def metric_names(check: Checks, return_metrics: Any) -> frozenset[str]:
     return frozenset(names)
 
 
-def wanted(problem: Problem, loss: frozenset[Row], metrics: frozenset[str], statistics: bool) -> int:
-    """Bit r: Row(r) is computed, for the loss, the metrics, or as the statistics that are returned."""
-    rows = {Row.LSE, Row.ENTROPY, Row.LOG_PROB, Row.DIVERGENCE} if statistics else set(loss)
+def reported(metrics: frozenset[str], statistics: bool, smoothed: bool) -> int:
+    """Bit r: Row(r) is asked for by the metrics, or as one of the statistics that are returned. smoothed: whether the
+    cross-entropy is."""
+    rows = {Row.LSE, Row.ENTROPY, Row.LOG_PROB, Row.DIVERGENCE} if statistics else set()
     for name in metrics:
         rows |= set(METRICS[name])
-    if "hard_loss" in metrics and problem.label_smoothing != 0:
+    if "hard_loss" in metrics and smoothed:
         rows.add(Row.MEAN_LOG_PROB)
-    if problem.target is None:
-        rows -= {Row.LOG_PROB, Row.MEAN_LOG_PROB, Row.CORRECT}
-    if not problem.has_teacher:
-        rows -= {Row.DIVERGENCE, Row.AGREEMENT}
     return sum(1 << row for row in rows)

@@ -262,6 +262,9 @@ def extension(name, sources):
 
 CPU, CUDA = choice("DFT_KERNELS_CPU"), choice("DFT_KERNELS_CUDA")
 setup(
-    ext_modules=[extension("dft_kernels._C", SOURCES), extension("dft_kernels._cuda", ["csrc/cuda/bindings.cpp"])],
+    ext_modules=[
+        extension("dft_kernels._C", SOURCES),
+        extension("dft_kernels._cuda", ["csrc/cuda/bindings.cpp", "csrc/cuda/bind_exponentials.cpp"]),
+    ],
     cmdclass={"build_ext": OptionalBuild},
 )

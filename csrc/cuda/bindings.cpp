@@ -1,9 +1,5 @@
 // The extension module dft_kernels._cuda: the functions of triton_ops by the CUDA row kernels, on tensors of a CUDA
-// device. No CUDA header: the device's stream and guard come through c10's device-generic interface, so that it
-// compiles and links against a torch without CUDA too.
-#include <ATen/ATen.h>
-#include <c10/core/DeviceGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
+// device.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -13,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "launching.h"
 #include "rows.h"
 #include "common/divergence.h"
 #include "common/tensors.h"
@@ -21,6 +18,10 @@ namespace py = pybind11;
 using namespace dft;
 using namespace dft::cuda;
 using Optional = std::optional<at::Tensor>;
+
+namespace dft::cuda {
+void bind_exponentials(py::module_&);
+}
 
 #ifdef DFT_CUDA_ON_HOST  // tests/cuda_on_host/control.cpp
 namespace dft::cuda {
@@ -73,17 +74,6 @@ void check_table(const at::Tensor& t, int64_t least, const char* name, const Row
   TORCH_CHECK(t.dim() == 2 && t.size(0) >= least && t.size(1) == rows.logits.size(0) && t.stride(1) == 1 &&
                   t.scalar_type() == rows.number() && t.device() == rows.logits.device(),
               "dft_kernels: ", name, " must be [", least, ", R] ", rows.number(), ", got ", t.sizes());
-}
-
-// Runs `launch(stream)` on the current stream of a device
-template <class Launch>
-void on_device(const c10::Device device, Launch launch) {
-  const c10::DeviceGuard guard(device);
-  CUstream_st* stream = nullptr;
-  if (device.is_cuda())
-    stream = static_cast<CUstream_st*>(c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle());
-  const char* message = launch(stream);
-  TORCH_CHECK(!message, "dft_kernels: a CUDA kernel did not launch (", message, ").");
 }
 
 // The launch that is asked for, but for where its statistics and cotangents are
@@ -259,6 +249,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("accumulate_columns", &accumulate_columns);
   m.def("probabilities", &probabilities);
   m.def("scale", &scale);
+  bind_exponentials(m);
 #ifdef DFT_CUDA_ON_HOST
   m.def("reverse_threads", [](bool reversed) { reverse_threads(reversed); });
   m.def("limit_arena", [](int64_t bytes) { limit_arena(bytes); });

@@ -58,6 +58,7 @@ class Terms(NamedTuple):
     logits_dtype: torch.dtype = torch.float32  # that a chunk's logits are held in: the accumulation or the input dtype
     up: Tensor | None = None  # [V, r]: raw logits are hidden weight.T + down up.T + bias
     dense: bool = False  # whether chunks come with a dense target
+    columns: bool = False  # whether sums of q over rows are asked for
     potential: Tensor | None = None  # [G, V]
     features: Tensor | None = None  # [V, K], dense or sparse COO
 
@@ -152,6 +153,11 @@ class Backend(ABC, Generic[W]):
     def chunk_bytes(self, logits: torch.dtype, projected: bool, target: int) -> int:
         """Scratch bytes for one logit of a chunk. logits: their dtype; projected: the head has a weight; target: bytes
         for one logit of the target (`Problem.target_bytes`)."""
+
+    def holds(self, terms: Terms, like: Tensor) -> torch.dtype:
+        """The dtype that a chunk's logits, or what stands for them, are held in where a gradient follows; `like` gives
+        dtype and device of the inputs."""
+        return terms.logits_dtype
 
     @abstractmethod
     def workspace(self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool, kept: int = 0) -> W:

@@ -68,6 +68,13 @@ def add_product_(down: Tensor, up: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left [m, k] @ right [k, n] in the accumulation dtype."""
+    if not _narrow(left):
+        return left @ right
+    return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else left.float() @ right.float()
+
+
 def dhidden_(dlogits: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """out [R, H] = dlogits [R, V] @ weight [V, H], `out` in the input dtype."""
     if _accumulates(dlogits):

@@ -130,7 +130,7 @@ class RowWorkspace:
         assert head.weight is not None
         if self.target is None:
             vocab = head.weight.shape[0]
-            self.target = _matrix(self.rows, vocab, hidden, self.terms.logits_dtype)[:, :vocab]
+            self.target = row_matrix(self.rows, vocab, hidden, self.terms.logits_dtype)[:, :vocab]
         logits = self.target[: hidden.shape[0]]
         if multiply:
             gemm.logits_(hidden, head.weight, head.bias, logits)
@@ -168,7 +168,7 @@ class RowWorkspace:
                 gemm.dweight_(out, left, right, accumulate=not (backward.first or self.keeps))
 
 
-def _matrix(rows: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+def row_matrix(rows: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """[rows, V or a little more] on the device of `like`."""
     return like.new_empty(rows, -(-vocab // _ALIGN) * _ALIGN, dtype=dtype)
 
@@ -191,10 +191,10 @@ class RowBackend(Backend[RowWorkspace]):
         """Memory for `rows` rows of logits, unless the caller holds them, and for `kept` rows of dlogits."""
         if terms.head.weight is None:
             return RowWorkspace(rows, terms)
-        dlogits = _matrix(kept, vocab, like, like.dtype)[:, :vocab] if kept else None
+        dlogits = row_matrix(kept, vocab, like, like.dtype)[:, :vocab] if kept else None
         if dlogits is not None and terms.logits_dtype == like.dtype:
             return RowWorkspace(rows, terms, dlogits, dlogits, keeps=True)
-        logits = _matrix(rows, vocab, like, terms.logits_dtype)
+        logits = row_matrix(rows, vocab, like, terms.logits_dtype)
         if dlogits is not None:
             return RowWorkspace(rows, terms, logits[:, :vocab], dlogits, keeps=True)
         over = logits.view(like.dtype)

@@ -46,9 +46,9 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
     hidden, vocab, wide = problem.hidden, problem.vocab, problem.dtype
     selection = select_rows(problem)
     backend = backends.choose(problem.backend, hidden.device, hidden.dtype)
-    planned = plan(problem, backend, selection.count, gradient=seed is not None)
-    blocks = selection.blocks(planned.rows)
     terms = problem.terms(differentiated if seed else frozenset())
+    planned = plan(problem, backend, selection.count, terms if seed else None)
+    blocks = selection.blocks(planned.rows)
     whole = len(blocks) == 1 and selection.index is None  # the quantities of its only chunk are the result
     outcome = Outcome(
         selection,

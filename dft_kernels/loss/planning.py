@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import backends
-from ..backends.contract import Backend
+from ..backends.contract import Backend, Terms
 from ..dtypes import accumulate_dtype
 from ..teachers.contract import Source
 from ..teachers.stream import LogitStream
@@ -108,8 +108,8 @@ class Plan(NamedTuple):
         return math.ceil(count / max(self.rows, self.kept))
 
 
-def plan(problem: Problem, backend: Backend[Any], count: int, gradient: bool = True) -> Plan:
-    """How `count` rows are run by the problem's backend; gradient: dlogits follow their logits.
+def plan(problem: Problem, backend: Backend[Any], count: int, terms: Terms | None = None) -> Plan:
+    """How `count` rows are run by the problem's backend; terms: of a gradient, None: there is none.
 
     Chunks are as large as the budget admits, up to where the backend gains no more, and of a number of rows that its
     products like. Where several chunks remain, dlogits of all rows are kept for a single product of dweight, straight
@@ -117,6 +117,8 @@ def plan(problem: Problem, backend: Backend[Any], count: int, gradient: bool = T
     beside a chunk.
     """
     budget = problem.memory_budget or scratch_bytes(problem.hidden.device)
+    if terms is not None and backend.holds(terms, problem.hidden) != terms.logits_dtype:
+        problem = problem._replace(narrow=True)
     row = row_bytes(problem, backend)
 
     def most(bytes_of_row: int, within: int) -> int:
@@ -127,7 +129,7 @@ def plan(problem: Problem, backend: Backend[Any], count: int, gradient: bool = T
     alone = most(row, budget)
     if count <= alone:
         return Plan(max(1, count))
-    if gradient and backend.keeps and problem.weight is not None and problem.need_weight and problem.folds:
+    if terms is not None and backend.keeps and problem.weight is not None and problem.need_weight and problem.folds:
         itemsize, vocab = problem.hidden.dtype.itemsize, problem.vocab
         kept, accumulator = itemsize * vocab * count, problem.dtype.itemsize * problem.weight.numel()
         beside = row - itemsize * vocab if problem.narrow else row  # narrow logits are where their dlogits are kept

@@ -181,6 +181,7 @@ class Problem(NamedTuple):
             temperature=self.temperature,
             teacher_temperature=self.teacher_temperature,
             dense=self.has_teacher and self.top_indices is None,
+            columns=self.columns,
             potential=self.potential,
             features=None if features is None else features.to(self.dtype),
         )

@@ -17,7 +17,7 @@ from torch.utils import cpp_extension
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CUDA = ROOT / "csrc" / "cuda"
-SOURCES = [HERE / "control.cpp", *sorted(CUDA.glob("*.cu")), CUDA / "bindings.cpp"]
+SOURCES = [HERE / "control.cpp", HERE / "exponentials.cpp", *sorted(CUDA.glob("*.cu")), *sorted(CUDA.glob("*.cpp"))]
 NAME = "_cuda_on_host"
 
 

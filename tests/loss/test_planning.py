@@ -11,6 +11,7 @@ from dft_kernels.backends import BACKENDS
 from dft_kernels.loss.build import build
 from dft_kernels.loss.functional import LINEAR_DISTRIBUTION_LOSS
 from dft_kernels.loss.planning import Plan, plan
+from dft_kernels.loss.problem import loss_terms
 from dft_kernels.testing import record_allocations, relative_error
 
 GPU = 1536 << 20  # the default budget there
@@ -26,7 +27,8 @@ def planned(n: int, h: int, v: int, taught: bool, dtype: torch.dtype = torch.bfl
     teacher = dk.TeacherHead(hidden, weight) if taught else None
     target = torch.zeros((), dtype=torch.int64).expand(n)
     problem = build(LINEAR_DISTRIBUTION_LOSS, hidden, weight, target, teacher, given)
-    return plan(problem._replace(need_hidden=True, need_weight=True), BACKENDS[str(given["backend"])], n)
+    problem = problem._replace(need_hidden=True, need_weight=True)
+    return plan(problem, BACKENDS[str(given["backend"])], n, problem.terms(loss_terms(problem)))
 
 
 @pytest.mark.parametrize(

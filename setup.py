@@ -8,10 +8,12 @@ where it can be, the second where torch has CUDA too. The CUDA kernels alone, sa
 
     DFT_KERNELS_CPU=0 DFT_KERNELS_CUDA=1 python setup.py build_ext --inplace
 
-TORCH_CUDA_ARCH_LIST chooses the GPUs, CUDA_HOME the toolkit, MAX_JOBS the number of compilers at a time.
+TORCH_CUDA_ARCH_LIST chooses the GPUs, CUDA_HOME the toolkit, MAX_JOBS the number of compilers at a time. The product
+with exponentials takes CUTLASS's headers: of the wheel nvidia-cutlass, or of the folder that DFT_KERNELS_CUTLASS names.
 DFT_KERNELS_SANITIZE=1 builds the CPU kernels under ASan and UBSan.
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -38,7 +40,10 @@ STAMP = HERE / "dft_kernels" / "_build.json"  # what the extensions were built a
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("bindings", "memory", "ops", "step")]
 KERNELS = [
     f"csrc/cuda/{name}.cu"
-    for name in ("columns", "lean", "lean_entropy", "lean_jensen_shannon", "lean_kl", "lean_skew", "rows", "scaling")
+    for name in (
+        *("columns", "exponentials", "labels", "lean", "lean_entropy", "lean_jensen_shannon", "lean_kl", "lean_skew"),
+        *("rows", "scaling"),
+    )
 ]
 DEPENDS = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").rglob("*") if path.is_file())
 JOBS = int(os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1)))
@@ -64,6 +69,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-g1"] if os.environ.get("DFT_KERNEL
 
 CUDA_FLAGS = ["-std=c++17", "--expt-relaxed-constexpr", "--extended-lambda", "-O3", "-Icsrc", "-Xcompiler", "-fPIC"]
 DEFAULT_ARCHITECTURES = ["8.0", "9.0a", "10.0+PTX"]
+ON_CUTLASS = {"csrc/cuda/exponentials.cu": "9.0a"}  # sources that take its headers, and what they are for
 OLDEST_ARCHITECTURE, OLDEST_NVCC = (7, 5), (12, 0)
 
 
@@ -77,6 +83,22 @@ def choice(variable):
     if value not in (None, "0", "1"):
         sys.exit(f"dft_kernels: {variable} must be 0, 1 or unset, got {value!r}. Correct it.")
     return None if value is None else value == "1"
+
+
+def cutlass():
+    """The folder of CUTLASS's headers, None where there is none."""
+    asked = os.environ.get("DFT_KERNELS_CUTLASS")
+    if asked:
+        found = [path for path in (Path(asked), Path(asked) / "include") if (path / "cutlass" / "cutlass.h").is_file()]
+        if not found:
+            sys.exit(
+                "dft_kernels: DFT_KERNELS_CUTLASS must be a folder of CUTLASS (include/cutlass/cutlass.h), got "
+                f"{asked}. Correct it, or leave it out and pip install --no-deps nvidia-cutlass."
+            )
+        return found[0]
+    wheel = importlib.util.find_spec("cutlass_library")
+    headers = Path(wheel.origin).parent / "source" / "include" if wheel and wheel.origin else None
+    return headers if headers and (headers / "cutlass" / "cutlass.h").is_file() else None
 
 
 def read_stamp():
@@ -107,6 +129,7 @@ class Nvcc:
             )
         self.known = {f"{code[:-1]}.{code[-1]}" for code in re.findall(r"compute_(\d+)\b", self.run("--list-gpu-arch"))}
         self.architectures = self.choose()
+        self.cutlass = cutlass()
 
     @staticmethod
     def find():
@@ -153,15 +176,21 @@ class Nvcc:
 
     def compile(self, source, target):
         """One source to one object with code for every architecture."""
+        flags, architectures = CUDA_FLAGS, self.architectures
+        if self.cutlass and ON_CUTLASS.get(source) in architectures:
+            flags, architectures = (
+                [*flags, "-DNDEBUG", "-DDFT_CUTLASS", f"-isystem{self.cutlass}"],
+                [ON_CUTLASS[source]],
+            )
         codes = []
-        for name in self.architectures:
+        for name in architectures:
             number = name.removesuffix("+PTX").replace(".", "")
             codes.append(f"-gencode=arch=compute_{number},code=sm_{number}")
             if name.endswith("+PTX"):
                 codes.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-        print("dft_kernels: nvcc", shlex.join([*CUDA_FLAGS, *codes]), source)
+        print("dft_kernels: nvcc", shlex.join([*flags, *codes]), source)
         threads = min(max(1, JOBS // len(KERNELS)), len(codes))
-        self.run(*CUDA_FLAGS, *codes, "--threads", str(threads), "-c", source, "-o", target)
+        self.run(*flags, *codes, "--threads", str(threads), "-c", source, "-o", target)
 
     def libraries(self):
         """Linker flags for the static CUDA runtime, of the toolkit that nvcc itself uses (#$ TOP=... of a dry run)."""
@@ -237,7 +266,13 @@ class OptionalBuild(BuildExtension):
         nvcc = Nvcc()
         extension.extra_link_args += nvcc.libraries()
         objects = [str(Path(self.build_temp) / f"{Path(source).stem}.cu.o") for source in KERNELS]
-        list(pool.map(nvcc.compile, KERNELS, objects))
+        order = sorted(range(len(KERNELS)), key=lambda n: KERNELS[n] not in ON_CUTLASS)  # the longest first
+        list(pool.map(nvcc.compile, (KERNELS[n] for n in order), (objects[n] for n in order)))
+        if nvcc.cutlass is None and "9.0a" in nvcc.architectures:
+            print(
+                "dft_kernels: the product with exponentials was left out, without CUTLASS's headers; pip install "
+                "--no-deps nvidia-cutlass, or set DFT_KERNELS_CUTLASS, and repeat."
+            )
         self.cuda.update(nvcc=".".join(map(str, nvcc.version)), architectures=nvcc.architectures)
         return objects
 

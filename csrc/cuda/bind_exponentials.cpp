@@ -59,10 +59,12 @@ void describe(LabelArguments& a, const Tensor& hidden, const Tensor& weight, con
   a.mean = numbers(mean, {a.width}, "mean", hidden);
 }
 
-std::tuple<Tensor, Tensor, Optional> label_logits(const Tensor& hidden, const Tensor& weight, const Tensor& label,
-                                                  const Optional& mean, double scale, std::optional<double> cap) {
+std::tuple<Tensor, Tensor, Optional> label_logits(const Tensor& hidden, const Tensor& weight, const Optional& bias,
+                                                  const Tensor& label, const Optional& mean, double scale,
+                                                  std::optional<double> cap) {
   LabelLogitArguments a = {};
   describe(a, hidden, weight, label, mean);
+  a.bias = numbers(bias, {a.vocab}, "bias", hidden);
   const at::TensorOptions options = hidden.options().dtype(at::kFloat);
   Tensor shift = at::empty({a.rows}, options), number = at::empty({a.rows}, options);
   Optional mean_logit;
@@ -74,9 +76,9 @@ std::tuple<Tensor, Tensor, Optional> label_logits(const Tensor& hidden, const Te
   return {shift, number, mean_logit};
 }
 
-std::tuple<Tensor, Optional, Optional> exponentials(const Tensor& hidden, const Tensor& weight, const Tensor& shift,
-                                                    const Tensor& label, double scale, std::optional<double> cap,
-                                                    bool metrics, const Tensor& out) {
+std::tuple<Tensor, Optional, Optional> exponentials(const Tensor& hidden, const Tensor& weight, const Optional& bias,
+                                                    const Tensor& shift, const Tensor& label, double scale,
+                                                    std::optional<double> cap, bool metrics, const Tensor& out) {
   ExponentialArguments a = {};
   check_rows(hidden, weight);
   a.rows = hidden.size(0), a.vocab = weight.size(0), a.width = weight.size(1);
@@ -90,12 +92,13 @@ std::tuple<Tensor, Optional, Optional> exponentials(const Tensor& hidden, const 
   a.hidden = hidden.const_data_ptr(), a.weight = weight.const_data_ptr(), a.out = out.mutable_data_ptr();
   a.hidden_stride = hidden.stride(0), a.weight_stride = weight.stride(0), a.out_stride = out.stride(0);
   a.finish = {scale, cap.value_or(0.0)};
+  a.bias = numbers(bias, {a.vocab}, "bias", hidden);
   a.shift = numbers(shift, {a.rows}, "shift", hidden), a.label = numbers(label, {a.rows}, "label", hidden);
   const auto up = [](int64_t n, int64_t to) { return (n + to - 1) / to; };
   const int64_t tiles = up(a.vocab, kExponentialColumns), padded = up(a.rows, kExponentialRows) * kExponentialRows;
   const auto table = [&] { return at::empty({tiles, padded}, hidden.options().dtype(at::kFloat)); };
   const auto part = [&](const Tensor& t) { return t.narrow(1, 0, a.rows); };
-  const bool rich = metrics || a.finish.cap != 0;
+  const bool rich = metrics || a.bias || a.finish.cap != 0;
   const Tensor sums = table(), moments = rich ? table() : Tensor(), tops = rich ? table() : Tensor();
   a.sums = sums.data_ptr<float>();
   a.moments = rich ? moments.data_ptr<float>() : nullptr, a.tops = rich ? tops.data_ptr<float>() : nullptr;

@@ -121,12 +121,13 @@ struct Difference : Visitor<Capped> {
     template <class A, int Count>
     CUTLASS_DEVICE auto visit(const cutlass::Array<A, Count>&, int epi_v, int epi_m, int epi_n,
                               const cutlass::Array<float, Count>& accumulators,
+                              const cutlass::Array<float, Count>& bias,
                               const cutlass::Array<float, Count>& shift,
                               const cutlass::Array<float, Count>& label) const {
       cutlass::Array<float, Count> d;
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < Count; i++) {
-        float z = accumulators[i] * finish.scale;
+        float z = (accumulators[i] + bias[i]) * finish.scale;
         if (finish.cap != 0.0f) z = finish.cap * M().tanh(z * finish.inverse_cap);
         d[i] = float(column(epi_v * Count + i, epi_m, epi_n)) == label[i] ? -INFINITY : z - shift[i];
       }
@@ -183,6 +184,7 @@ constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 
 using Accumulators = fusion::Sm90AccFetch;
 using PerRow = fusion::Sm90ColBroadcast<0, Tile, float, float>;
+using PerColumn = fusion::Sm90RowBroadcast<0, Tile, float, float>;
 template <template <class> class Join>  // over a tile's columns, into [tiles, rows]; columns beyond V are left out
 using Reduction = fusion::Sm90ColReduction<Join, Join, Join, 0, Tile, float, float, kRound, cute::Stride<_1, _0, _0>, 4,
                                            false, false, true>;
@@ -192,13 +194,14 @@ using Larger = cutlass::maximum<T>;
 
 using Plain = fusion::Sm90EVT<Total, fusion::Sm90EVT<Exponential, Accumulators, PerRow, PerRow>>;
 
-// 0 accumulators, 1 shift, 2 label, 3 d, 4 its maximum, 5 e, 6 its sum, 7 e d, 8 its sum, 9 what is written
+// 0 accumulators, 1 bias, 2 shift, 3 label, 4 d, 5 its maximum, 6 e, 7 its sum, 8 e d, 9 its sum, 10 what is written
 template <int... I>
 using From = cute::seq<I...>;
 using Rich = fusion::Sm90TopologicalVisitor<
     float,
-    cute::tuple<From<>, From<>, From<>, From<0, 1, 2>, From<3>, From<4>, From<5>, From<6, 4>, From<7>, From<6, 4, 1, 8>>,
-    Accumulators, PerRow, PerRow, Difference, Reduction<Larger>, Pointwise<Power, Nothing>, Total,
+    cute::tuple<From<>, From<>, From<>, From<>, From<0, 1, 2, 3>, From<4>, From<5>, From<6>, From<7, 5>, From<8>,
+                From<7, 5, 2, 9>>,
+    Accumulators, PerColumn, PerRow, PerRow, Difference, Reduction<Larger>, Pointwise<Power, Nothing>, Total,
     Pointwise<Moment, Nothing>, Total, Pointwise<Bent, Capped>>;
 
 template <class Fusion>
@@ -243,14 +246,14 @@ struct Product {
 template <class F>
 auto with_product(const ExponentialArguments& a, F f) {
   const float scale = float(a.finish.scale), cap = float(a.finish.cap);
-  if (cap == 0.0f && !a.moments) {
+  if (!a.moments) {
     using P = Product<Plain>;
     return f(P(), P::arguments(a, {{{}, {a.shift}, {a.label}, {scale * M::kLog2E}}, {a.sums}}));
   }
   using P = Product<Rich>;
   const Capped finish = {scale, cap, cap == 0.0f ? 0.0f : 1.0f / cap};
-  return f(P(), P::arguments(a, {{}, {a.shift}, {a.label}, finish, {a.tops, -INFINITY}, {}, {a.sums}, {}, {a.moments},
-                                 finish}));
+  return f(P(), P::arguments(a, {{}, {a.bias}, {a.shift}, {a.label}, finish, {a.tops, -INFINITY}, {}, {a.sums}, {},
+                                 {a.moments}, finish}));
 }
 
 }  // namespace

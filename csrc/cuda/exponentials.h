@@ -12,7 +12,7 @@ constexpr int64_t kExponentialRows = 128, kExponentialColumns = 256;
 // What an exponential is cut off at: a row whose sum reaches kBadTotal is to be computed again from its logits
 constexpr float kMostExponential = 1e30f, kBadTotal = 1e20f;
 
-// With z = cap tanh(scale (hidden weight.T) / cap), as Finish says, and the columns t of a tile:
+// With z = cap tanh(scale (hidden weight.T + bias) / cap), as Finish says, and the columns t of a tile:
 //
 //     e[n, v]     = exp(z[n, v] - shift_n), 0 at v = label_n
 //     out[n, v]   = e[n, v] (1 - (z[n, v] / cap)^2)          rounded once to bf16
@@ -24,11 +24,12 @@ struct ExponentialArguments {
   const void *hidden, *weight;                  // bf16 [R, H], [V, H]
   int64_t hidden_stride, weight_stride;         // multiples of 8, as is that of out; 16-byte aligned
   Finish finish;
+  const float* bias;                            // [V], or null
   const float *shift, *label;                   // [R]; label: as a number, -1 for none
   void* out;                                    // bf16 [R, V]
   int64_t out_stride;
   float *sums, *moments, *tops;                 // [ceil(V / kExponentialColumns), R rounded up to kExponentialRows]
-};                                              // moments, tops: both or neither
+};                                              // moments, tops: both, or neither without bias and cap
 
 // Whether this build has it: it takes CUTLASS's headers
 bool has_exponentials();

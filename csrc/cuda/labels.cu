@@ -38,9 +38,10 @@ __global__ void __launch_bounds__(kThreads) label_logit_kernel(const LabelLogitA
   }
   logit = warp_sum(logit), mean = warp_sum(mean);
   if (threadIdx.x % 32 != 0) return;
+  if (a.bias) logit += a.bias[from];
   a.shift[row] = finished(logit, float(a.finish.scale), float(a.finish.cap));
   a.out_label[row] = float(column);
-  if (a.mean) a.mean_logit[row] = float(a.finish.scale) * mean;
+  if (a.mean) a.mean_logit[row] = mean;
 }
 
 // A block a row

@@ -14,10 +14,11 @@ struct LabelArguments {
   Matrix hidden, weight;
   const int64_t* label;  // [R]
   const float* mean;     // [H], the mean of the head's rows, or null
+  const float* bias;     // [V], or null
 };
 
 // shift[n] = the finished logit of row n's label, of column 0 where it has none; label[n]: as a number, -1 for none;
-// mean_logit[n] = scale hidden_n . mean, where there is a mean
+// mean_logit[n] = hidden_n . mean, where there is a mean
 struct LabelLogitArguments : LabelArguments {
   Finish finish;
   float *shift, *out_label, *mean_logit;

@@ -10,10 +10,10 @@ The gradient of a row's logits is r_n e[n, v] + t_n [v = y] + m_n / V, so that i
     dweight   = e.T (r hidden) + sum over n of t_n hidden_n at y_n + sum over n of m_n hidden_n / V
 
 No maximum comes first, and what is rounded to bf16 is small: the label's share, t, is not, and keeps its digits where
-q_y is near 1. Against float64 on SmolLM2's hidden states (512 rows of LAMBADA) the gradients before their own rounding
-are off by 0.065 % (dhidden) and 0.076 % (dweight), where fp32 logits, whose dlogits are rounded, give 0.13 % and 0.11 %.
-Rows of dweight that are labels are multiplied again in fp32, few columns of e: the two shares of a frequent token nearly
-cancel, and one added to the rounded other is off by 0.29 % where 0.18 % is the rounding of the result.
+q_y is near 1. Against float64 on SmolLM2's hidden states (512 rows of LAMBADA) the gradients before their own
+rounding are off by 0.065 % (dhidden) and 0.076 % (dweight), where fp32 logits, whose dlogits are rounded, give 0.13 %
+and 0.11 %. Rows of dweight that are labels are multiplied again in fp32, few columns of e: the two shares of a frequent
+token nearly cancel, and one added to the rounded other is off by 0.29 % where 0.18 % is the rounding of the result.
 
 A row whose label is more than 46 nats below its logits, or that holds NaN, is found from 1 + S_n and computed from its
 logits; that takes one look from the host a chunk.
@@ -43,7 +43,7 @@ def fit(terms: Terms, like: Tensor) -> bool:
     """Whether these terms, of hidden states like these, can be computed so."""
     weight, live = terms.head.weight, terms.differentiated
     asked = terms.wanted | live
-    if weight is None or terms.head.bias is not None or terms.up is not None or terms.features is not None:
+    if weight is None or terms.up is not None or terms.features is not None:
         return False
     return (
         like.dtype == torch.bfloat16
@@ -75,9 +75,10 @@ class Factors(NamedTuple):
 @dataclass
 class ExponentialWorkspace(RowWorkspace):
     """dlogits: the exponentials, of `rows` rows or of those that are kept. mean: of the weight's rows, [H], where
-    MEAN_LOG_PROB is asked for; factors: of the rows whose share of dweight waits."""
+    MEAN_LOG_PROB is asked for; bias: [V] in fp32; factors: of the rows whose share of dweight waits."""
 
     mean: Tensor | None = None
+    bias: Tensor | None = None
     factors: list[Factors] = field(default_factory=list)
 
 
@@ -85,8 +86,9 @@ def workspace(rows: int, vocab: int, like: Tensor, terms: Terms, kept: int) -> E
     """Memory for the exponentials of `rows` rows, or of those kept."""
     assert terms.head.weight is not None
     mean = terms.head.weight.mean(0, dtype=torch.float32) if Row.MEAN_LOG_PROB in terms.wanted else None
+    bias = None if terms.head.bias is None else terms.head.bias.float().contiguous()
     e = row_matrix(kept or rows, vocab, like, like.dtype)[:, :vocab]
-    return ExponentialWorkspace(rows, terms, dlogits=e, keeps=kept > 0, mean=mean)
+    return ExponentialWorkspace(rows, terms, dlogits=e, keeps=kept > 0, mean=mean, bias=bias)
 
 
 def step(workspace: ExponentialWorkspace, chunk: Chunk, backward: Backward, operations: RowOperations) -> Statistics:
@@ -99,10 +101,11 @@ def step(workspace: ExponentialWorkspace, chunk: Chunk, backward: Backward, oper
     hidden, label = chunk.hidden.contiguous(), chunk.label.contiguous()
     first = sum(len(part.hidden) for part in workspace.factors)
     e = workspace.dlogits[first : first + len(hidden)]
-    shift, number, mean_logit = kernels.label_logits(hidden, weight, label, workspace.mean, scale, cap)
-    sums, moments, tops = kernels.exponentials(
-        hidden, weight, shift, number, scale, cap, bool(terms.wanted & _METRICS), e
-    )
+    bias, metrics = workspace.bias, bool(terms.wanted & _METRICS)
+    shift, number, mean_logit = kernels.label_logits(hidden, weight, bias, label, workspace.mean, scale, cap)
+    sums, moments, tops = kernels.exponentials(hidden, weight, bias, shift, number, scale, cap, metrics, e)
+    if mean_logit is not None:
+        mean_logit = scale * (mean_logit if bias is None else mean_logit + bias.mean())
     rows = _Rows(label, number >= 0, shift, sums.sum(0))
     statistics = _statistics(rows, mean_logit, moments, tops)
     bad = ~(rows.total < kernels.BAD_TOTAL)
@@ -116,6 +119,8 @@ def step(workspace: ExponentialWorkspace, chunk: Chunk, backward: Backward, oper
         at_all = None if workspace.mean is None else m
         product = gemm.wide_product(e, weight)
         kernels.row_gradient_of_labels(hidden, weight, label, workspace.mean, product, r, t, at_all, backward.dhidden)
+    if backward.dbias is not None:
+        _dbias(e, factors, backward.dbias, add=not backward.first)
     if backward.dweight is not None:
         workspace.factors.append(factors)
         if backward.last or not workspace.keeps:
@@ -187,7 +192,7 @@ def _again(
         part = Chunk(chunk.hidden[some], chunk.label[some])
         logits = row_matrix(len(some), vocab, statistics, statistics.dtype)[:, :vocab]
         dlogits = row_matrix(len(some), vocab, e, e.dtype)[:, :vocab]
-        gemm.logits_(part.hidden, terms.head.weight, None, logits)
+        gemm.logits_(part.hidden, terms.head.weight, terms.head.bias, logits)
         slope = None if cotangents.lse_slope is None else cotangents.lse_slope[some]
         own = Cotangents(cotangents.rows[:, some].contiguous(), None, slope)
         statistics[:, some] = operations.row_step_(Operand(logits, part, terms), own, dlogits)
@@ -215,3 +220,15 @@ def _dweight(e: Tensor, factors: Factors, mean: Tensor | None, out: Tensor, add:
         product = gemm.wide_product(columns.t(), scaled)
         product = product if shared is None else product + shared
     extension.CUDA.label_rows(factors.hidden, factors.t, order, starts, distinct, product, out)
+
+
+def _dbias(e: Tensor, factors: Factors, out: Tensor, add: bool) -> None:
+    """out (+)= the sum of the rows' gradients [V]: r in two numbers of 8 bits each, whose products are exact."""
+    high = factors.r.to(e.dtype)
+    low = (factors.r - high).to(e.dtype)
+    total = gemm.wide_product(e.t(), torch.stack([high, low], dim=1)).sum(1)
+    valid = (factors.label >= 0) & (factors.label < len(total))
+    label, at_label = torch.where(valid, factors.label, 0), torch.where(valid, factors.t, 0.0)
+    total.index_put_((label,), at_label, accumulate=True)  # in the order of the rows
+    total += factors.m.sum() / len(total)
+    out.add_(total) if add else out.copy_(total)

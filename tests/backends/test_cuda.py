@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -118,7 +119,13 @@ def test_the_binding_checks_what_it_is_given() -> None:
 
 
 LEAN = {"lean": 0, "lean_entropy": 2, "lean_kl": 2, "lean_jensen_shannon": 1, "lean_skew": 2}
-ENTRIES = {**LEAN, "columns": 4, "scaling": 2}  # kernels of a source; of rows.cu one for each divergence
+ENTRIES = {
+    **LEAN,
+    "columns": 4,
+    "exponentials": 0,
+    "labels": 3,
+    "scaling": 2,
+}  # kernels of a source; of rows.cu one for each divergence
 
 
 @compiles
@@ -138,6 +145,23 @@ def test_kernels_compile_alone_without_warnings_and_spills(architecture: str, tm
         assert entries >= ENTRIES.get(source.stem, len(divergences.TABLE) + 1)
         assert set(frames) <= {("0", "0", "0")}
         assert max(map(int, ["0", *re.findall(r"Used (\d+) registers", done.stderr)])) <= 168
+
+
+@compiles
+def test_the_product_with_exponentials_compiles_without_warnings_and_spills(tmp_path: Path) -> None:
+    """Both epilogues, on the headers of the wheel nvidia-cutlass."""
+    wheel = importlib.util.find_spec("cutlass_library")
+    assert wheel is not None
+    assert wheel.origin is not None
+    headers = Path(wheel.origin).parent / "source" / "include"
+    flags = "-std=c++17 --expt-relaxed-constexpr --extended-lambda -Icsrc -DNDEBUG -DDFT_CUTLASS -Xptxas -v,-Werror"
+    flags += " -Werror all-warnings -gencode=arch=compute_90a,code=sm_90a -c csrc/cuda/exponentials.cu"
+    command = ["nvcc", *flags.split(), "-isystem", headers, "-o", tmp_path / "kernel.o"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert frames == [("0", "0", "0")] * 2
+    assert re.findall(r"Used (\d+) registers", done.stderr) == ["168", "168"]
 
 
 def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -44,6 +44,8 @@ ADDED = [
     Case("exponential_smooth", options={"label_smoothing": 0.1, "z_loss": 1e-2}, tensors=("row_weight",)),
     Case("exponential_smooth_whole", options={"label_smoothing": 0.2, "logit_scale": 0.7}, target="all_valid"),
     Case("exponential_capped", options={"softcap": 3.0, "logit_scale": 0.7, "z_loss": 1e-2}),
+    Case("exponential_bias", tensors=("bias", "row_weight"), options={"label_smoothing": 0.1}),
+    Case("exponential_bias_capped", tensors=("bias",), options={"softcap": 3.0, "logit_scale": 0.7, "compact": False}),
     Case("exponential_negative", options={"logit_scale": -0.7, "reduction": "sum"}),
     Case("exponential_devices", options={"compact": False, "label_smoothing": 0.1, "num_items": 17}),
     Case("exponential_wide", shape=(37, 64, 2048), target="all_valid"),
@@ -165,27 +167,28 @@ def test_two_bytes_a_logit(steps: list[int]) -> None:
 def test_the_binding_refuses_what_the_kernel_cannot_take() -> None:
     kernels = extension.CUDA
     hidden, weight, target = drawn(5, 16, 520)
-    shift, number, mean = kernels.label_logits(hidden, weight, target, None, 1.0, None)
+    shift, number, mean = kernels.label_logits(hidden, weight, None, target, None, 1.0, None)
     assert mean is None
     exact = (hidden.float() * weight[target].float()).sum(1)
     torch.testing.assert_close(shift, exact, rtol=1e-6, atol=1e-6)
     assert torch.equal(number, target.float())
     out = torch.full((5, 528), 7.0, dtype=NARROW)
-    sums, *_ = kernels.exponentials(hidden, weight, shift, number, 1.0, None, False, out[:, :520])
+    sums, *_ = kernels.exponentials(hidden, weight, None, shift, number, 1.0, None, False, out[:, :520])
     assert sums.shape == (3, 5)  # tiles of 256 columns
     assert (out[:, 520:] == 7.0).all()
     e = (hidden.float() @ weight.float().t() - shift[:, None]).exp().scatter(1, target[:, None], 0.0)
     torch.testing.assert_close(out[:, :520].float(), e, rtol=4e-3, atol=0)
     torch.testing.assert_close(sums.sum(0), e.sum(1), rtol=1e-5, atol=0)
-    good = [hidden, weight, shift, number, 1.0, None, False, out[:, :520]]
+    good = [hidden, weight, None, shift, number, 1.0, None, False, out[:, :520]]
     for place, wrong, said in (
         (0, hidden.float(), "hidden"),
         (0, hidden[:, :8], "hidden"),
         (1, weight.t().contiguous().t(), "weight"),
-        (2, shift[:4], "shift"),
-        (3, target, "label"),
-        (7, out[:, :512], "out"),
-        (7, out.flatten()[1 : 1 + 5 * 520].view(5, 520), "16 bytes"),
+        (2, shift, "bias"),
+        (3, shift[:4], "shift"),
+        (4, target, "label"),
+        (8, out[:, :512], "out"),
+        (8, out.flatten()[1 : 1 + 5 * 520].view(5, 520), "16 bytes"),
     ):
         arguments = [*good]
         arguments[place] = wrong
@@ -194,4 +197,6 @@ def test_the_binding_refuses_what_the_kernel_cannot_take() -> None:
     for part in (weight[:519], weight[:, :12].contiguous()):
         small = torch.empty(5, len(part), dtype=NARROW)
         with pytest.raises(RuntimeError, match="multiples of 8"):
-            kernels.exponentials(hidden[:, : part.shape[1]].contiguous(), part, shift, number, 1.0, None, False, small)
+            kernels.exponentials(
+                hidden[:, : part.shape[1]].contiguous(), part, None, shift, number, 1.0, None, False, small
+            )

@@ -25,6 +25,7 @@ const char* launch_exponentials(const ExponentialArguments& a, void*, CUstream_s
       for (int64_t v = t * kExponentialColumns; v < std::min(a.vocab, (t + 1) * kExponentialColumns); v++) {
         float z = 0;
         for (int64_t k = 0; k < a.width; k++) z += hidden[k] * bf16(a.weight, v * a.weight_stride + k);
+        if (a.bias) z += a.bias[v];
         z *= scale;
         if (cap != 0) z = cap * std::tanh(z / cap);
         const float d = float(v) == a.label[n] ? -INFINITY : z - a.shift[n];

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in four minutes: times against the floor and torch.compile, the device tests, the cases
-# beyond 2^31 logits, compute-sanitizer, a profile. A section that fails or runs out of its time is named, and the
-# others go on. What it takes: the compiled extensions, built here (section `build`) or elsewhere for the same Python
-# and torch and carried along; without them Triton is still measured, and the exit status says so.
+# Everything that wants a GPU, in four minutes: times against the floor and torch.compile, times of the row kernels alone,
+# the device tests, the cases beyond 2^31 logits, compute-sanitizer, a profile. A section that fails or runs out of its
+# time is named, and the others go on. What it takes: the compiled extensions, built here (section `build`) or elsewhere
+# for the same Python and torch and carried along; without them Triton is still measured, and the exit status says so.
 #
 #   bench/gpu.sh [--out FOLDER] [--limit SECONDS] [--dry-run] [SECTION...]
 #
-#   sections, in this order: check timings suite large memcheck racecheck trace; and, only where named, build (before
-#   them) and errors (real hidden states, see docs/performance.md; CACHE=FOLDER has the file of the inputs)
+#   sections, in this order: check timings rows suite large memcheck racecheck trace; and, only where named, build
+#   (before them) and errors (real hidden states, see docs/performance.md; CACHE=FOLDER has the file of the inputs)
 #
-#   --out FOLDER    log.txt, summary.txt, bars.txt, timings.csv, trace.json.gz, errors.csv (default: $OUT, else
-#                   bench/results/gpu-DATE)
+#   --out FOLDER    log.txt, summary.txt, bars.txt, timings.csv, rows.csv, trace.json.gz, errors.csv (default: $OUT,
+#                   else bench/results/gpu-DATE)
 #   --limit S       of all default sections together (default: 240); each has its share, and what was left before it
 #   --dry-run       the same sections on a CPU, tiny
 #
@@ -21,8 +21,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
 COMMIT=${COMMIT:-$(git describe --always --dirty=+ 2>/dev/null || echo unknown)}
-DEFAULT=(check timings suite large memcheck racecheck trace)
-declare -A SHARE=([check]=10 [timings]=75 [suite]=95 [large]=15 [memcheck]=20 [racecheck]=15 [trace]=10)
+DEFAULT=(check timings rows suite large memcheck racecheck trace)
+declare -A SHARE=([check]=10 [timings]=75 [rows]=20 [suite]=80 [large]=13 [memcheck]=19 [racecheck]=14 [trace]=9)
 SHARE[build]=180 SHARE[errors]=120 # beyond the limit: only where named
 DRY='' LIMIT=240 NAMED=()
 usage() { echo "bench/gpu.sh: $1. See the head of the script."; exit 2; }
@@ -42,7 +42,7 @@ done
 OUT=${OUT:-$([[ -n "$DRY" ]] && echo build/gpu-dry-run || echo "bench/results/gpu-$(date +%Y-%m-%d)")}
 mkdir -p "$OUT" || exit 2
 OUT=$(cd "$OUT" && pwd)
-rm -f "$OUT"/{log.txt,summary.txt,bars.txt,timings.csv,trace.json.gz,errors.csv}
+rm -f "$OUT"/{log.txt,summary.txt,bars.txt,timings.csv,rows.csv,trace.json.gz,errors.csv}
 SITE=$(mktemp -d)
 trap 'rm -rf "$SITE"' EXIT
 echo "import os, site; site.addsitedir(os.path.dirname(__file__))" >"$SITE/sitecustomize.py" # for wheels with a .pth
@@ -102,9 +102,9 @@ run() {
     local sanitizer=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=dft --error-exitcode 9)
     local pytest=("$PYTHON" -m pytest -p no:cacheprovider tests/backends/test_device.py)
     local checked=(-k "on_a_gpu and everything and bfloat16 and cuda")
-    local small=() cores=() preset=(--device cuda --rounds 5 --shape 8192,576,49152)
+    local small=() few=() cores=() preset=(--device cuda --rounds 5 --shape 8192,576,49152)
     if [[ -n "$DRY" ]]; then
-        sanitizer=(env) small=(--dry-run --calls 5) checked=(-k "table or small")
+        sanitizer=(env) small=(--dry-run --calls 5) few=(--dry-run) checked=(-k "table or small")
         pytest=("$PYTHON" -m pytest -p no:cacheprovider tests/test_structure.py)
         preset=(--device cpu --rounds 1)
     elif "$PYTHON" -c 'import xdist' 2>/dev/null; then # tests compile the Triton kernels that they run
@@ -117,6 +117,8 @@ run() {
         timings)
             section timings bash -c 'exec "$@" --limit $((TIME_LEFT > 20 ? TIME_LEFT - 12 : TIME_LEFT))' timings \
                 "$PYTHON" bench/timings.py --out "$OUT" --commit "$COMMIT" "${small[@]}" ;;
+        rows)
+            section rows "$PYTHON" bench/rows.py --designs "cuda lean" "cuda generic" --out "$OUT/rows.csv" "${few[@]}" ;;
         suite)
             if [[ -n "$DRY" ]]; then section suite "${pytest[@]}" -k "table"
             else section suite "${pytest[@]}" --maxfail=20 -k "not 2_to" "${cores[@]}"; fi ;;

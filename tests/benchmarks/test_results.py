@@ -70,7 +70,7 @@ def peer_wheel(folder: Path) -> None:
 
 # ---- gpu.sh: its own work with a stand-in for Python, then each command line that it makes, in this process
 
-SECTIONS = ("check", "timings", "suite", "large", "memcheck", "racecheck", "trace")
+SECTIONS = ("check", "timings", "rows", "suite", "large", "memcheck", "racecheck", "trace")
 STAND_IN = r"""#!/usr/bin/env bash
 if [[ "$*" == *"import xdist"* ]]; then exit 1; fi
 if [[ "$1 $2" == "-m pip" ]]; then exec "$REAL" "$@"; fi
@@ -159,7 +159,7 @@ def test_what_the_gpu_script_calls(
     out = tmp_path / "out"
     done = gpu_sh(tmp_path / "bin", "--out", str(out))
     assert len(done.calls) == len(SECTIONS)
-    check, _, *tests, _ = done.calls
+    check, _, _, *tests, _ = done.calls
     counts = {}
     assert tests[2] == tests[3]  # memcheck and racecheck
     for call in tests[:3]:
@@ -175,13 +175,18 @@ def test_what_the_gpu_script_calls(
     assert all("everything" in name and "bfloat16" in name for name in checked)
 
     dry = gpu_sh(tmp_path / "dry", "--dry-run", "--out", str(out))
-    timings, trace = dry.calls[1], dry.calls[-1]
+    timings, rows, trace = dry.calls[1], dry.calls[2], dry.calls[-1]
     assert load("timings").main(timings[1:]) == 0
     said = (out / "bars.txt").read_text()
     assert re.search(r"dft_kernels native .* x floor .* GiB  bar 1.10: (met|MISSED)", said)
     assert "host time of a call" in said
     assert re.search("Liger FLCE +skipped: Liger's Triton kernel needs a GPU", said)
     assert {(r.commit, r.n) for r in tables.read(out / "timings.csv")} == {("abc", 16)}
+    if not torch.cuda.is_available():  # there the kernels run on a GPU alone
+        assert load("rows").main([*rows[1:], "--vocab", "1024"]) == 0
+        table = list(csv.DictReader((out / "rows.csv").open()))
+        assert {row["design"] for row in table} == {"cuda lean", "cuda generic"}
+        assert all(float(row["apart"]) < 4e-3 for row in table)
     assert load("timings").main(trace[1:]) == 0
     assert (out / "trace.json.gz").stat().st_size > 1000
     capsys.readouterr()

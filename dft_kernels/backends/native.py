@@ -1,9 +1,10 @@
 """The native CPU backend: the chunk step in C++ (csrc/cpu/step.cpp), products and row work tile by tile.
 
-Scratch: 4 bytes a logit of a chunk (8 for fp64), twice that with a teacher; 2 with 16-bit logits, and 2 more for those
-of a teacher's head, or given in 16 bits. The gradient is written over the logits. 16-bit logits are widened a tile at a
-time, in 64 rows of the vocabulary a thread; where ATen multiplies (fp16; bf16 without AVX512-BF16), a block of 2048 rows
-is in fp32 too. All is kept between calls, until `release_scratch`.
+Scratch: 4 bytes a logit of a chunk (8 for fp64), twice that with a teacher. With `logits_dtype` of 16 bits: 2 a logit,
+and 2 more for a teacher's head or logits given in 16 bits, else 4; beside these, for the model and for the teacher, a
+tile in fp32 (64 rows of the vocabulary) a thread and, where ATen multiplies (fp16; bf16 without AVX512-BF16), a block
+in fp32 (2048 rows). The gradient is written over the logits or that block. Scratch is kept between calls, until
+`release_scratch`.
 """
 
 from __future__ import annotations

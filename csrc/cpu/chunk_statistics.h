@@ -55,8 +55,8 @@ void Step<T>::second_sweep(const Source<T>& model, const Source<T>& teacher, con
       const Tile<T> tile{model.logits.read(t, v, m), m, c, v};
       if (soft)
         kernels<T>().divergence[a_.divergence](
-            tile, {teacher.logits.read(t, v, m), T(1.0 / a_.temperature), T(1.0 / a_.teacher_temperature), soft_lse.data(),
-                   target_lse.data(), T(a_.parameter), value[t].data(), slope[t].data()});
+            tile, {teacher.logits.read(t, v, m), T(1.0 / a_.temperature), T(1.0 / a_.teacher_temperature),
+                   soft_lse.data(), target_lse.data(), T(a_.parameter), value[t].data(), slope[t].data()});
       if (!moments) continue;
       Moments<T> at{};
       at.lse = lse.data();

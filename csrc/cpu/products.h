@@ -240,8 +240,8 @@ class FactorGradient {
   Tensor wide_;                           // dleft in T
 };
 
-// A chunk's logits [V, c] of one model between sweeps. Those of T are swept where they are held. Narrow ones are swept
-// in a copy of a tile, finished in T, that each thread has memory for: half the workspace, and the tile is in the cache.
+// A chunk's logits [V, c] of one model between sweeps. Those of T are swept where they are held. Narrow ones take half
+// the memory; a thread sweeps a copy of a tile, finished, in T, which stays in its cache.
 template <class T>
 class Logits {
  public:

@@ -1,5 +1,5 @@
-// Sweep 3 over a tile of logits [m, c]: their gradient, which may be written over them. Compiled once for each instruction set, as
-// part of rows.cpp.
+// Sweep 3 over a tile of logits [m, c]: their gradient, which may be written over them. Compiled once for each
+// instruction set, as part of rows.cpp.
 #pragma once
 
 #include <limits>

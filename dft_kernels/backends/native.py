@@ -165,9 +165,9 @@ def _gradient(
 def _held(terms: Terms) -> torch.dtype | None:
     """The dtype that the target's logits are held in: 16 bits where the model's are, and nothing is lost."""
     given, wide = terms.target_dtype, accumulate_dtype(terms.logits_dtype)
-    if given is None or terms.logits_dtype == wide:
-        return None if given is None else wide
-    return given if given.itemsize < wide.itemsize else wide
+    if given is None:
+        return None
+    return given if terms.logits_dtype != wide and given.itemsize < wide.itemsize else wide
 
 
 def _head(head: Head) -> Any:

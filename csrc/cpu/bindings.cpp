@@ -60,17 +60,16 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](HeadArguments model, Optional up, int64_t vocab, int64_t wanted, int64_t differentiated,
                        bool differentiates, int64_t divergence, double parameter, double temperature,
                        double teacher_temperature, Optional potential, Optional feature_rows, Optional feature_columns,
-                       Optional feature_entries, int64_t features, at::Tensor logits, Optional target,
-                       std::optional<at::ScalarType> rounding) {
+                       Optional feature_entries, int64_t features, at::Tensor logits, Optional target) {
              return make_step({std::move(model), std::move(up), vocab, wanted, differentiated, differentiates,
                                divergence, parameter, temperature, teacher_temperature, std::move(potential),
                                std::move(feature_rows), std::move(feature_columns), std::move(feature_entries),
-                               features, std::move(logits), std::move(target), rounding});
+                               features, std::move(logits), std::move(target)});
            }),
            py::arg("model"), py::arg("up"), py::arg("vocab"), py::arg("wanted"), py::arg("differentiated"),
            py::arg("differentiates"), py::arg("divergence"), py::arg("parameter"), py::arg("temperature"),
            py::arg("teacher_temperature"), py::arg("potential"), py::arg("feature_rows"), py::arg("feature_columns"),
-           py::arg("feature_entries"), py::arg("features"), py::arg("logits"), py::arg("target"), py::arg("rounding"))
+           py::arg("feature_entries"), py::arg("features"), py::arg("logits"), py::arg("target"))
       .def("statistics", &CpuStep::statistics, py::call_guard<py::gil_scoped_release>())
       .def("both", &CpuStep::both, py::call_guard<py::gil_scoped_release>())
       .def("gradient", &CpuStep::gradient, py::call_guard<py::gil_scoped_release>());

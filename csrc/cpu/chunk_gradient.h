@@ -7,16 +7,14 @@
 
 namespace dft {
 
-// Writes the gradient [R, k] at the sparse target's tokens into a tile of dlogits, and adds it to their sums over
-// tokens.
+// Writes the gradient [R, k] at the sparse target's tokens into that of a tile, and adds it to their sums over tokens.
 template <class T>
-void Step<T>::give(const Tile<T>& tile, const T* from, bool narrow, double* bias) const {
+void Step<T>::give(const Tile<T>& tile, const T* from, const Dlogits& out, double* bias) const {
   tokens_->in_tile(tile.v, [&](int64_t i, int64_t row, int64_t slot) {
-    T* to = tile.z + i * tile.c;
-    if (narrow)
-      reinterpret_cast<at::BFloat16*>(to)[row] = at::BFloat16(float(from[slot]));
+    if (out.narrow)
+      static_cast<at::BFloat16*>(out.to)[i * out.stride + row] = at::BFloat16(float(from[slot]));
     else
-      to[row] = from[slot];
+      static_cast<T*>(out.to)[i * out.stride + row] = from[slot];
     if (bias) bias[i] += double(from[slot]);
   });
 }
@@ -37,10 +35,10 @@ void Step<T>::gradient(const ChunkArguments& chunk, const Tensor& statistics, co
   if (columns) shared.weight = weight.data(), shared.columns_stride = kTile;
   if (!group.empty()) shared.group = group.data();
   Parts column(threads, Numbers<double>(columns ? columns->size(0) * kTile : 0));
-  shared.narrow = model.tiles();
   const int which = !shared.soft_lse.lse ? int(kDivergences) : sparse ? int(kDivergences) + 1 : int(a_.divergence);
   const Tensor given = sparse ? sparse->to(options().dtype()).contiguous() : Tensor();
-  const T* teacher = a_.target ? a_.target->template const_data_ptr<T>() : nullptr;
+  const bool taught = shared.soft_lse.lse && !sparse;
+  const auto teacher = taught ? Logits<T>(*a_.target, a_.vocab, c, chunk.teacher) : Logits<T>();
   std::vector<FactorGradient<T>> products;
   products.reserve(2);
   if (!model.factors.empty()) products.emplace_back(model.factors[0], dhidden, dweight, c, first);
@@ -56,25 +54,26 @@ void Step<T>::gradient(const ChunkArguments& chunk, const Tensor& statistics, co
         Gradient<T> at = shared;
         if (at.table) at.table += v * tables_.groups;
         if (at.row_start) at.row_start += v;
-        if (at.teacher) at.teacher = teacher + v * c;
+        if (taught) at.teacher = teacher.read(t, v, m);
         std::fill(sums[t].begin(), sums[t].end(), 0.0);
         std::fill(column[t].begin(), column[t].end(), 0.0);
         at.columns = columns ? column[t].data() : nullptr;
         at.bias = dbias ? sums[t].data() : nullptr;
         at.value = value[t].data();
-        const Tile<T> tile{model.logits + v * c, m, c, v};
+        const Tile<T> tile{model.logits.read(t, v, m), m, c, v};
+        at.out = model.dlogits(tile.z, v);
         if (sparse) take(tile, nullptr);
         kernels<T>().gradient[which](tile, at);
         if (columns) add_columns(*columns, column[t], v, m);
-        if (sparse) give(tile, given.const_data_ptr<T>(), model.tiles(), at.bias);
+        if (sparse) give(tile, given.const_data_ptr<T>(), at.out, at.bias);
         if (dbias) {
           T* out = dbias->template data_ptr<T>() + v;
           for (int64_t i = 0; i < m; i++) out[i] = T(first ? sums[t][i] : out[i] + sums[t][i]);
         }
         if (!a_.model.weight && dhidden)
-          kernels<T>().save(model.logits + v * c, m, c, dhidden->data_ptr(), element_of(dhidden->scalar_type()), rows,
+          kernels<T>().save(tile.z, m, c, dhidden->data_ptr(), element_of(dhidden->scalar_type()), rows,
                             dhidden->stride(0), v);
-        for (auto& product : products) product.tile(t, v, m, model.logits + v * c);
+        for (auto& product : products) product.tile(t, v, m, at.out);
       }
       if (model.tiles()) at::native::cpublas::brgemm_release(true);
     });
@@ -83,7 +82,7 @@ void Step<T>::gradient(const ChunkArguments& chunk, const Tensor& statistics, co
     for (auto& product : products) product.block(v0, end - v0, dlogits);
   }
   if (waits()) put(statistics, kDivergence, total(value));
-  for (auto& product : products) product.finish(model.logits, a_.vocab);
+  for (auto& product : products) product.finish(model.dlogits(model.logits.tile(0, 0), 0), a_.vocab);
 }
 
 }  // namespace dft

@@ -11,7 +11,7 @@ namespace dft {
 
 template <class T>
 Source<T> Step<T>::teacher_source(const ChunkArguments& chunk) const {
-  if (!chunk.target) return Source<T>(chunk.teacher, chunk.hidden.narrow(0, 0, 0), nullptr, 0, 0);
+  if (!chunk.target) return Source<T>(chunk.teacher, chunk.hidden.narrow(0, 0, 0), Logits<T>(), 0, 0);
   TORCH_CHECK(a_.target, "dft_kernels: no workspace for a target");
   return source(chunk.teacher, *chunk.target, *a_.target);
 }
@@ -52,11 +52,11 @@ void Step<T>::second_sweep(const Source<T>& model, const Source<T>& teacher, con
   share(0, a_.vocab, [&](int64_t t, int64_t from, int64_t to) {
     for (int64_t v = from; v < to; v += kTile) {
       const int64_t m = std::min(kTile, to - v);
-      const Tile<T> tile{model.logits + v * c, m, c, v};
+      const Tile<T> tile{model.logits.read(t, v, m), m, c, v};
       if (soft)
         kernels<T>().divergence[a_.divergence](
-            tile, {teacher.logits + v * c, T(1.0 / a_.temperature), T(1.0 / a_.teacher_temperature), soft_lse.data(),
-                   target_lse.data(), T(a_.parameter), value[t].data(), slope[t].data()});
+            tile, {teacher.logits.read(t, v, m), T(1.0 / a_.temperature), T(1.0 / a_.teacher_temperature),
+                   soft_lse.data(), target_lse.data(), T(a_.parameter), value[t].data(), slope[t].data()});
       if (!moments) continue;
       Moments<T> at{};
       at.lse = lse.data();
@@ -85,11 +85,10 @@ void Step<T>::second_sweep(const Source<T>& model, const Source<T>& teacher, con
 // features [R, K] = <q, phi_k>. Threads divide the tokens here, not the vocabulary: no sums to reduce.
 template <class T>
 void Step<T>::features_of(const Source<T>& model, const Merged<T>& lse, const Tensor& out) const {
-  const int64_t c = model.c, rows = out.size(0), k = a_.features;
-  at::parallel_for(0, c / kLanes, 1, [&](int64_t from, int64_t to) {
+  const int64_t rows = out.size(0), k = a_.features;
+  at::parallel_for(0, model.c / kLanes, 1, [&](int64_t from, int64_t to) {
     Numbers<double> sum(k * kLanes);
-    const Features<T> at{model.logits,
-                         c,
+    const Features<T> at{model.logits.held(),
                          lse.data(),
                          tables_.filled.data(),
                          int64_t(tables_.filled.size()),
@@ -118,7 +117,7 @@ void Step<T>::picks(const Source<T>& model, const ChunkArguments& chunk, const M
   for (int64_t r = 0; r < rows; r++) {
     if (wants(kLogProb)) {
       bool inside = label[r] >= 0 && label[r] < a_.vocab;
-      to[kLogProb * rows + r] = inside ? (model.logits[label[r] * model.c + r] - lse.lse[r]) - lse.low[r]
+      to[kLogProb * rows + r] = inside ? (model.logits.at(label[r], r) - lse.lse[r]) - lse.low[r]
                                        : std::numeric_limits<T>::quiet_NaN();
     }
     if (wants(kCorrect)) to[kCorrect * rows + r] = T(best[r] == label[r]);
@@ -149,8 +148,7 @@ CpuStep::Found Step<T>::statistics(const ChunkArguments& chunk, const optional<T
   T* z = found.data_ptr<T>();
 
   over_blocks(model, teacher, taught, [&](int64_t t, int64_t v, int64_t m) {
-    model.fill_tile(v, m);
-    const Tile<T> tile{model.logits + v * c, m, c, v};
+    const Tile<T> tile{model.fill_tile(t, v, m), m, c, v};
     if (!sparse) {
       kernels<T>().sums(tile, model.finish(v), online[t].sums(1 + apart, inverse, table ? table + v : nullptr));
     } else {  // sums over the logits outside of the target's tokens
@@ -161,8 +159,8 @@ CpuStep::Found Step<T>::statistics(const ChunkArguments& chunk, const optional<T
       tokens_->in_tile(v, [&](int64_t i, int64_t row, int64_t slot) { tile.z[i * c + row] = z[slot]; });
     }
     if (taught) {
-      teacher.fill_tile(v, m);
-      kernels<T>().sums({teacher.logits + v * c, m, c, v}, teacher.finish(v), target_online[t].sums(1, target_inverse));
+      const Tile<T> theirs{teacher.fill_tile(t, v, m), m, c, v};
+      kernels<T>().sums(theirs, teacher.finish(v), target_online[t].sums(1, target_inverse));
     }
   });
   const size_t taken = sparse ? found.size(1) : 0, with = sparse ? found.size(0) : 0;

@@ -54,15 +54,14 @@ class Step final : public CpuStep {
   bool waits() const { return a_.differentiates && live(kDivergence) && a_.target && kernels<T>().flat[a_.divergence]; }
   bool wants(Row row) const { return a_.wanted >> row & 1; }
   bool live(Row row) const { return a_.differentiated >> row & 1; }
-  at::TensorOptions options() const { return a_.logits.options(); }
+  static at::TensorOptions options() { return at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value); }
   static int64_t padded_rows(const Tensor& hidden) { return (hidden.size(0) + kLanes - 1) / kLanes * kLanes; }
 
   // The product of a chunk with a head; its logits are kept in `workspace`.
   Source<T> source(const HeadArguments& head, const Tensor& hidden, const Tensor& workspace,
                    const optional<Tensor>& down = {}, const optional<Tensor>& up = {}) const {
     const int64_t c = padded_rows(hidden);
-    TORCH_CHECK(workspace.numel() >= a_.vocab * c, "dft_kernels: workspace too small");
-    return Source<T>(head, hidden, workspace.data_ptr<T>(), a_.vocab, c, a_.rounding, down, up);
+    return Source<T>(head, hidden, Logits<T>(workspace, a_.vocab, c, head), a_.vocab, c, down, up);
   }
 
   // Moves a tile's logits at the sparse target's tokens to `to` [R, k], if given, and leaves -inf.
@@ -108,7 +107,7 @@ class Step final : public CpuStep {
              const std::vector<Online<T>>& online, const std::vector<Online<T>>& target_online, const Tensor& found,
              const Tensor& out) const;
   // chunk_gradient.h
-  void give(const Tile<T>& tile, const T* from, bool narrow, double* bias) const;
+  void give(const Tile<T>& tile, const T* from, const Dlogits& out, double* bias) const;
 };
 
 }  // namespace dft

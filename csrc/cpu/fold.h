@@ -18,7 +18,7 @@ struct Constants {
   Numbers<T> factor, entropy, pull, label, mean, soft, slope, active, features;
   Numbers<Integer<T>> target;
   Numbers<int64_t> group;
-  const T *table = nullptr, *entry = nullptr, *teacher = nullptr;
+  const T *table = nullptr, *entry = nullptr;
   int64_t groups = 1;
 
   Gradient<T> kernel(const StepArguments& a) const {
@@ -33,7 +33,6 @@ struct Constants {
       g.entry = entry, g.features = features.data();
     }
     g.soft_lse = soft_lse.data(), g.target_lse = target_lse.data(), g.soft = data(soft), g.slope = data(slope);
-    g.teacher = teacher;
     g.inverse = T(1.0 / a.temperature), g.target_inverse = T(1.0 / a.teacher_temperature), g.parameter = T(a.parameter);
     g.active = active.data(), g.scale = T(a.model.scale), g.cap = T(a.model.cap);
     return g;
@@ -96,7 +95,7 @@ Constants<T> fold(const StepArguments& a, const Tables& tables, const ChunkArgum
       out.group = groups_of(chunk, c, tables.groups);
     }
     if (feature_cotangents) {
-      Tensor cotangent = feature_cotangents->to(a.logits.scalar_type()).contiguous();
+      Tensor cotangent = feature_cotangents->to(seeds.scalar_type()).contiguous();
       const T *from = cotangent.template const_data_ptr<T>(), *found = features.template const_data_ptr<T>();
       out.features.assign(k * c, T(0));
       out.entry = tables.entries.template const_data_ptr<T>();
@@ -115,7 +114,6 @@ Constants<T> fold(const StepArguments& a, const Tables& tables, const ChunkArgum
     out.slope = known(kSlope);
     out.soft = seed(kDivergence);
     for (auto& x : out.soft) x /= T(a.temperature);
-    out.teacher = a.target ? a.target->template const_data_ptr<T>() : nullptr;
   }
   return out;
 }

@@ -36,6 +36,15 @@ DFT_INLINE typename Lanes<T>::N log_of(typename Lanes<T>::N z, T inverse, const 
   return (z * inverse - M::load(at.lse + first)) - M::load(at.low + first);
 }
 
+// cap tanh(scale (z + bias) / cap) in row i of a tile, see Finish in rows.h
+template <class T>
+DFT_INLINE typename Lanes<T>::N finished(typename Lanes<T>::N z, const Finish<T>& finish, int64_t i) {
+  if (finish.bias) z = z + finish.bias[i];
+  z = z * finish.scale;
+  if (finish.cap != T(0)) z = finish.cap * Lanes<T>::tanh(z / finish.cap);
+  return z;
+}
+
 // G[group of the token, i] for the tokens from `first` on; table [m, groups]
 template <class T>
 DFT_INLINE typename Lanes<T>::N potential(const T* table, const int64_t* group, int64_t groups, int64_t i,

@@ -2,6 +2,8 @@
 // set. Compiled once for each, as part of rows.cpp.
 #pragma once
 
+#include "lanes.h"
+#include "rows.h"
 #include "simd.h"
 
 namespace {
@@ -62,5 +64,35 @@ DFT_INLINE void store_bf16(uint16_t* out, Lanes<float>::N x) {
   std::memcpy(out, &half, sizeof half);
 }
 DFT_INLINE void store_bf16(uint16_t*, Lanes<double>::N) {}  // never called: the gradient of fp64 logits is not rounded
+
+// See Kernels in rows.h
+template <class T>
+void round(const T* in, const T* bias, int64_t m, int64_t n, void* out, Element element) {
+  for (int64_t i = 0; i < m; i++) {
+    const T* row = in + i * n;
+    uint16_t* to = static_cast<uint16_t*>(out) + i * n;
+    const T by = bias ? bias[i] : T(0);
+    if (element == Element::bf16)
+      for (int64_t l = 0; l < n; l++) to[l] = to_bf16(float(row[l] + by));
+    else
+      for (int64_t l = 0; l < n; l++) to[l] = to_f16(float(row[l] + by));
+  }
+}
+
+template <class T>
+void widen(const Held<T>& held, int64_t v, int64_t m, int64_t first, int64_t n, T* out) {
+  using M = Lanes<T>;
+  const bool finishes = held.finish.scale != T(1) || held.finish.cap != T(0);
+  for (int64_t i = 0; i < m; i++) {
+    const uint16_t* row = static_cast<const uint16_t*>(held.z) + (v + i) * held.c + first;
+    T* to = out + i * n;
+    if (held.element == Element::bf16)
+      for (int64_t l = 0; l < n; l++) to[l] = T(from_bf16(row[l]));
+    else
+      for (int64_t l = 0; l < n; l++) to[l] = T(from_f16(row[l]));
+    if (finishes)
+      for (int64_t l = 0; l < n; l += M::size) M::store(to + l, finished(M::load(to + l), held.finish, i));
+  }
+}
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "memory.h"
 #include "rows.h"
 #include "step.h"
 #include "common/tensors.h"
@@ -195,14 +196,15 @@ class FactorGradient {
     }
   }
 
-  // dright of vocabulary rows [v, v + m), from bf16 dlogits [m, c] that occupy the first half of each row of logits
-  void tile(int64_t thread, int64_t v, int64_t m, const T* logits) {
+  // dright of vocabulary rows [v, v + m), from bf16 dlogits [m, c]
+  void tile(int64_t thread, int64_t v, int64_t m, const Dlogits& dlogits) {
     if constexpr (sizeof(T) == 4) {
       if (!factor_.tiles || !dright_) return;
       float* to = rounds_ ? rounding_[thread].data() : dright_->template data_ptr<float>() + v * k_;
-      tile_product(m, k_, c_, reinterpret_cast<const at::BFloat16*>(logits), 2 * c_, packed_.data(), to,
+      tile_product(m, k_, c_, static_cast<const at::BFloat16*>(dlogits.to), dlogits.stride, packed_.data(), to,
                    !rounds_ && !first_, kHidden);
-      if (rounds_) kernels<T>().round(to, dright_->template data_ptr<at::BFloat16>() + v * k_, Element::bf16, m * k_);
+      if (rounds_)
+        kernels<T>().round(to, nullptr, m, k_, dright_->template data_ptr<at::BFloat16>() + v * k_, Element::bf16);
     }
   }
   // both, from dlogits [n, R] of vocabulary rows [v, v + n), where ATen multiplies
@@ -217,14 +219,14 @@ class FactorGradient {
     if (dleft_) at::addmm_out(wide_, wide_, dlogits.t(), factor_.block(v, n), v == 0 ? 0.0 : 1.0);
   }
   // dleft, from the dlogits [R, V] of all tiles
-  void finish(T* logits, int64_t vocab) {
+  void finish(const Dlogits& all, int64_t vocab) {
     if (!dleft_) return;
     Tensor out = *dleft_;
     if (!factor_.tiles) {
       if (!wide_.is_same(out)) out.copy_(wide_);
       return;
     }
-    Tensor dlogits = at::from_blob(logits, {out.size(0), vocab}, {1, 2 * c_}, out.options());
+    Tensor dlogits = at::from_blob(all.to, {out.size(0), vocab}, {1, all.stride}, out.options());
     at::mm_out(out, dlogits, factor_.right.narrow(1, 0, k_));
   }
 
@@ -238,20 +240,63 @@ class FactorGradient {
   Tensor wide_;                           // dleft in T
 };
 
-// A chunk's logits of one model: the products that make them and the workspace [V, c] that holds them
+// A chunk's logits [V, c] of one model between sweeps. Those of T are swept where they are held. Narrow ones take half
+// the memory; a thread sweeps a copy of a tile, finished, in T, which stays in its cache.
+template <class T>
+class Logits {
+ public:
+  Logits() = default;
+  Logits(const Tensor& workspace, int64_t vocab, int64_t c, const HeadArguments& head)
+      : held_{nullptr, c, element_of(workspace.scalar_type()), {nullptr, T(head.scale), T(head.cap)}} {
+    TORCH_CHECK(workspace.numel() >= vocab * c, "dft_kernels: workspace too small");
+    held_.z = narrow() ? workspace.data_ptr() : workspace.data_ptr<T>();
+    if (narrow()) copies_ = pooled({at::get_num_threads(), kTile * c}, c10::CppTypeToScalarType<T>::value);
+  }
+
+  bool narrow() const { return held_.narrow(); }
+  const Held<T>& held() const { return held_; }
+  // [m, c] of T: where the tile of vocabulary rows from v on is computed and swept
+  T* tile(int64_t thread, int64_t v) const {
+    return narrow() ? copies_.data_ptr<T>() + thread * kTile * held_.c : static_cast<T*>(held_.z) + v * held_.c;
+  }
+  // The same with its finished logits
+  T* read(int64_t thread, int64_t v, int64_t m) const {
+    T* out = tile(thread, v);
+    if (narrow()) kernels<T>().widen(held_, v, m, 0, held_.c, out);
+    return out;
+  }
+  // Narrow logits are held: raw ones [m, c] and their bias [m], rounded.
+  void hold(const T* raw, const T* bias, int64_t v, int64_t m) const {
+    kernels<T>().round(raw, bias, m, held_.c, row(v), held_.element);
+  }
+  uint16_t* row(int64_t v) const { return static_cast<uint16_t*>(held_.z) + v * held_.c; }  // of narrow logits
+  // One finished logit
+  T at(int64_t v, int64_t token) const {
+    if (!narrow()) return static_cast<const T*>(held_.z)[v * held_.c + token];
+    T lanes[kLanes];
+    kernels<T>().widen(held_, v, 1, token / kLanes * kLanes, kLanes, lanes);
+    return lanes[token % kLanes];
+  }
+
+ private:
+  Held<T> held_{};
+  Tensor copies_;  // [threads, kTile c]
+};
+
+// A chunk's logits of one model, and the products that make them
 template <class T>
 struct Source {
   const HeadArguments& head;
   Tensor hidden;  // [R, H], or [R, V] where the head has no weight
-  T* logits;
+  Logits<T> logits;
   int64_t vocab, c;
   std::vector<Factor<T>> factors;  // hidden and weight, then down and up of a low-rank adapter; none: given logits
   Numbers<T> bias;
-  optional<at::ScalarType> rounding;  // to which raw logits, with their bias, are rounded
+  Tensor apart;  // [kBlock, c]: a block that ATen multiplies, and then its gradient, where logits are narrow
 
-  Source(const HeadArguments& head, Tensor x, T* logits, int64_t vocab, int64_t c, optional<at::ScalarType> to = {},
+  Source(const HeadArguments& head, Tensor x, Logits<T> held, int64_t vocab, int64_t c,
          const optional<Tensor>& down = {}, const optional<Tensor>& up = {})
-      : head(head), hidden(std::move(x)), logits(logits), vocab(vocab), c(c), rounding(to) {
+      : head(head), hidden(std::move(x)), logits(std::move(held)), vocab(vocab), c(c) {
     if (hidden.stride(1) != 1) hidden = hidden.contiguous();
     if (head.weight) {
       const bool tiles = hidden.scalar_type() == at::kBFloat16 && hidden.size(1) % 2 == 0 && hidden.size(1) > 0 &&
@@ -260,30 +305,45 @@ struct Source {
       if (down) factors.emplace_back(*down, *up, c, tiles);
     }
     if (head.bias) bias = padded<T>(*head.bias, vocab);
+    if (blocks() && logits.narrow())
+      apart = pooled({std::min(kBlock, vocab), c}, c10::CppTypeToScalarType<T>::value);
   }
 
   bool tiles() const { return !factors.empty() && factors[0].tiles; }
   bool blocks() const { return !factors.empty() && !factors[0].tiles; }
+  // What sweep 1 is left to do
   Finish<T> finish(int64_t v) const {
-    return {bias.empty() || rounding ? nullptr : bias.data() + v, T(head.scale), T(head.cap)};
+    if (logits.narrow()) return {nullptr, T(1), T(0)};
+    return {bias.empty() ? nullptr : bias.data() + v, T(head.scale), T(head.cap)};
   }
-  // [n, R]: the logits of vocabulary rows [v, v + n)
+  // Where ATen's product of a block has the vocabulary row v
+  T* in_block(int64_t v) const {
+    return apart.defined() ? apart.data_ptr<T>() + v % kBlock * c : logits.tile(0, v);
+  }
+  // [n, R]: the logits of vocabulary rows [v, v + n), or their gradient
   Tensor view(int64_t v, int64_t n) const {
-    return at::from_blob(logits + v * c, {n, hidden.size(0)}, {c, 1}, factors[0].wide.options());
+    return at::from_blob(in_block(v), {n, hidden.size(0)}, {c, 1}, factors[0].wide.options());
   }
   void multiply_block(int64_t v, int64_t n) const {
     for (size_t i = 0; i < factors.size(); i++) factors[i].multiply_block(view(v, n), v, n, i > 0);
   }
-  // Writes the raw logits of a tile, unless multiply_block has done so.
-  void fill_tile(int64_t v, int64_t m) const {
+  // A tile of raw logits, or finished ones if they are narrow; after multiply_block, where ATen multiplies
+  T* fill_tile(int64_t thread, int64_t v, int64_t m) const {
+    T* tile = logits.tile(thread, v);
     if constexpr (sizeof(T) == 4)
       if (tiles())
-        for (size_t i = 0; i < factors.size(); i++) factors[i].multiply_tile(logits + v * c, v, m, c, i > 0);
+        for (size_t i = 0; i < factors.size(); i++) factors[i].multiply_tile(tile, v, m, c, i > 0);
     if (!head.weight)
-      kernels<T>().load(logits + v * c, m, c, hidden.const_data_ptr(), element_of(hidden.scalar_type()), hidden.size(0),
+      kernels<T>().load(tile, m, c, hidden.const_data_ptr(), element_of(hidden.scalar_type()), hidden.size(0),
                         hidden.stride(0), v);
-    else if (rounding)
-      kernels<T>().narrow(logits + v * c, bias.empty() ? nullptr : bias.data() + v, m, c, element_of(*rounding));
+    if (!logits.narrow()) return tile;
+    logits.hold(blocks() ? in_block(v) : tile, bias.empty() ? nullptr : bias.data() + v, v, m);
+    return logits.read(thread, v, m);
+  }
+  // Where the gradient of a tile goes: over its logits; in bf16 where that is multiplied; into ATen's block
+  Dlogits dlogits(T* tile, int64_t v) const {
+    if (!tiles()) return {blocks() ? in_block(v) : tile, c, false};
+    return logits.narrow() ? Dlogits{logits.row(v), c, true} : Dlogits{tile, 2 * c, true};
   }
 };
 

@@ -35,7 +35,7 @@ Kernels<T> table(DivergenceList<D...>) {
       load<T>,
       save<T>,
       round<T>,
-      narrow<T>,
+      widen<T>,
       evaluate<T>,
   };
 }

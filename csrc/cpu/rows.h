@@ -35,11 +35,30 @@ struct Tile {
   int64_t m, c, v;
 };
 
+// Where the gradient of a tile goes: rows `stride` numbers apart, of bf16 where `narrow`, else of T. A row may be its
+// row of logits, or the first half of that.
+struct Dlogits {
+  void* to;
+  int64_t stride;
+  bool narrow;
+};
+
 // z = cap tanh(scale (raw + bias) / cap); cap 0: z = scale (raw + bias)
 template <class T>
 struct Finish {
   const T* bias;  // [m]
   T scale, cap;
+};
+
+// Logits [V, c] as they are held between sweeps: of T, finished; or narrow, of bf16 or fp16, as they were rounded, so
+// that each reader finishes them
+template <class T>
+struct Held {
+  void* z;
+  int64_t c;
+  Element element;
+  Finish<T> finish;  // of narrow ones, whose bias is in them
+  bool narrow() const { return element == Element::bf16 || element == Element::f16; }
 };
 
 // Sweep 1, over every tile once: finishes z in place and accumulates for each token the maximum, its vocabulary entry,
@@ -85,8 +104,7 @@ struct Moments {
 // <q, phi_k> of kLanes tokens, with the log-sum-exp known: reads only the vocabulary entries that have features.
 template <class T>
 struct Features {
-  const T* z;  // [V, c], finished
-  int64_t c;
+  Held<T> held;  // [V, c]
   LogSumExp<T> lse;
   const int64_t* filled;  // [count]: the vocabulary entries that have features
   int64_t count;
@@ -118,7 +136,7 @@ struct Gradient {
   T inverse, target_inverse, parameter;
   const T* active;  // [c]: 1 or 0
   T scale, cap;
-  bool narrow;      // write bf16 over the first half of each row's own logits, else T over all of them
+  Dlogits out;
   double* bias;     // [m]: += sum over tokens
   double* columns;  // as in Moments, over all tokens, active or not
   int64_t columns_stride;
@@ -140,10 +158,10 @@ struct Kernels {
   void (*load)(T* out, int64_t m, int64_t c, const void* in, Element element, int64_t rows, int64_t stride, int64_t v);
   // the way back: out [rows, V] at columns v..v+m = in [m, c]
   void (*save)(const T* in, int64_t m, int64_t c, void* out, Element element, int64_t rows, int64_t stride, int64_t v);
-  // out [n] = in [n], rounded to nearest even
-  void (*round)(const T* in, void* out, Element element, int64_t n);
-  // z [m, c] = z + bias [m], rounded to a 16-bit element and kept as T
-  void (*narrow)(T* z, const T* bias, int64_t m, int64_t c, Element element);
+  // out [m, n] = in [m, n] + bias [m], rounded to nearest even to a 16-bit element
+  void (*round)(const T* in, const T* bias, int64_t m, int64_t n, void* out, Element element);
+  // out [m, n] = narrow logits of the vocabulary entries v..v+m and the tokens first..first+n, finished
+  void (*widen)(const Held<T>&, int64_t v, int64_t m, int64_t first, int64_t n, T* out);
   // y = exp, expm1, log1p, tanh, exp_any (simd.h) of x [n], for the tests of accuracy; n a multiple of kLanes
   void (*evaluate)(int function, const T* x, T* y, int64_t n);
 };

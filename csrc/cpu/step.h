@@ -28,9 +28,10 @@ struct StepArguments {
   std::optional<at::Tensor> potential;                                       // [G, V]
   std::optional<at::Tensor> feature_rows, feature_columns, feature_entries;  // CSR of features [V, K]
   int64_t features = 0;                                                      // K
-  at::Tensor logits;                 // workspace of V x (R rounded up to 32) numbers, fp32 or fp64
-  std::optional<at::Tensor> target;  // the same for the target's logits
-  std::optional<at::ScalarType> rounding;  // of the logits that products leave: to bf16 or fp16; none: as they are
+  // Workspaces of V x (R rounded up to 32) numbers, for the model's logits and the target's: fp32 or fp64, or bf16 or
+  // fp16, to which raw logits and their bias are then rounded
+  at::Tensor logits;
+  std::optional<at::Tensor> target;
 };
 
 struct ChunkArguments {

@@ -1,5 +1,5 @@
-// Sweep 3 over a tile of logits [m, c]: their gradient, written over them. Compiled once for each instruction set, as
-// part of rows.cpp.
+// Sweep 3 over a tile of logits [m, c]: their gradient, which may be written over them. Compiled once for each
+// instruction set, as part of rows.cpp.
 #pragma once
 
 #include <limits>
@@ -23,7 +23,9 @@ void gradient(const Tile<T>& tile, const Gradient<T>& at) {
   for (int64_t start = 0; start < tile.c; start += kSpan) {
     const int64_t n = tile.c - start < kSpan ? tile.c - start : kSpan;
     for (int64_t i = 0; i < tile.m; i++) {
-      T* row = tile.z + i * tile.c;
+      const T* row = tile.z + i * tile.c;
+      uint16_t* half = static_cast<uint16_t*>(at.out.to) + i * at.out.stride;
+      T* whole = static_cast<T*>(at.out.to) + i * at.out.stride;
       if (D<M>::flat && i % kRun == 0)
         for (int64_t l = 0; l < n; l++) value[l] = T(0);
       N total = M::set(T(0)), shares = total;
@@ -69,10 +71,10 @@ void gradient(const Tile<T>& tile, const Gradient<T>& at) {
         dz = M::load(at.active + first) != T(0) ? dz : M::set(T(0));
         if constexpr (D<M>::sparse) dz = z > -std::numeric_limits<T>::infinity() ? dz : M::set(T(0));
         total = total + dz;
-        if (at.narrow)
-          store_bf16(reinterpret_cast<uint16_t*>(row) + first, dz);
+        if (at.out.narrow)
+          store_bf16(half + first, dz);
         else
-          M::store(row + first, dz);
+          M::store(whole + first, dz);
       }
       if (at.bias) at.bias[i] += double(M::sum(total));
       if (at.columns && !at.group) at.columns[i] += double(M::sum(shares));

@@ -4,6 +4,7 @@
 
 #include "common/divergence.h"
 #include "lanes.h"
+#include "narrow.h"
 
 namespace {
 
@@ -79,11 +80,17 @@ void moments(const Tile<T>& tile, const Moments<T>& at) {
 template <class T>
 void features(const Features<T>& at, int64_t first, int64_t rows) {
   using M = Lanes<T>;
+  alignas(64) T wide[kLanes];
   for (int64_t i = 0; i < at.k * kLanes; i++) at.sum[i] = 0.0;
   for (int64_t n = 0; n < at.count; n++) {
     const int64_t v = at.filled[n];
+    const T* z = wide;
+    if (at.held.narrow())
+      widen(at.held, v, 1, first, kLanes, wide);
+    else
+      z = static_cast<const T*>(at.held.z) + v * at.held.c + first;
     for (int64_t l = 0; l < kLanes; l += M::size) {
-      typename M::N q = M::exp(log_of(M::load(at.z + v * at.c + first + l), T(1), at.lse, first + l));
+      typename M::N q = M::exp(log_of(M::load(z + l), T(1), at.lse, first + l));
       for (int64_t e = at.row_start[v]; e < at.row_start[v + 1]; e++)
         add<T>(at.sum + at.column[e] * kLanes + l, q * at.entry[e]);
     }

@@ -31,9 +31,7 @@ void sums(const Tile<T>& tile, const Finish<T>& finish, const Sums<T>& to) {
       for (int g = 0; g < kGroup; g++) {
         N z = M::load(row + g * M::size);
         if (finishes) {
-          if (finish.bias) z = z + finish.bias[i];
-          z = z * finish.scale;
-          if (finish.cap != T(0)) z = finish.cap * M::tanh(z / finish.cap);
+          z = finished(z, finish, i);
           M::store(row + g * M::size, z);
         }
         if (to.arg) arg[g] = z > top[g] ? M::set_int(typename M::Int(tile.v + i)) : arg[g];

@@ -69,27 +69,4 @@ void save(const T* in, int64_t m, int64_t c, void* out, Element element, int64_t
   }
 }
 
-// z [m, c] + bias [m], rounded to a narrow dtype and back
-template <class T>
-void narrow(T* z, const T* bias, int64_t m, int64_t c, Element element) {
-  for (int64_t i = 0; i < m; i++) {
-    T* row = z + i * c;
-    const T by = bias ? bias[i] : T(0);
-    if (element == Element::bf16)
-      for (int64_t l = 0; l < c; l++) row[l] = T(from_bf16(to_bf16(float(row[l] + by))));
-    else
-      for (int64_t l = 0; l < c; l++) row[l] = T(from_f16(to_f16(float(row[l] + by))));
-  }
-}
-
-template <class T>
-void round(const T* in, void* out, Element element, int64_t n) {
-  if (element == Element::bf16)
-    for (int64_t i = 0; i < n; i++) static_cast<uint16_t*>(out)[i] = to_bf16(float(in[i]));
-  else if (element == Element::f16)
-    for (int64_t i = 0; i < n; i++) static_cast<uint16_t*>(out)[i] = to_f16(float(in[i]));
-  else
-    std::memcpy(out, in, n * sizeof(T));
-}
-
 }  // namespace

@@ -57,7 +57,7 @@ class Terms(NamedTuple):
     teacher_temperature: float = 1.0
     logits_dtype: torch.dtype = torch.float32  # that a chunk's logits are held in: the accumulation or the input dtype
     up: Tensor | None = None  # [V, r]: raw logits are hidden weight.T + down up.T + bias
-    dense: bool = False  # whether chunks come with a dense target
+    target_dtype: torch.dtype | None = None  # of the logits of chunks' dense targets, None: there are none
     columns: bool = False  # whether sums of q over rows are asked for
     potential: Tensor | None = None  # [G, V]
     features: Tensor | None = None  # [V, K], dense or sparse COO

@@ -122,7 +122,8 @@ def all_labels(target: Tensor | None, vocab: int, ignored: int) -> bool:
 def release_scratch() -> int:
     """Give the scratch that the CPU kernels keep between calls back to the system; returns its bytes.
 
-    Kept are the logits of a chunk (4 bytes each, 8 with a teacher), dweight's fp32 accumulator [V, H] once its graph
-    is gone, and the gradients that backward returned once nobody refers to them; what a tensor holds is left alone.
+    Kept are the logits of a chunk (4 bytes each, 8 with a teacher; half that if `logits_dtype` asks for it), dweight's
+    fp32 accumulator [V, H] once its graph is gone, and the gradients that backward returned once nobody refers to them;
+    what a tensor holds is left alone.
     """
     return 0 if MODULE is None else MODULE.release_pool()

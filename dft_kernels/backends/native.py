@@ -1,7 +1,10 @@
 """The native CPU backend: the chunk step in C++ (csrc/cpu/step.cpp), products and row work tile by tile.
 
-Scratch: 4 bytes a logit of a chunk (8 for fp64), twice that with a teacher, whatever the logits' dtype, to which they
-are rounded in place; the gradient is written over the logits. It is kept between calls, until `release_scratch`.
+Scratch: 4 bytes a logit of a chunk (8 for fp64), twice that with a teacher. With `logits_dtype` of 16 bits: 2 a logit,
+and 2 more for a teacher's head or logits given in 16 bits, else 4; beside these, for the model and for the teacher, a
+tile in fp32 (64 rows of the vocabulary) a thread and, where ATen multiplies (fp16; bf16 without AVX512-BF16), a block
+in fp32 (2048 rows). The gradient is written over the logits or that block. Scratch is kept between calls, until
+`release_scratch`.
 """
 
 from __future__ import annotations
@@ -55,16 +58,20 @@ class NativeBackend(Backend[NativeWorkspace]):
         return extension.REASON
 
     def chunk_bytes(self, logits: torch.dtype, projected: bool, target: int) -> int:
-        """The model's logits, and the teacher's if there is one, in the accumulation dtype."""
-        return accumulate_dtype(logits).itemsize * (2 if target else 1)
+        """The model's logits, and the teacher's if there is one."""
+        wide = accumulate_dtype(logits).itemsize
+        theirs = min(target, wide) if logits.itemsize < wide else wide
+        return logits.itemsize + (theirs if target else 0)
 
     def workspace(
         self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool, kept: int = 0
     ) -> NativeWorkspace:
         """Borrow scratch for `rows` rows and set up the step."""
-        native, wide = extension.MODULE, accumulate_dtype(like.dtype)
-        numbers = vocab * (-(-rows // _LANES) * _LANES)
-        buffers = [extension.scratch([numbers], wide, like.device) for _ in range(2 if terms.dense else 1)]
+        native, numbers = extension.MODULE, vocab * (-(-rows // _LANES) * _LANES)
+        logits = extension.scratch([numbers], terms.logits_dtype, like.device)
+        target = None
+        if (held := _held(terms)) is not None:
+            target = extension.scratch([numbers], held, like.device)
         index: tuple[Tensor | None, ...] = (None, None, None)
         if terms.features is not None:
             index = _compressed(terms.features)
@@ -82,9 +89,8 @@ class NativeBackend(Backend[NativeWorkspace]):
             terms.potential,
             *index,  # rows, columns and entries of the features
             0 if terms.features is None else terms.features.shape[1],
-            buffers[0],
-            buffers[1] if terms.dense else None,
-            None if terms.logits_dtype == wide else terms.logits_dtype,  # rounding
+            logits,
+            target,
         )
         return NativeWorkspace(rows, terms, step)
 
@@ -154,6 +160,14 @@ def _gradient(
         backward.first,
         columns,
     )
+
+
+def _held(terms: Terms) -> torch.dtype | None:
+    """The dtype that the target's logits are held in: 16 bits where the model's are, and nothing is lost."""
+    given, wide = terms.target_dtype, accumulate_dtype(terms.logits_dtype)
+    if given is None:
+        return None
+    return given if terms.logits_dtype != wide and given.itemsize < wide.itemsize else wide
 
 
 def _head(head: Head) -> Any:

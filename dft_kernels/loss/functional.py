@@ -103,8 +103,7 @@ def linear_distribution_loss(
             memory and less time on a GPU, as eager PyTorch, torch.compile and most libraries hold them. It costs
             accuracy: on SmolLM2's hidden states in bf16 the gradient of cross-entropy is off by 1.1 % (0.16 % in
             fp32), that of forward_kl by 3 % at a KL of 0.4, 16-20 % at 0.01 and 47 % at 0.001 (0.2 % in fp32),
-            because q - p is then the difference of two rounded numbers. It is never chosen by itself. The native
-            CPU backend rounds logits so, but holds them in fp32.
+            because q - p is then the difference of two rounded numbers. It is never chosen by itself.
         compact: leave ignored rows out of every product, at the price of one host synchronisation on a
             device. False: none; labels on a device are then not checked, a wrong one gives NaN.
         backend: "auto" or the name of one that is available.

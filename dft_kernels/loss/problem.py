@@ -102,14 +102,22 @@ class Problem(NamedTuple):
         return TopK(self.top_indices, self.top_log_probs, self.top_tail, self.top_temperature, self.top_mode)
 
     @property
+    def target_dtype(self) -> torch.dtype | None:
+        """The dtype of a chunk's dense target: of logits, that they are given in; of a head, that of the model's; of a
+        source, the accumulation dtype. None without one."""
+        if self.source:
+            return self.dtype
+        if self.teacher_hidden is None:
+            return None
+        return self.teacher_hidden.dtype if self.teacher_weight is None else self.logits_dtype
+
+    @property
     def target_bytes(self) -> int:
         """Bytes of a logit of a chunk's target: of given logits, their copy where rows are left out; of a head or a
-        source, what it computes in the accumulation dtype. 0 without a dense one."""
-        if self.source:
-            return self.dtype.itemsize * source_of(self.source).buffers
-        if self.teacher_hidden is None:
+        source, what it computes. 0 without a dense one."""
+        if self.target_dtype is None:
             return 0
-        return (self.teacher_hidden.dtype if self.teacher_weight is None else self.logits_dtype).itemsize
+        return self.target_dtype.itemsize * (source_of(self.source).buffers if self.source else 1)
 
     def with_needs(self) -> Problem:
         """With the gradients to compute beside those known, where a transform has changed what they are of."""
@@ -180,7 +188,7 @@ class Problem(NamedTuple):
             divergence=Divergence(self.divergence, self.parameter),
             temperature=self.temperature,
             teacher_temperature=self.teacher_temperature,
-            dense=self.has_teacher and self.top_indices is None,
+            target_dtype=self.target_dtype,
             columns=self.columns,
             potential=self.potential,
             features=None if features is None else features.to(self.dtype),

@@ -131,6 +131,107 @@ def test_memory_budget_is_kept(megabytes):
     dk.release_scratch()
 
 
+@pytest.mark.parametrize("teacher", ["none", "head", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_logits_take_half_the_scratch(dtype, teacher):
+    """But for a teacher's logits in fp32, which are kept as they are."""
+    rows, vocab = 256, 40000
+    hidden, weight = torch.randn(rows, 8).to(dtype), torch.randn(vocab, 8).to(dtype)
+    target, given, theirs = torch.randint(0, vocab, (rows,)), None, 0
+    if teacher == "head":
+        given, theirs = dk.TeacherHead(hidden, weight), 2
+    elif teacher != "none":
+        given = torch.randn(rows, vocab).to(getattr(torch, teacher))
+        theirs = given.dtype.itemsize
+    for logits_dtype, each in ((None, 4 + 4 * (given is not None)), (dtype, 2 + theirs)):
+        dk.release_scratch()
+        start = NATIVE.pool_bytes()
+        dk.linear_distribution_loss(hidden, weight, target, given, backend="native", logits_dtype=logits_dtype)
+        kept = NATIVE.pool_bytes() - start
+        page = 2 << 20  # whole ones: the logits; where narrow, a tile of 64 x 256 a thread, and a block of 2048 x 256
+        more = 1 if logits_dtype is None else 2 + -(-4 * 64 * 256 * torch.get_num_threads() // page)
+        assert each * rows * vocab <= kept <= each * rows * vocab + 2 * more * page
+    dk.release_scratch()
+
+
+NARROW = {
+    "cross_entropy": {"target": True, "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 9.0, "logit_scale": 0.7},
+    "forward_kl": {"teacher": "head", "target": True, "hard_weight": 0.3},
+    "jensen_shannon": {"teacher": "capped", "divergence": "jensen_shannon", "softcap": 7.0, "temperature": 1.5},
+    "reverse_kl": {"teacher": "logits", "divergence": "reverse_kl", "target": True},
+    "top_k": {"teacher": "top_k", "target": True, "softcap": 6.0},
+    "features": {"features": True, "softcap": 5.0},
+    "columns": {"target": True, "columns": True},
+    "low_rank": {"teacher": "head", "low_rank": True},
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", NARROW)
+def test_narrow_logits_are_what_they_round_to(case, dtype, threads):
+    """Held in 16 bits they give the bits that the same numbers give as logits, which are held in fp32: operands are
+    multiples of 1 / 32, whose sums of products are exact, so that a logit is rounded once. Gradients: to rounding."""
+    g, n, h, v, r = torch.Generator().manual_seed(6), 41, 24, 2100, 3  # a block that ATen multiplies, and a part of one
+
+    def random(*shape: int) -> torch.Tensor:
+        return (32 * torch.randn(*shape, generator=g)).round().clamp(-96, 96) / 32
+
+    hidden, weight, bias, down, up = random(n, h), random(v, h), random(v), random(n, r), random(v, r)
+    theirs, their_weight = random(n, 10), random(v, 10)
+    options = dict(NARROW[case])
+    if options.pop("target", False):
+        options["target"] = torch.randint(0, v, (n,), generator=g)
+    if options.pop("features", False):
+        options |= {"features": random(v, 3) * (torch.arange(v) % 7 == 0)[:, None], "feature_weight": random(n, 3)}
+    if options.pop("columns", False):
+        group = torch.randint(0, 2, (n,), generator=g)
+        options |= {"potential": random(2, v), "group": group, "num_groups": 2, "entropy_weight": random(n)}
+        options["return_metrics"] = True
+    adapted, kind = options.pop("low_rank", False), options.pop("teacher", None)
+    logits = (hidden @ weight.T + (down @ up.T if adapted else 0) + bias).to(dtype)
+    teacher_logits = (theirs @ their_weight.T).to(dtype)
+    given = made = None
+    if kind == "top_k":
+        found = teacher_logits.float().log_softmax(-1).topk(5)
+        given = made = dk.TopK(found.indices, found.values)
+    elif kind == "logits":
+        given = made = teacher_logits
+    elif kind is not None:
+        form = {"softcap": 5.0, "logit_scale": 0.6} if kind == "capped" else {}
+        made = dk.TeacherHead(theirs.to(dtype), their_weight.to(dtype), **form)
+        given = teacher_logits.float()
+        if form:
+            given = torch.tanh(given * 0.6 / 5.0) * 5.0
+
+    def results(found: object) -> list[torch.Tensor]:
+        loss, metrics = found if isinstance(found, tuple) else (found, None)
+        more = [] if metrics is None else [x for x in vars(metrics).values() if isinstance(x, torch.Tensor)]
+        return [loss, *more]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        options |= {"reduction": "none", "backend": "native"}
+        wide = logits.float().requires_grad_()
+        want = results(dk.distribution_loss(wide, teacher=given, **options))
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight, bias)]
+        pair = {"low_rank": (down.to(dtype), up.to(dtype))} if adapted else {}
+        options |= {"bias": leaves[2], "logits_dtype": dtype, **pair}
+        got = results(dk.linear_distribution_loss(*leaves[:2], teacher=made, **options))
+        (slope,) = torch.autograd.grad(want[0].sum(), wide)
+        gradients = torch.autograd.grad(got[0].sum(), leaves)
+    finally:
+        torch.set_num_threads(before)
+    for ours, theirs in zip(got, want, strict=True):
+        if kind == "capped":  # whose tanh is not ATen's
+            assert relative_error(ours, theirs) < 1e-5
+        else:
+            assert torch.equal(ours, theirs)
+    for ours, exact in zip(gradients, (slope @ weight, slope.T @ hidden, slope.sum(0)), strict=True):
+        assert relative_error(ours, exact) < 2 * torch.finfo(dtype).eps
+
+
 def test_gradients_outlive_the_release_of_scratch():
     weight = torch.randn(40000, 16).bfloat16().requires_grad_()
     hidden, target = torch.randn(64, 16).bfloat16(), torch.randint(0, 40000, (64,))
@@ -203,7 +304,7 @@ def run_under(setting: str, threads: int, selection: str, *files: str) -> None:
 @pytest.mark.parametrize("setting", [name for name, less in SETTINGS.items() if less])
 def test_other_processors(setting: str) -> None:
     """The case table through the CPU kernels on every instruction set that a processor may lack."""
-    selection = "test_case and native and (float32 or bfloat16) or functions"
+    selection = "test_case and native and (float32 or bfloat16) or functions or narrow_logits"
     run_under(setting, 2, selection, "test_contract.py", "test_native.py")
 
 

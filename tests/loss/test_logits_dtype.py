@@ -117,7 +117,8 @@ def test_statistics_and_rows(backend):
     assert relative_error(rows, narrow.divergence) < 1e-5
 
 
-def test_half_the_scratch():
+@pytest.mark.parametrize("backend", PRESENT)
+def test_half_the_scratch(backend):
     from dft_kernels.loss.build import build
     from dft_kernels.loss.functional import LINEAR_DISTRIBUTION_LOSS
     from dft_kernels.loss.planning import row_bytes
@@ -131,7 +132,7 @@ def test_half_the_scratch():
                 *leaves[:2],
                 target,
                 teacher,
-                {"backend": "reference", "logits_dtype": logits_dtype},
+                {"backend": backend, "logits_dtype": logits_dtype},
             )
         )
         for logits_dtype in (None, torch.bfloat16)

@@ -61,6 +61,17 @@ def test_plan(shape, taught, options, expected):
     assert planned(*shape, taught, **options) == expected
 
 
+@pytest.mark.skipif("native" not in PRESENT, reason="the extension was not built")
+@pytest.mark.parametrize("taught", [CE, KL])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_logits_on_a_cpu(dtype, taught):
+    """The same budget holds twice the rows."""
+    shape, budget = (4096, 64, 49152), (8 if taught else 4) * 128 * 49152
+    native = {"dtype": dtype, "memory_budget": budget, "backend": "native"}
+    assert planned(*shape, taught, **native) == Plan(128)
+    assert planned(*shape, taught, **native, logits_dtype=dtype) == Plan(256)
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_the_budget_is_kept(kept):
     """Scratch within the budget; beside it the gradients, and an accumulator of dweight or what is kept instead. In

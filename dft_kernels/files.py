@@ -34,7 +34,14 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which nothing pr
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{name}{number}" for name in ("COM", "LPT") for number in range(10))}
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-_NAMES = {int: "an int", float: "a finite number", str: "text", dict: "an object", list: "a list"}
+_NAMES = {
+    bool: "true or false",
+    int: "an int",
+    float: "a finite number",
+    str: "text",
+    dict: "an object",
+    list: "a list",
+}
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 120
 

@@ -8,12 +8,14 @@ import time
 import torch
 import transformers
 
-from ..materials.sources import MODEL_HELP, check_model, model_of, texts_of
+from ..materials.records import Faults
+from ..materials.sources import MODEL_HELP, check_model, documents_of, model_of, tokenizer_of
 from ..store.manifest import KINDS, SHARD_ROWS
-from ..training.capture import capture, sequences_of
+from ..training.capture import capture
+from ..training.examples import examples_of
 from .arguments import Help, Number, Parser, Whole, device, output_folder
-from .flags import add_cache, add_text
-from .printing import progress
+from .flags import add_cache, add_only, add_text
+from .printing import console, progress
 from .store import describe
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -34,6 +36,8 @@ def parser() -> Parser:
     add("--k", type=Whole(1), default=128, help="tokens a row of topk")
     add("--temperature", type=Number(above=0), default=1.0, help="of topk's distributions")
     add("--length", type=Whole(2), default=1024, help="tokens a sequence at most; longer texts are cut")
+    add_only(made, "is labels, when training from the store")
+    add("--skip-bad", action="store_true", help="leave out records that cannot be read, and count them")
     add("--limit", type=Whole(1), default=None, help="sequences, the first ones, if not all")
     add("--batch-tokens", type=Whole(1), default=4096, help="tokens a batch, padding included")
     add("--shard-rows", type=Whole(1), default=SHARD_ROWS, help="tokens a file: what an interruption costs at most")
@@ -48,11 +52,16 @@ def run(options: argparse.Namespace) -> int:
     """Capture, and print what the store holds."""
     transformers.utils.logging.disable_progress_bar()
     check_model(options.model)
-    texts = texts_of(options.text, options.cache)
-    model, tokenizer = model_of(options.model, options.cache)
-    sequences = sequences_of(texts, tokenizer, options.length)[: options.limit]
-    if not sequences:
+    tokenizer, faults = tokenizer_of(options.model, options.cache), Faults(options.skip_bad)
+    documents = documents_of(options.text, options.cache, faults)
+    examples, tally = examples_of(documents, tokenizer, options.length, faults, options.only)
+    examples = examples[: options.limit]
+    if not examples:
         raise ValueError("capture: text must hold at least two tokens, got none. Name texts.")
+    for line in tally.said(examples, faults):
+        console().print(line, highlight=False, markup=False)
+    model, _ = model_of(options.model, options.cache)
+    sequences = [example.ids for example in examples]
     model = model.to(options.device, _DTYPES[options.dtype])
     total, begun, told = sum(map(len, sequences)), time.perf_counter(), []
     with progress("the teacher's tokens", total) as advance:
@@ -67,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
             sequences,
             options.out,
             options.kind,
+            counts=None if options.only is None else [example.counts for example in examples],
             k=options.k,
             temperature=options.temperature,
             vocab_size=options.vocab_size,

@@ -22,6 +22,18 @@ def add_text(parser: Any, about: str = "", **more: Any) -> None:
     parser.add_argument("--text", nargs="+", type=Checked(check_text), help=f"{about}{TEXT_HELP}", **more)
 
 
+def add_only(parser: Any, about: str) -> None:
+    """--assistant-only or --completion-only; about: what is left of the others."""
+    whose = parser.add_mutually_exclusive_group()
+    for name, of in (
+        ("assistant", "conversations, the assistant's part"),
+        ("completion", "prompts and completions, these"),
+    ):
+        whose.add_argument(
+            f"--{name}-only", dest="only", action="store_const", const=name, help=f"of {of} alone {about}"
+        )
+
+
 def add_seed(parser: Any, about: str) -> None:
     """--seed, of what `about` says."""
     parser.add_argument("--seed", type=SEED, default=0, help=about)

@@ -14,7 +14,7 @@ from ..evaluation.gap import Gap, human_prefixes, native, own_text, verdict, win
 from ..materials.sources import texts_of, trained_model
 from ..targets import target_file
 from .arguments import Checked, Help, Number, OutputFile, Parser, Whole
-from .flags import add_cache, add_sampling, add_seed, add_text, sampled
+from .flags import add_cache, add_only, add_sampling, add_seed, add_text, sampled
 from .printing import console
 
 
@@ -35,6 +35,7 @@ def parser() -> Parser:
         help="a file of dft-kernels target build, or a preset",
     )
     add_text(made, "human writing of the target's kind, not its own text: ", required=True)
+    add_only(made, "is read")
     add("--count", type=Whole(4), default=64, help="passages of it")
     add("--prompt", type=Whole(1), default=32, help="tokens of each that the model is given")
     add("--length", type=Whole(2), default=128, help="tokens that it goes on for")
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     transformers.utils.logging.disable_progress_bar()
     chosen = trained_model(options.model, options.base)
     target = target_file.load(options.target)
-    texts = texts_of(options.text, options.cache)
+    texts = texts_of(options.text, options.cache, options.only)
     out = console()
     model, tokenizer = chosen.load(options.cache)
     target_file.check_tokenizer(options.target, target, tokenizer)

@@ -16,7 +16,7 @@ from ..targets.comparison import between
 from ..targets.punctuation import CLASSES
 from ..targets.target import Target
 from .arguments import Checked, Number, OutputFile, Parser, each_of, output_folder
-from .flags import add_cache, add_seed, add_text
+from .flags import add_cache, add_only, add_seed, add_text
 from .printing import console, progress
 
 _TOKENIZER_HELP = "a folder or name for transformers, or smollm2, which pip brings"
@@ -34,6 +34,7 @@ def parser() -> Parser:
 
     build = command("build", "compute a target from texts, in one pass")
     add_text(build, required=True)
+    add_only(build, "is counted")
     build.add_argument("--tokenizer", help=_TOKENIZER_HELP + "; without it, text statistics alone")
     build.add_argument("--out", required=True, type=OutputFile(), metavar="FILE")
     build.add_argument("--name", help="of the target; by default that of --out")
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 def _build(options: argparse.Namespace) -> None:
     tokenizer = tokenizer_of(options.tokenizer, options.cache) if options.tokenizer else None
     target = _counted(
-        passages_of(options.text, options.cache),
+        passages_of(options.text, options.cache, only=options.only),
         sum(Path(name).stat().st_size for name in options.text if Path(name).is_file()) or None,
         tokenizer,
         name=options.name or options.out.stem,

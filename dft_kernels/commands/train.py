@@ -37,7 +37,10 @@ from .arguments import (
 from .printing import console
 
 GROUPS = {  # of the help
-    "model and data": ("model", "text", "length", "held_out", "dtype", "cache"),
+    "model and data": (
+        "model", "text", "length", "assistant_only", "completion_only", "packing", "limit", "skip_bad", "held_out",
+        "dtype", "cache",
+    ),
     "teacher and loss": (
         "teacher", "principles", "divergence", "soft_weight", "hard_weight", "temperature", "teacher_temperature",
         "temperature_scaling", "matching_every", "matching_from", "matching_ramp", "loss_memory_budget", "loss_backend",
@@ -190,6 +193,8 @@ def run(options: argparse.Namespace) -> int:
     out.quiet = training.world_size > 1 and not training.should_log
     with out.status("model, text, teacher"):
         ready = prepare(job, training)
+    for line in ready.about:
+        out.print(line, soft_wrap=True, highlight=False, markup=False)
     if ready.resume is not None:
         out.print(f"going on from {ready.resume}", soft_wrap=True)
     found = ready.train()

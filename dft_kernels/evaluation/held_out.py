@@ -35,7 +35,7 @@ class HeldOut:
 def held_out(
     model: Any, batches: Iterable[dict[str, Tensor]], teacher: Callable[[dict[str, Tensor]], Any] | None = None
 ) -> HeldOut:
-    """`model` over batches of input_ids, attention_mask and labels [B, T]. teacher: makes one of
+    """`model` over batches of input_ids, labels, attention_mask or a pack's position_ids [B, T]. teacher: makes one of
     `linear_distribution_loss` of a batch. Never holds logits [B, T, V]; the model is left in the mode it was in."""
     head, layer, training = head_of(model, adapted=True), output_layer(model), model.training
     sums: dict[str, float] = {"tokens": 0.0, "hard_loss": 0.0, "entropy": 0.0, "correct": 0.0, "soft_loss": 0.0}
@@ -43,7 +43,8 @@ def held_out(
     try:
         for batch in batches:
             batch = {name: value.to(layer.weight.device) for name, value in batch.items()}
-            hidden = hidden_states(model, batch["input_ids"], batch["attention_mask"])
+            told = {name: batch[name] for name in ("position_ids",) if name in batch}  # of a pack
+            hidden = hidden_states(model, batch["input_ids"], batch.get("attention_mask"), **told)
             target = shift_labels(batch["labels"])
             _, found = linear_distribution_loss(
                 hidden,

@@ -11,12 +11,16 @@ from typing import Any, NamedTuple
 from ..files import Source
 from ..models.correction import CORRECTION_FILE, load_correction
 from ..targets.corpus import passages
+from . import records
 from .models import lambada, read_texts, reading, smollm2, smollm2_folder
 
 ABOUT = "dft_kernels.json"  # beside the result: what it was made of
 SMOLLM2, LAMBADA = "smollm2", "lambada"  # names of what pip brings
 MODEL_HELP = "a folder or name for transformers, or smollm2, which pip brings"
-TEXT_HELP = "UTF-8 files; lambada, which pip brings; or hf:NAME[:SPLIT[:COLUMN]], a dataset"
+TEXT_HELP = (
+    "UTF-8 files; .jsonl and .parquet files, folders of datasets.save_to_disk, or hf:NAME[:SPLIT[:COLUMN]], whose "
+    "records have text, prompt and completion, or messages; or lambada, which pip brings"
+)
 
 
 @contextmanager
@@ -113,25 +117,31 @@ def tokenizer_of(name: str, cache: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(name)
 
 
-def _listed(name: str, cache: Path) -> Iterable[str] | None:
-    """The texts of a source that is no file, None for a file."""
+def _listed(name: str, cache: Path, only: str | None) -> Iterable[str] | None:
+    """The texts of a source that is no file of one text, None for that. only: as of `Document.texts`."""
     if name == LAMBADA:
         return lambada(cache)
-    return _dataset(*name.split(":")[1:]) if name.startswith("hf:") else None
+    if not records.structured(name):
+        return None
+    return (text for document in records.documents([name], records.Faults()) for text in document.texts(only))
 
 
 def check_text(name: str) -> None:
     """ValueError for a source of text that cannot be read, from its beginning alone."""
     pipe = Path(name).is_fifo()  # can be read only once
-    if name != LAMBADA and not name.startswith("hf:") and not pipe:
-        with reading(name) as text:
-            text.read(1 << 16)
+    if name == LAMBADA or pipe:
+        return
+    if records.structured(name):
+        records.check(name)
+        return
+    with reading(name) as text:
+        text.read(1 << 16)
 
 
-def passages_of(names: list[str], cache: Path, argument: str = "text") -> Iterator[str]:
-    """The texts that `--text` names, in passages, read as they are asked for."""
+def passages_of(names: list[str], cache: Path, argument: str = "text", only: str | None = None) -> Iterator[str]:
+    """The texts that `--text` names, in passages, read as they are asked for. only: as of `Document.texts`."""
     for name in names:
-        listed = _listed(name, cache)
+        listed = _listed(name, cache, only)
         if listed is None:
             with reading(name, argument) as lines:
                 yield from passages(lines)
@@ -140,30 +150,20 @@ def passages_of(names: list[str], cache: Path, argument: str = "text") -> Iterat
                 yield from passages(text.splitlines(True))
 
 
-def texts_of(names: list[str], cache: Path) -> list[str]:
-    """The texts that `--text` names, in order."""
+def texts_of(names: list[str], cache: Path, only: str | None = None) -> list[str]:
+    """The texts that `--text` names, in order. only: as of `Document.texts`."""
     texts: list[str] = []
     for name in names:
-        listed = _listed(name, cache)
+        listed = _listed(name, cache, only)
         texts += read_texts([name]) if listed is None else listed
     return texts
 
 
-def _dataset(name: str = "", split: str = "train", column: str = "text", *more: str) -> Iterable[str]:
-    if not name or more:
-        raise ValueError(f"materials: text must be hf:NAME[:SPLIT[:COLUMN]], got hf:{name}. Name a dataset.")
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(f"materials: text: hf:{name} needs datasets, got none. pip install datasets.") from error
-    try:
-        found = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"materials: text: hf:{name} must be a dataset that has a split {split!r}, got: {error}. Check the name, "
-            "or that its hub is reachable."
-        ) from error
-    if column not in found.column_names:
-        got = found.column_names
-        raise ValueError(f"materials: text: hf:{name} must have a column {column!r}, got {got}. Name it.")
-    return found[column]
+def documents_of(names: list[str], cache: Path, faults: records.Faults) -> Iterator[records.Document]:
+    """What `--text` names, as documents: records, and each text as one."""
+    for name in names:
+        if records.structured(name):
+            yield from records.documents([name], faults)
+        else:
+            for number, text in enumerate(texts_of([name], cache), 1):
+                yield records.Document(f"{name}, text {number}", text)

@@ -6,6 +6,7 @@
                               "hidden": hidden [rows, H] bf16, the last hidden states that the head multiplies
                               "topk": indices [rows, k] (uint16 where the vocabulary fits, else int32),
                                       log_probs [rows, k] bf16, tail [rows] fp32, log of the mass outside
+                              where masked: counts [rows] uint8, 1 for a token that is a label
 
 Row t of a sequence is the teacher's distribution over token t + 1. A shard belongs to the store once the manifest
 lists it. Files are written under a temporary name, synced and renamed, and the manifest is then replaced atomically:
@@ -56,23 +57,31 @@ class Contents:
     temperature: float = 1.0  # of log_probs; hidden states serve any temperature
     logit_scale: float = 1.0  # of the head; see TeacherHead
     softcap: float | None = None
+    masked: bool = False  # some tokens are no labels: those of prompts
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All tensors of a shard that have a row for each token, but for tokens."""
+        return (*self.names, "counts") if self.masked else self.names
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensors of a shard besides tokens and starts."""
+        """The tensors of a shard that are the teacher's."""
         return ("hidden",) if self.kind == "hidden" else ("indices", "log_probs", "tail")
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a shard's tensor."""
         if name == "indices":
             return torch.uint16 if self.vocab_size <= 1 << 16 else torch.int32
-        return {"tokens": torch.int32, "starts": torch.int64, "tail": torch.float32}.get(name, torch.bfloat16)
+        return {
+            "tokens": torch.int32, "starts": torch.int64, "tail": torch.float32, "counts": torch.uint8
+        }.get(name, torch.bfloat16)  # fmt: skip
 
     def shape(self, name: str, rows: int, sequences: int) -> list[int]:
         """The shape of a shard's tensor."""
         if name == "starts":
             return [sequences + 1]
-        return [rows] if name in ("tokens", "tail") else [rows, self.width]
+        return [rows] if name in ("tokens", "tail", "counts") else [rows, self.width]
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,7 @@ def read_manifest(folder: Path) -> tuple[Contents, Part | None, list[Part]]:
         file.fail("format", f"be {FORMAT!r}", shown(whole.get("format")), "Name a store")
     if file.typed("version", whole.get("version"), int) != VERSION:
         file.fail("version", f"be {VERSION}", whole["version"], "Read it with the dft_kernels that wrote it")
+    whole.setdefault("masked", False)  # of stores that are older than masks
     contents = file.record(Contents, whole, bounds=_BOUNDS, beside=("format", "version", "head", "shards"))
     if contents.kind not in KINDS:
         file.fail("kind", f"be one of {', '.join(KINDS)}", shown(contents.kind))

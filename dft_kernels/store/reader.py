@@ -73,11 +73,12 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
     # ---- reading
 
     def __getitem__(self, sequence: int) -> dict[str, Tensor]:
-        """input_ids [L], `sequence` (its number), and hidden [L, H], or indices, log_probs [L, k] and tail [L]."""
+        """input_ids [L], `sequence` (its number), and hidden [L, H], or indices, log_probs [L, k] and tail [L]; counts
+        [L] of a masked store."""
         shard, at = self._find(sequence)
         start, end = int(self.starts[shard][at]), int(self.starts[shard][at + 1])
         file = self._opened(shard)
-        out = {name: file.get_slice(name)[start:end] for name in ("tokens", *self.contents.names)}
+        out = {name: file.get_slice(name)[start:end] for name in ("tokens", *self.contents.columns)}
         out["input_ids"] = out.pop("tokens").long()
         if "indices" in out:
             out["indices"] = out["indices"].long()
@@ -86,17 +87,18 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def collate(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Sequences as one batch, padded on the right: input_ids (0 where padded), attention_mask, labels (-100 where
-        padded) [B, T], sequence [B], and the stored rows [B, T, ...]."""
+        padded or masked) [B, T], sequence [B], and the stored rows [B, T, ...]."""
         length = max(len(item["input_ids"]) for item in items)
         out: dict[str, Tensor] = {"sequence": torch.stack([item["sequence"] for item in items])}
-        for name in ("input_ids", *self.contents.names):
+        for name in ("input_ids", *self.contents.columns):
             first = items[0][name]
             out[name] = first.new_zeros(len(items), length, *first.shape[1:])
             for row, item in enumerate(items):
                 out[name][row, : len(item[name])] = item[name]
         lengths = torch.tensor([len(item["input_ids"]) for item in items])
         out["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
-        out["labels"] = torch.where(out["attention_mask"] == 1, out["input_ids"], -100)
+        counts = out.pop("counts", out["attention_mask"])
+        out["labels"] = torch.where(counts == 1, out["input_ids"], -100)
         return out
 
     def batch(self, sequences: Sequence[int], input_ids: Tensor | None = None) -> dict[str, Tensor]:
@@ -177,7 +179,10 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
         for shard, part in enumerate(self.parts):
             said, file = source(self.folder / part.file), self._opened(shard)
             for start in range(0, part.rows, 8192):
-                rows = {name: file.get_slice(name)[start : start + 8192] for name in ("tokens", *self.contents.names)}
+                rows = {name: file.get_slice(name)[start : start + 8192] for name in ("tokens", *self.contents.columns)}
+                if "counts" in rows and bool((wrong := rows["counts"] > 1).any()):
+                    at = start + int(wrong.nonzero()[0, 0])
+                    said.fail("counts", "hold 0 and 1", f"{int(rows['counts'][wrong][0])} at row {at}", "Capture again")
                 for name in rows.keys() & {"tokens", "indices"}:
                     ids = rows[name].long()
                     wrong = (ids < 0) | (ids >= self.contents.vocab_size)
@@ -219,7 +224,7 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
         """`starts` of a shard whose tensors are what the manifest says."""
         file, held = source(self.folder / part.file), self.contents
         with file.tensors() as opened:
-            for name in ("tokens", "starts", *held.names):
+            for name in ("tokens", "starts", *held.columns):
                 file.tensor(opened, name, held.shape(name, part.rows, part.sequences), held.dtype(name))
             starts: Tensor = opened.get_tensor("starts")
         if bool((starts.diff() < 1).any()) or (int(starts[0]), int(starts[-1])) != (0, part.rows):

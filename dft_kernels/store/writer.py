@@ -109,10 +109,10 @@ class StoreWriter:
 
     def append(self, tokens: Sequence[Tensor], **rows: Sequence[Tensor]) -> None:
         """Store one shard: the tokens [L] of some sequences, and for each its rows, `hidden` [L, H] or `indices`,
-        `log_probs` [L, k] and `tail` [L]. When it returns the shard is on the disk."""
+        `log_probs` [L, k] and `tail` [L]; `counts` [L] of a masked store. When it returns the shard is on the disk."""
         lengths = torch.tensor([len(one) for one in tokens], dtype=torch.int64)
         tensors = {"tokens": torch.cat(list(tokens)), "starts": torch.nn.functional.pad(lengths.cumsum(0), (1, 0))}
-        tensors |= {name: torch.cat(list(rows[name])) for name in self.contents.names}
+        tensors |= {name: torch.cat(list(rows[name])) for name in self.contents.columns}
         for name, tensor in tensors.items():
             want = self.contents.shape(name, int(lengths.sum()), len(tokens))
             if list(tensor.shape) != want:

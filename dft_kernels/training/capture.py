@@ -20,18 +20,6 @@ from ..teachers.contract import Head
 _LOGITS = 1 << 24  # of a teacher's logits at a time
 
 
-def sequences_of(texts: Sequence[str], tokenizer: Any, length: int) -> list[Tensor]:
-    """Each text's tokens and an end-of-text token, in pieces of at most `length`; pieces of one token are left out."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError("capture: the tokenizer must have an end-of-text token, got none. Set tokenizer.eos_token.")
-    pieces = []
-    for start in range(0, len(texts), 256):
-        for ids in tokenizer(list(texts[start : start + 256]), add_special_tokens=False, verbose=False)["input_ids"]:
-            whole = torch.tensor([*ids, tokenizer.eos_token_id], dtype=torch.int64)
-            pieces += [piece for piece in whole.split(length) if len(piece) > 1]
-    return pieces
-
-
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """indices, log_probs [R, k] and the log of the mass outside, summed over it [R], of logits [R, V], which are
     spent."""
@@ -84,6 +72,7 @@ def capture(
     folder: Path,
     kind: str = "hidden",
     *,
+    counts: Sequence[Tensor] | None = None,
     k: int = 128,
     temperature: float = 1.0,
     vocab_size: int | None = None,
@@ -96,6 +85,7 @@ def capture(
 
     kind: "hidden": last hidden states in bf16 and the head once: exact but for bf16, 2 H bytes a token, any
         temperature; "topk": the k likeliest tokens and the mass of all others, at `temperature`.
+    counts: for each sequence which of its tokens are labels, [L] bool; None: all.
     vocab_size: of a padded head, keep its first ids only; distributions are over these.
     batch_tokens: tokens a batch, padding included; shard_rows: rows a file: what a killed capture may have to redo.
     tick: told of tokens as they are done, those already stored first.
@@ -122,6 +112,7 @@ def capture(
         temperature=temperature if kind == "topk" else 1.0,
         logit_scale=head.logit_scale if kind == "hidden" else 1.0,
         softcap=head.softcap if kind == "hidden" else None,
+        masked=counts is not None,
     )
     lengths = [len(ids) for ids in sequences]
     kept = None if kind == "topk" or head.weight is None else (head.weight, head.bias)
@@ -134,16 +125,14 @@ def capture(
         for window in _windows(lengths, done, shard_rows):
             rows: dict[int, tuple[Tensor, ...]] = {}
             for batch in _batches(lengths, window, batch_tokens):
-                for number, found in zip(
-                    batch, _run(model, head, [sequences[n] for n in batch], contents), strict=True
-                ):
-                    rows[number] = found
+                rows |= zip(batch, _run(model, head, [sequences[n] for n in batch], contents), strict=True)
                 if tick is not None:
                     tick(sum(lengths[n] for n in batch))
-            columns = zip(*(rows[number] for number in window), strict=True)
-            writer.append(
-                [sequences[number] for number in window], **dict(zip(contents.names, map(list, columns), strict=True))
-            )
+            found = map(list, zip(*(rows[number] for number in window), strict=True))
+            columns = dict(zip(contents.names, found, strict=True))
+            if counts is not None:
+                columns["counts"] = [counts[number] for number in window]
+            writer.append([sequences[number] for number in window], **columns)
     return Store(folder, tokenizer, verify=False)
 
 

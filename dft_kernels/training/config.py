@@ -45,7 +45,18 @@ class Job:
         default=None,
         metadata={"help": "the same of text that the model writes; reference_kl=WEIGHT keeps it near where it started"},
     )
-    length: int = field(default=512, metadata={"help": "tokens a sequence at most; longer texts are cut"})
+    length: int = field(default=512, metadata={"help": "tokens a sequence at most; longer ones are cut"})
+    assistant_only: bool = field(
+        default=False, metadata={"help": "of conversations, the assistant's tokens alone count"}
+    )
+    completion_only: bool = field(
+        default=False, metadata={"help": "of prompts and completions, the latter alone count"}
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "several sequences a row of `length` tokens; attention does not cross"}
+    )
+    limit: int | None = field(default=None, metadata={"help": "documents, the first ones, if not all"})
+    skip_bad: bool = field(default=False, metadata={"help": "leave out records that cannot be read, and count them"})
     held_out: int = field(default=16, metadata={"help": "sequences that are measured before and after, not trained on"})
     lora_rank: int = field(default=0, metadata={"help": "train LoRA of this rank on all linear layers, by PEFT"})
     correction_rank: int = field(default=0, metadata={"help": "train a CorrectionHead of this rank, and nothing else"})
@@ -62,6 +73,13 @@ class Job:
         _need(self.dtype in dtypes, "dtype", f"be one of {', '.join(dtypes)}", self.dtype, "Pick one of these")
         stored = self.stored
         _need(bool(self.text) != stored, "text", "be given, but not with a store", self.text, "Name texts, or a store")
+        only = not (self.assistant_only and self.completion_only)
+        _need(only, "completion_only", "come without assistant_only", True, "Give one of the two")
+        _need(self.limit is None or self.limit >= 1, "limit", "be at least 1", self.limit, "Raise it")
+        for name in ("assistant_only", "completion_only", "packing", "limit"):
+            chosen = getattr(self, name)
+            _need(not (stored and chosen), name, "come with texts", f"{chosen} with a store", "Capture with it instead")
+        _need(not (self.packing and self.principles), "packing", "come without principles", True, "Give one of the two")
         prompted = self.principles is None or (self.teacher is not None and not stored)
         _need(prompted, "principles", "come with a teacher that is run", self.teacher, "Name a model as the teacher")
 
@@ -74,6 +92,11 @@ class Job:
         both = (self.target is None) == (named is None)
         relation = "be given together with terms or rollout_terms"
         _need(both, "target", relation, named or self.target, "Name both, or none")
+
+    @property
+    def only(self) -> str | None:
+        """Whose tokens alone count."""
+        return "assistant" if self.assistant_only else "completion" if self.completion_only else None
 
     @property
     def stored(self) -> bool:

@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from ..evaluation.held_out import HeldOut, held_out
 from ..loss.functional import shift_labels
 from ..materials.models import read_texts
-from ..materials.sources import ABOUT, check_model, model_of, read_about, texts_of
+from ..materials.records import Faults
+from ..materials.sources import ABOUT, check_model, documents_of, model_of, read_about, tokenizer_of
 from ..models.correction import CORRECTION_FILE, add_correction, save_correction
 from ..models.heads import output_layer
 from ..store.reader import Store
 from ..targets import target_file
 from ..targets.target import Target
-from .capture import sequences_of
 from .collators import PrinciplesCollator
 from .config import Job
+from .examples import Example, PackCollator, Packs, Sequences, check_packing, examples_of, shown
 from .target_terms import HumanText, asks_for_text, terms_of
 from .teaching import asked
 from .trainer import DFTConfig, DFTTrainer
-
-
-class Sequences(Dataset[dict[str, list[int]]]):
-    """Token sequences [L] as items of a Trainer."""
-
-    def __init__(self, sequences: list[Tensor]) -> None:
-        self.sequences = sequences
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def __getitem__(self, number: int) -> dict[str, list[int]]:
-        ids = self.sequences[number].tolist()
-        return {"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)}
 
 
 class StopOnInterrupt(transformers.TrainerCallback):
@@ -93,11 +80,20 @@ class Outcome:
 
 
 class Run:
-    """A job with everything loaded. resume: the checkpoint that it goes on from, None at its beginning."""
+    """A job with everything loaded. resume: the checkpoint that it goes on from, None at its beginning; about: what it
+    trains on, for a reader."""
 
     def __init__(
-        self, job: Job, trainer: DFTTrainer, kept: Any, teacher: Any, resume: str | None, stop: StopOnInterrupt
+        self,
+        job: Job,
+        trainer: DFTTrainer,
+        kept: Any,
+        teacher: Any,
+        resume: str | None,
+        stop: StopOnInterrupt,
+        about: list[str],
     ) -> None:
+        self.about = about
         self.job, self.trainer, self.teacher, self.resume, self.stop = job, trainer, teacher, resume, stop
         self.out = Path(trainer.args.output_dir)
         self.batches = [trainer.data_collator([kept[number]]) for number in range(len(kept))]
@@ -151,28 +147,41 @@ def prepare(job: Job, options: DFTConfig) -> Run:
         check_model(job.teacher, "teacher")
     target = None if job.target is None else target_file.load(job.target)
     principles = None if job.principles is None else read_texts([job.principles], "principles")[0]
-    texts = None if job.stored else texts_of(job.text or [], cache)
 
-    model, tokenizer = model_of(job.model, cache, getattr(torch, job.dtype))
+    tokenizer = tokenizer_of(job.model, cache)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if target is not None and target.about.tokenizer_sha256 is not None:
         target_file.check_tokenizer(str(job.target), target, tokenizer)
     data: Any = teacher
-    if texts is None:
+    collate: Any = transformers.DataCollatorForSeq2Seq(tokenizer)
+    examples: list[Example] = []
+    about: list[str] = []
+    if job.stored:
         teacher.check_tokenizer(tokenizer)
-        collate: Any = teacher.collate
+        collate = teacher.collate
     else:
-        data = Sequences(sequences_of(texts, tokenizer, job.length))
-        collate = transformers.DataCollatorForSeq2Seq(tokenizer)
-        if principles is not None:
+        faults = Faults(job.skip_bad)
+        documents = itertools.islice(documents_of(job.text or [], cache, faults), job.limit)
+        examples, tally = examples_of(documents, tokenizer, job.length, faults, job.only)
+        about = [*tally.said(examples, faults), *(f"{n}. {shown(e, tokenizer)}" for n, e in enumerate(examples[:3], 1))]
+        data = Sequences(examples)
+        if job.packing:
+            data, collate = Packs(examples, job.length), PackCollator(tokenizer.pad_token_id or 0)
+            about.insert(1, f"packed into {len(data):,} rows of up to {job.length:,} tokens")
+        elif principles is not None:
             collate = PrinciplesCollator.from_text(principles, tokenizer)
     if len(data) <= job.held_out:
         raise ValueError(
             f"train: text must hold more than the {job.held_out} sequences that are held out, got {len(data)}. "
             "Give more text, or a smaller --held_out or --length."
         )
-    if texts is not None and job.teacher is not None:
+    model, _ = model_of(job.model, cache, getattr(torch, job.dtype))
+    _check_positions(model, job.length, examples)
+    if isinstance(data, Packs):
+        for number in range(min(8, len(data))):
+            check_packing(model, data[number])
+    if not job.stored and job.teacher is not None:
         teacher, _ = model_of(job.teacher, cache, argument="teacher")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()  # the same when resumed
     training, kept = Subset(data, order[job.held_out :]), Subset(data, order[: job.held_out])
@@ -181,7 +190,18 @@ def prepare(job: Job, options: DFTConfig) -> Run:
         _adapted(model, job), options, teacher, **terms, train_dataset=training, data_collator=collate,
         processing_class=tokenizer, callbacks=[stop := StopOnInterrupt()],
     )  # fmt: skip
-    return Run(job, trainer, kept, teacher, resume, stop)
+    return Run(job, trainer, kept, teacher, resume, stop, about)
+
+
+def _check_positions(model: Any, length: int, examples: list[Example]) -> None:
+    """ValueError where sequences are longer than the model has positions."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max((len(one.ids) for one in examples), default=0)
+    if most is not None and longest > most:
+        raise ValueError(
+            f"train: length must be at most {most}, the model's positions, got {length} and a sequence of {longest} "
+            "tokens. Lower it: longer ones are cut."
+        )
 
 
 def _terms(target: Target, job: Job, options: DFTConfig, model: Any, training: Any) -> dict[str, Any]:
@@ -221,9 +241,10 @@ def _resumable(job: Job, out: Path) -> str | None:
     if found is None:
         return None
     _, before = read_about("train", out)
-    apart = [name for name, value in vars(job).items() if name != "cache" and before.get(name) != value]
+    known = {one.name: before.get(one.name, one.default) for one in fields(Job)}  # an older one has fewer
+    apart = [name for name, value in vars(job).items() if name != "cache" and known[name] != value]
     if apart:
-        got = ", ".join(f"{name} {before.get(name)!r} for {getattr(job, name)!r}" for name in apart[:3])
+        got = ", ".join(f"{name} {known[name]!r} for {getattr(job, name)!r}" for name in apart[:3])
         raise ValueError(
             f"train: output_dir must be new, or hold checkpoints of this job, got {out} with {got}. Name another "
             "--output_dir, or --resume_from_checkpoint."

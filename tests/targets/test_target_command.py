@@ -90,18 +90,19 @@ def test_mistakes(
 def test_a_dataset_is_a_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """hf:NAME[:SPLIT[:COLUMN]], by the library datasets where it is there."""
 
-    class Found(dict):  # type: ignore[type-arg]
+    class Found(list):  # type: ignore[type-arg]
         column_names = ("text", "story")
 
     asked = []
 
-    def load_dataset(name: str, split: str) -> Found:
+    def load_dataset(name: str, split: str, streaming: bool) -> Found:
+        assert streaming
         asked.append((name, split))
-        return Found(text=["one.", "two."], story=["once."])
+        return Found([{"text": "one.", "story": "once."}, {"text": "two.", "story": "again."}])
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert texts_of(["hf:tales"], tmp_path) == ["one.", "two."]
-    assert texts_of(["hf:a/tales:test:story"], tmp_path) == ["once."]
+    assert texts_of(["hf:a/tales:test:story"], tmp_path) == ["once.", "again."]
     assert list(passages_of(["hf:tales:train"], tmp_path)) == ["one.", "two."]
     assert asked == [("tales", "train"), ("a/tales", "test"), ("tales", "train")]
     with pytest.raises(ValueError, match=r"hf:tales must have a column 'words', got \('text', 'story'\)"):

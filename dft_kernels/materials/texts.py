@@ -20,7 +20,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
-from .models import LAMBADA, lambada
+from .models import COQA, LAMBADA, coqa, lambada
 
 
 class Recipe(NamedTuple):
@@ -157,6 +157,13 @@ RECIPES: dict[str, Recipe] = {
         f"{LAMBADA.licence}; that of the novels is not stated",
         None,
         lambda cache: iter(lambada(cache)),
+        shipped=False,
+    ),
+    "conversational": Recipe(
+        f"CoQA, questions and answers of two people about a story (arXiv:1808.07042), of {COQA.package} {COQA.version}",
+        f"{COQA.licence}; that of the dialogues is not stated, their stories have several",
+        None,
+        lambda cache: ("\n\n".join(said for turn in one.turns for said in turn) + "\n" for one in coqa(cache)),
         shipped=False,
     ),
 }

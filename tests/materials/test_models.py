@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from dft_kernels.materials import models as materials
+from dft_kernels.materials import texts as preset_texts
+from dft_kernels.materials.models import COQA
+from dft_kernels.materials.records import Faults
+from dft_kernels.materials.sources import documents_of, texts_of
 
 
 @pytest.fixture
@@ -39,3 +45,22 @@ def test_another_file_of_that_name_is_refused(wheel: materials.Material, tmp_pat
     with pytest.raises(RuntimeError, match="must have sha256 0000, got"):
         materials.fetch(wheel._replace(sha256="0000"), tmp_path)
     assert not (tmp_path / "some-package" / "1.0" / "file.txt").exists()
+
+
+def test_dialogues(tmp_path: Path) -> None:
+    """Each turn of CoQA's rows tells its whole dialogue: one a story, as records whose first question has it."""
+    rows = []
+    for story, turns in (("A barn.", [("What?", "a barn"), ("Where?", "here")]), ("A cat.", [("Who?", "a cat")])):
+        for number in range(len(turns)):
+            told = [{"question": question, "answer": answer} for question, answer in turns]
+            rows.append({"doc": {"id": f"{story}_turn{number}", "story": story, "previous_qa": told}})
+    file = tmp_path / COQA.package / COQA.version / COQA.file
+    file.parent.mkdir(parents=True)
+    with gzip.open(file, "wt") as lines:
+        lines.write("\n".join(json.dumps(row) for row in rows))
+    assert [len(one.turns) for one in materials.coqa(tmp_path)] == [2, 1]
+    (first, _) = documents_of(["coqa"], tmp_path, Faults())
+    assert [message["content"] for message in first.whole] == ["A barn.\n\nWhat?", "a barn", "Where?", "here"]
+    assert texts_of(["coqa"], tmp_path, "assistant") == ["a barn", "here", "a cat"]
+    _, said = preset_texts.documents_of("conversational", tmp_path)
+    assert said == ["What?\n\na barn\n\nWhere?\n\nhere\n", "Who?\n\na cat\n"]

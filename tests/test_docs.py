@@ -208,7 +208,7 @@ def given() -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(("path", "line", "code"), EXAMPLES)
 def test_an_example_runs(
     path: Path, line: int, code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

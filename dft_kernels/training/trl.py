@@ -21,6 +21,7 @@ from ..errors import fail
 from ..loss.tokens import token_statistics
 from ..models.heads import head_of, output_layer, unwrapped
 from .fused_forward import Attachment, check_loss, projected, run_forward, targets_of
+from .trl_teaching import Lesson, lesson_of, without_store
 
 TRIED = "1.16.0"  # versions of trl whose trainers were compared with their own results
 _OUTPUTS = {  # of TRL's forward, as token_statistics calls them
@@ -43,13 +44,15 @@ class FusedHead:
     temperature: float
     outputs: tuple[str, ...]  # beside log_probs
     result: Any  # the class of TRL's output
+    lesson: Lesson | None = None  # in training
 
 
-def fuse(trainer: Any) -> Any:
+def fuse(trainer: Any, teacher: Any = None, *, terms: Any = None, terms_decay: float = 0.9, **loss: Any) -> Any:
     """Make our kernels compute what a trainer of TRL asks of its model's head; returns the trainer.
 
         trainer = GRPOTrainer(model, rewards, args, train_dataset=dataset)
         fuse(trainer).train()
+        fuse(sft_trainer, teacher, hard_weight=0.1).train()
 
     trainer: one of TRL's that give their model a fused head (SFT, DPO, KTO, GRPO, RLOO), or a model that has one. The
     reference model is fused too, where the trainer has one. log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1
@@ -57,11 +60,24 @@ def fuse(trainer: Any) -> Any:
     alone; whatever else the model's forward adds, as its router's loss, is in the result as before. LoRA on the head
     is trained (TRL's trainers refuse it there).
 
+    teacher, terms: of an SFTTrainer, whose steps then have the loss of `DFTTrainer`,
+
+        soft_weight D(teacher, model) + hard_weight CE + terms
+
+    on the tokens that its labels keep, packed or not. teacher: as there, a causal LM, a function of the batch, a
+    `Store` (the trainer's data set has its sequences by number, the collator is `store.batch` of them), or a `Mixture`.
+    terms: `dft_kernels.terms`, delayed, with running statistics of decay terms_decay that a resumed training begins
+    anew. loss: keywords of `linear_distribution_loss`: divergence, soft_weight, hard_weight (0 with a teacher, unless
+    given), temperature, teacher_temperature, temperature_scaling, label_smoothing, z_loss, memory_budget, logits_dtype,
+    backend. Logged beside TRL's metrics: soft_loss, hard_loss, teacher_agreement. Evaluation is cross-entropy.
+
     Raises ValueError, TypeError: nothing that has TRL's fused head, a model that `attach` took (detach it before the
     trainer is made), a head that `attach` would refuse, or a version of trl whose fused head is not the known one.
     """
-    for model, accelerator in _models(trainer):
-        _fuse(model, accelerator)
+    models = _models(trainer)
+    lesson = lesson_of(trainer, teacher, terms, terms_decay, loss)
+    for number, (model, accelerator) in enumerate(models):
+        _fuse(model, accelerator, lesson if number == 0 else None)
     return trainer
 
 
@@ -82,7 +98,7 @@ def _causal(model: Any) -> Any:
     return unwrapped(getattr(model, "module", model))
 
 
-def _fuse(model: Any, accelerator: Any) -> None:
+def _fuse(model: Any, accelerator: Any, lesson: Lesson | None) -> None:
     name, forward = type(model).__name__, model.__dict__.get("forward")
     if "_dft_kernels" in model.__dict__:
         remedy = "Call detach(model) before the trainer is made, then fuse(trainer)"
@@ -94,6 +110,8 @@ def _fuse(model: Any, accelerator: Any) -> None:
         remedy = "Make the trainer first (SFT, DPO, KTO, GRPO, RLOO), then call fuse(trainer)"
         _fail(name, "have TRL's fused head", "a model without", remedy)
     fused = _settings(theirs, model)
+    if lesson is not None:
+        fused.lesson, fused.attachment.terms = lesson, lesson.options
     ours = _forward(theirs, fused)
     if "_original_forward" in model.__dict__:  # accelerate has wrapped it for mixed precision
         if accelerator is None:
@@ -173,12 +191,17 @@ def _output(model: Any, fused: FusedHead, given: dict[str, Any]) -> Any:
     mask = (target != -100)[:, rows]
     found: dict[str, Any] = {}
 
-    def negative_log_likelihood(hidden: Tensor) -> Tensor:
+    def loss_of(hidden: Tensor) -> Tensor:
+        if fused.lesson is not None and model.training:
+            loss, outputs = fused.lesson.outputs(layer, fused.attachment, hidden, target, given)
+            found.update(outputs)
+            return loss
         found.update(_statistics(layer, fused, hidden, target))
         items = given.get("num_items_in_batch")
         return -found["log_probs"].sum() / (mask.sum().clamp(min=1) if items is None else items)
 
-    out, loss = run_forward(model, fused.attachment, {**given, "use_cache": False}, target, negative_log_likelihood)
+    inputs = {**without_store(given), "use_cache": False}
+    out, loss = run_forward(model, fused.attachment, inputs, target, loss_of)
     per_token = {name: value[:, rows] for name, value in found.items()}
     return fused.result(loss=loss, label_mask=mask, aux_loss=out.get("aux_loss"), **per_token)
 

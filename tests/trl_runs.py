@@ -48,6 +48,14 @@ TRAINERS: dict[str, tuple[str, dict[str, Any], dict[str, list[Any]]]] = {  # cla
     "GRPO": ("GRPO", GROUPS, {"prompt": PROMPTS}),
     "RLOO": ("RLOO", GROUPS, {"prompt": PROMPTS}),
 }
+DISTILLATION = {
+    f"distillation at {beta}": (
+        "Distillation",
+        {"beta": beta, "temperature": 0.8, "max_completion_length": 6},
+        {"prompt": PROMPTS},
+    )
+    for beta in (0.0, 0.3, 1.0)
+}
 
 
 class Run(NamedTuple):
@@ -70,10 +78,11 @@ def loaded(folder: Path, kind: str = "llama", **config: Any) -> Any:
 
 def make(name: str, folder: Path, model: Any = None, **settings: Any) -> Any:
     """A trainer of TRL."""
-    kind, own, data = TRAINERS[name]
+    kind, own, data = {**TRAINERS, **DISTILLATION}[name]
     args = getattr(trl, f"{kind}Config")(output_dir=str(folder), **{**SETTINGS, **own, **settings})
     rows = datasets.Dataset.from_dict(data)
-    more = {"reward_funcs": reward} if kind in ("GRPO", "RLOO") else {}
+    more: dict[str, Any] = {"reward_funcs": reward} if kind in ("GRPO", "RLOO") else {}
+    more |= {"teacher_model": far(hidden_size=24)} if kind == "Distillation" else {}
     tokenizer = word_tokenizer(["<pad>", "<s>", "</s>", "<unk>", *WORDS])
     model = loaded(folder / "model") if model is None else model
     return getattr(trl, f"{kind}Trainer")(

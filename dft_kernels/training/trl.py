@@ -21,6 +21,7 @@ from ..errors import fail
 from ..loss.tokens import token_statistics
 from ..models.heads import head_of, output_layer, unwrapped
 from .fused_forward import Attachment, check_loss, projected, run_forward, targets_of
+from .trl_distillation import distills, fuse_distillation
 from .trl_teaching import Lesson, lesson_of, without_store
 
 TRIED = "1.16.0"  # versions of trl whose trainers were compared with their own results
@@ -54,7 +55,8 @@ def fuse(trainer: Any, teacher: Any = None, *, terms: Any = None, terms_decay: f
         fuse(trainer).train()
         fuse(sft_trainer, teacher, hard_weight=0.1).train()
 
-    trainer: one of TRL's that give their model a fused head (SFT, DPO, KTO, GRPO, RLOO), or a model that has one. The
+    trainer: one of TRL's that give their model a fused head (SFT, DPO, KTO, GRPO, RLOO), a model that has one, or a
+    DistillationTrainer, whose divergence is then `linear_distribution_loss`'s: 4 products in place of 6 or 8. The
     reference model is fused too, where the trainer has one. log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1
     and the loss of the forward are then `token_statistics`' at the trainer's temperature, of the labels that count
     alone; whatever else the model's forward adds, as its router's loss, is in the result as before. LoRA on the head
@@ -76,6 +78,9 @@ def fuse(trainer: Any, teacher: Any = None, *, terms: Any = None, terms_decay: f
     """
     models = _models(trainer)
     lesson = lesson_of(trainer, teacher, terms, terms_decay, loss)
+    if distills(trainer):
+        fuse_distillation(trainer, TRIED)
+        return trainer
     for number, (model, accelerator) in enumerate(models):
         _fuse(model, accelerator, lesson if number == 0 else None)
     return trainer

@@ -45,7 +45,13 @@ TRAINERS: dict[str, tuple[str, dict[str, Any], dict[str, list[Any]]]] = {  # cla
     "DPO": ("DPO", {}, {"prompt": PROMPTS, "chosen": CHOSEN, "rejected": REJECTED}),
     "DPO weighted": ("DPO", {"use_weighting": True}, {"prompt": PROMPTS, "chosen": CHOSEN, "rejected": REJECTED}),
     "KTO": ("KTO", {}, {"prompt": PROMPTS, "completion": CHOSEN, "label": [True, False] * 4}),
+    "DPO checkpointed": (
+        "DPO",
+        {"gradient_checkpointing": True},
+        {"prompt": PROMPTS, "chosen": CHOSEN, "rejected": REJECTED},
+    ),
     "GRPO": ("GRPO", GROUPS, {"prompt": PROMPTS}),
+    "GRPO entropy": ("GRPO", {**GROUPS, "entropy_coef": 0.1, "num_iterations": 2}, {"prompt": PROMPTS}),
     "RLOO": ("RLOO", GROUPS, {"prompt": PROMPTS}),
 }
 DISTILLATION = {

@@ -24,7 +24,7 @@ from .fused_forward import Attachment, check_loss, projected, run_forward, targe
 from .trl_distillation import distills, fuse_distillation
 from .trl_teaching import Lesson, lesson_of, without_store
 
-TRIED = "1.16.0"  # versions of trl whose trainers were compared with their own results
+TRIED = "1.15.0, 1.16.0"  # versions of trl whose trainers were compared with their own results
 _OUTPUTS = {  # of TRL's forward, as token_statistics calls them
     "log_probs": "log_prob",
     "entropy": "entropy",
@@ -112,6 +112,10 @@ def _fuse(model: Any, accelerator: Any, lesson: Lesson | None) -> None:
         _fail(name, "be fused once", "one that is fused", "Leave out the second fuse")
     theirs = _below(forward, _MADE)
     if theirs is None:
+        import trl.trainer.utils
+
+        if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
+            _unknown_version("whose trainers have none")
         remedy = "Make the trainer first (SFT, DPO, KTO, GRPO, RLOO), then call fuse(trainer)"
         _fail(name, "have TRL's fused head", "a model without", remedy)
     fused = _settings(theirs, model)
@@ -159,10 +163,7 @@ def _settings(theirs: Any, model: Any) -> FusedHead:
     fields = {field.name for field in dataclasses.fields(FusedCausalLMOutput)}
     strange = [*(set(_SETTINGS) - set(found)), *(fields ^ _FIELDS), *(set(found.get("outputs", ())) - set(_OUTPUTS))]
     if strange:
-        import trl
-
-        got = f"{trl.__version__}, whose {', '.join(sorted(strange))} is not as there"
-        _fail("trl", f"have the fused head of a version that was tried ({TRIED})", got, "Install one of these")
+        _unknown_version(f"whose {', '.join(sorted(strange))} is not as there")
     own = found["original_forward"]
     kept, model.forward = model.forward, own  # without a mixed precision that rounds what is checked
     try:
@@ -175,6 +176,13 @@ def _settings(theirs: Any, model: Any) -> FusedHead:
         model.forward = kept
     outputs = tuple(name for name in found["outputs"] if name != "log_probs")
     return FusedHead(attachment, found["temperature"], outputs, FusedCausalLMOutput)
+
+
+def _unknown_version(how: str) -> NoReturn:
+    import trl
+
+    relation = f"have the fused head of a version that was tried ({TRIED})"
+    _fail("trl", relation, f"{trl.__version__}, {how}", "Install one of these")
 
 
 def _forward(theirs: Callable[..., Any], fused: FusedHead) -> Callable[..., Any]:

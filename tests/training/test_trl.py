@@ -120,6 +120,19 @@ def test_adapters(tmp_path: Path) -> None:
     assert_equal(run(ours.fuse(trainer())), run(trainer()))
 
 
+def test_prompt_tuning(tmp_path: Path) -> None:
+    """Virtual tokens before the text: more hidden states than the trainer has labels."""
+    import peft
+
+    def trainer() -> Any:
+        model = loaded(tmp_path / "model")
+        torch.manual_seed(3)
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        return make("SFT completions", tmp_path, peft.get_peft_model(model, config))
+
+    assert_equal(run(ours.fuse(trainer())), run(trainer()))
+
+
 def test_an_adapter_of_the_head() -> None:
     """It is part of what our head computes and trains; TRL's trainers refuse one, its head would leave it out."""
     import peft
@@ -212,8 +225,13 @@ class TestErrors:
             perplexity: Any = None
 
         monkeypatch.setattr(utils, "FusedCausalLMOutput", Other)
-        with pytest.raises(ValueError, match=r"of a version that was tried \(1\.16\.0\), got \S+, whose perplexity is"):
+        with pytest.raises(
+            ValueError, match=r"of a version that was tried \(1\.15\.0, 1\.16\.0\), got \S+, whose perp"
+        ):
             ours.fuse(trainer)
+        monkeypatch.delattr(utils, "add_fused_lm_head")
+        with pytest.raises(ValueError, match=r"trl must have the fused head of .*, got \S+, whose trainers have none"):
+            ours.fuse(far())
 
     def test_a_wrapped_forward(self, tmp_path: Path) -> None:
         trainer = make("SFT", tmp_path)

@@ -63,6 +63,7 @@ TEACHERS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.kept(where=lambda given, data: (given, data) in (("model", "SFT completions"), ("top k", "SFT packed")))
 @pytest.mark.parametrize(
     ("given", "data"),
     [

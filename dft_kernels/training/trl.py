@@ -81,8 +81,12 @@ def fuse(trainer: Any, teacher: Any = None, *, terms: Any = None, terms_decay: f
     if distills(trainer):
         fuse_distillation(trainer, TRIED)
         return trainer
-    for number, (model, accelerator) in enumerate(models):
-        _fuse(model, accelerator, lesson if number == 0 else None)
+    heads = [_head(model, accelerator) for model, accelerator in models]  # all are checked before any is changed
+    if lesson is not None:
+        heads[0].lesson, heads[0].attachment.terms = lesson, lesson.options
+        lesson.follow(trainer)
+    for (model, accelerator), head in zip(models, heads, strict=True):
+        _install(model, _forward(_below(model.__dict__["forward"], _MADE), head), accelerator)
     return trainer
 
 
@@ -103,7 +107,8 @@ def _causal(model: Any) -> Any:
     return unwrapped(getattr(model, "module", model))
 
 
-def _fuse(model: Any, accelerator: Any, lesson: Lesson | None) -> None:
+def _head(model: Any, accelerator: Any) -> FusedHead:
+    """The fused head that TRL gave a model, which is one that `fuse` can replace."""
     name, forward = type(model).__name__, model.__dict__.get("forward")
     if "_dft_kernels" in model.__dict__:
         remedy = "Call detach(model) before the trainer is made, then fuse(trainer)"
@@ -118,19 +123,19 @@ def _fuse(model: Any, accelerator: Any, lesson: Lesson | None) -> None:
             _unknown_version("whose trainers have none")
         remedy = "Make the trainer first (SFT, DPO, KTO, GRPO, RLOO), then call fuse(trainer)"
         _fail(name, "have TRL's fused head", "a model without", remedy)
-    fused = _settings(theirs, model)
-    if lesson is not None:
-        fused.lesson, fused.attachment.terms = lesson, lesson.options
-    ours = _forward(theirs, fused)
-    if "_original_forward" in model.__dict__:  # accelerate has wrapped it for mixed precision
-        if accelerator is None:
-            _fail(name, "be given as part of its trainer", "a model that accelerate prepared", "Call fuse(trainer)")
-        model._original_forward = types.MethodType(ours, model)
-        ours = _mixed_precision(ours, accelerator)
-    elif getattr(forward, "__func__", None) is not theirs:
+    if "_original_forward" in model.__dict__ and accelerator is None:
+        _fail(name, "be given as part of its trainer", "a model that accelerate prepared", "Call fuse(trainer)")
+    if "_original_forward" not in model.__dict__ and getattr(forward, "__func__", None) is not theirs:
         got = f"one that {getattr(forward, '__module__', type(forward).__name__)} has wrapped"
         _fail(name, "have TRL's forward as its own", got, "Call fuse right after the trainer is made")
-    model.forward = types.MethodType(ours, model)
+    return _settings(theirs, model)
+
+
+def _install(model: Any, forward: Callable[..., Any], accelerator: Any) -> None:
+    if "_original_forward" in model.__dict__:  # accelerate has wrapped TRL's for mixed precision
+        model._original_forward = types.MethodType(forward, model)
+        forward = _mixed_precision(forward, accelerator)
+    model.forward = types.MethodType(forward, model)
 
 
 def _below(forward: Any, made: tuple[str, str]) -> Any:

@@ -35,6 +35,11 @@ class Lesson:
     options: dict[str, Any]  # of linear_distribution_loss
     metrics: Any  # of the trainer: name -> values since the last log
 
+    def follow(self, trainer: Any) -> None:
+        """Update the terms with the trainer's steps."""
+        if self.terms is not None:
+            trainer.add_callback(TermsCallback({"term": self.terms}))
+
     def outputs(
         self, layer: Any, attachment: Attachment, hidden: Tensor, target: Tensor, given: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -76,8 +81,6 @@ def lesson_of(trainer: Any, teacher: Any, terms: Any, decay: float, options: dic
     hidden, label = torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     build(Function("fuse", _OPTIONS), hidden, hidden.new_zeros(2, 1), label, stand_in(teacher, device), options)
     delayed = Delayed(terms, decay) if isinstance(terms, DistributionTerm) else terms
-    if delayed is not None:
-        trainer.add_callback(TermsCallback({"term": delayed}))
     return Lesson(asked(teacher, device, "fuse"), delayed, options, trainer._metrics["train"])
 
 

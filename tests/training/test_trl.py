@@ -239,6 +239,21 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"trl must have the fused head of .*, got \S+, whose trainers have none"):
             ours.fuse(far())
 
+    def test_prepared_by_accelerate(self, tmp_path: Path) -> None:
+        """Its wrapper rounds for the trainer's precision, which the model alone does not tell."""
+        trainer = make("DPO", tmp_path, bf16=True)
+        with pytest.raises(ValueError, match="LlamaForCausalLM must be given as part of its trainer, got a model that"):
+            ours.fuse(trainer.ref_model)
+
+    def test_all_or_nothing(self, tmp_path: Path) -> None:
+        """Where the reference model is refused, the model is as it was."""
+        trainer = make("DPO", tmp_path)
+        before = trainer.model.forward
+        del trainer.ref_model.forward
+        with pytest.raises(ValueError, match="must have TRL's fused head, got a model without"):
+            ours.fuse(trainer)
+        assert trainer.model.forward == before
+
     def test_a_wrapped_forward(self, tmp_path: Path) -> None:
         trainer = make("SFT", tmp_path)
         trainer.model.forward = functools.wraps(trainer.model.forward)(lambda *a, **b: None)

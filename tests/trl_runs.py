@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,3 +110,17 @@ def run(trainer: Any) -> Run:
     eps = torch.finfo(torch.float32).eps
     changes = {name: (parameter - before[name]).detach() for name, parameter in after.items()}
     return Run(logs, changes, {name: 2 * eps * parameter.detach() for name, parameter in after.items()})
+
+
+def assert_equal(mine: Run, theirs: Run, tolerance: float = 2e-5) -> None:
+    """Logs to `tolerance`; the steps taken to that, and to the rounding of parameters that they are added to."""
+    assert len(mine.logs) == len(theirs.logs) >= 4  # two steps, the training, the evaluation
+    for line, own in zip(mine.logs, theirs.logs, strict=True):
+        assert line.keys() == own.keys()
+        for name, value in own.items():
+            near = math.isclose(line[name], value, rel_tol=tolerance, abs_tol=tolerance / 10)
+            assert near or (math.isnan(value) and math.isnan(line[name])), (name, line[name], value)
+    for name, change in theirs.change.items():
+        assert float(change.norm()) > 0, name
+        rounding = float(theirs.rounding[name].norm())
+        assert float((mine.change[name] - change).norm()) < tolerance * float(change.norm()) + rounding, name

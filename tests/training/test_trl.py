@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import far
-from trl_runs import TRAINERS, Run, loaded, make, run
+from trl_runs import TRAINERS, assert_equal, loaded, make, run
 
 from dft_kernels import attach
 from dft_kernels.training import trl as ours
@@ -40,20 +39,6 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     counter = Counted(utils._ChunkedLogProbFunction)
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", counter)
     return counter
-
-
-def assert_equal(ours: Run, theirs: Run, tolerance: float = 2e-5) -> None:
-    """Logs to `tolerance`; the steps taken to that, and to the rounding of parameters that they are added to."""
-    assert len(ours.logs) == len(theirs.logs) >= 4  # two steps, the training, the evaluation
-    for mine, own in zip(ours.logs, theirs.logs, strict=True):
-        assert mine.keys() == own.keys()
-        for name, value in own.items():
-            near = math.isclose(mine[name], value, rel_tol=tolerance, abs_tol=tolerance / 10)
-            assert near or (math.isnan(value) and math.isnan(mine[name])), (name, mine[name], value)
-    for name, change in theirs.change.items():
-        assert float(change.norm()) > 0, name
-        rounding = float(theirs.rounding[name].norm())
-        assert float((ours.change[name] - change).norm()) < tolerance * float(change.norm()) + rounding, name
 
 
 @pytest.mark.kept(where=lambda name: name in KEPT)

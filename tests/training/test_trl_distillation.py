@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_trl import assert_equal
 from tiny_models import far
-from trl_runs import DISTILLATION, make, run
+from trl_runs import DISTILLATION, assert_equal, make, run
 
 from dft_kernels.testing import relative_error
 from dft_kernels.training.trl import fuse

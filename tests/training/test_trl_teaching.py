@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_trl import assert_equal
 from tiny_models import WORDS, far, word_tokenizer
 from training_runs import top_k_store
-from trl_runs import SETTINGS, Run, datasets, loaded, make, run, trl
+from trl_runs import SETTINGS, Run, assert_equal, datasets, loaded, make, run, trl
 
 from dft_kernels import DFTConfig, DFTTrainer, Mixture, TopK, capture
 from dft_kernels.terms import TokenL2

@@ -213,6 +213,8 @@ def given() -> dict[str, Any]:
 def test_an_example_runs(
     path: Path, line: int, code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for optional in re.findall(r"^from (trl|datasets) import", code, re.M):
+        pytest.importorskip(optional)
     monkeypatch.chdir(folder)
     whole = "from_pretrained" in code  # takes nothing for granted
     scope = {} if whole else given()

@@ -19,6 +19,7 @@ from .loss.functional import (
 )
 from .loss.metrics import Metrics
 from .loss.modules import LinearCrossEntropyLoss, LinearDistributionLoss
+from .loss.tokens import TokenStatistics, token_statistics
 from .teachers import Labels, LogitStream, Mixture, TeacherHead, TeacherLogits, TopK
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ __all__ = [
     "Store",
     "TeacherHead",
     "TeacherLogits",
+    "TokenStatistics",
     "TopK",
     "add_correction",
     "attach",
@@ -80,6 +82,7 @@ __all__ = [
     "targets",
     "terms",
     "testing",
+    "token_statistics",
 ]
 
 

@@ -208,11 +208,13 @@ def given() -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(("path", "line", "code"), EXAMPLES)
 def test_an_example_runs(
     path: Path, line: int, code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for optional in re.findall(r"^from (trl|datasets) import", code, re.M):
+        pytest.importorskip(optional)
     monkeypatch.chdir(folder)
     whole = "from_pretrained" in code  # takes nothing for granted
     scope = {} if whole else given()

@@ -26,9 +26,11 @@ def build(
     *,
     bias: Any = None,
     class_weight: Any = None,
+    rows: int | None = None,
 ) -> Problem:
     """Check a call before any work. given: the options that it was called with; bias, class_weight: those of a function
-    that has its own names for them."""
+    that has its own names for them; rows: bit r: Row(r) is all that a function of statistics returns;
+    None: whatever there is."""
     options = complete(function, given)
     if bias is not None:
         options["bias"] = bias
@@ -43,11 +45,13 @@ def build(
         check.fail("target or teacher", "be given", "neither", "Pass labels, a teacher, or a potential")
     differentiable = (fields["hidden"], fields["weight"], fields["bias"], fields["down"], fields["up"])
     fields |= zip(NEEDS, map(needs_gradient, differentiable), strict=True)
+    asked = reported(metrics, function.statistics, fields["label_smoothing"] != 0) if rows is None else rows
+    means = function.statistics if rows is None else False
     problem = Problem(
         **fields,
-        reported=reported(metrics, function.statistics, fields["label_smoothing"] != 0),
+        reported=asked,
         reports=function.statistics or bool(metrics),
-        columns=function.statistics or ("mean_probability" in metrics and fields["group"] is not None),
+        columns=means or ("mean_probability" in metrics and fields["group"] is not None),
     )
     check_plan(check, problem, teacher, function.statistics or problem.reduction == "none")
     return problem

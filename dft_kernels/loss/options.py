@@ -18,26 +18,31 @@ if TYPE_CHECKING:
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class StatisticsOptions(TypedDict, total=False):
-    """What `linear_distribution_statistics` takes. See `linear_distribution_loss` for the meaning of each."""
+class TokenOptions(TypedDict, total=False):
+    """What `token_statistics` takes. See `linear_distribution_loss` for the meaning of each."""
 
     bias: Tensor | None
     low_rank: tuple[Tensor, Tensor] | None
-    divergence: str | Divergence
     temperature: float
-    teacher_temperature: float | None
     logit_scale: float
     softcap: float | None
-    group: Tensor | None
-    num_groups: int
-    features: Tensor | None
     ignore_index: int
-    row_weight: Tensor | None
     chunk_size: int | None
     memory_budget: int | None
     logits_dtype: torch.dtype | None
     compact: bool
     backend: str
+
+
+class StatisticsOptions(TokenOptions, total=False):
+    """What `linear_distribution_statistics` takes."""
+
+    divergence: str | Divergence
+    teacher_temperature: float | None
+    group: Tensor | None
+    num_groups: int
+    features: Tensor | None
+    row_weight: Tensor | None
 
 
 class LossOptions(StatisticsOptions, total=False):
@@ -88,6 +93,7 @@ DEFAULTS: LossOptions = {
 }
 LOSS = tuple(DEFAULTS)
 STATISTICS = tuple(name for name in LOSS if name in StatisticsOptions.__annotations__)
+TOKENS = tuple(name for name in LOSS if name in TokenOptions.__annotations__)
 OF_LOGITS = tuple(name for name in LOSS if name not in ("bias", "low_rank", "logits_dtype"))  # of given logits
 
 

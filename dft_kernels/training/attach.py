@@ -175,6 +175,8 @@ def _after(model: Any, arguments: tuple[Any, ...], named: dict[str, Any], _: Any
         if code is not None:  # functools.wraps gives a replacement the name of what it replaces
             got = f"{other.__globals__['__name__']}.{code.co_name}"
         remedy = "Use one of the two: detach(model), or leave out what replaces its forward after attach"
+        if got.startswith("trl."):
+            remedy += ". For TRL's trainers leave out attach and call dft_kernels.training.trl.fuse(trainer)"
         _fail("model.forward", "call the attached forward where a loss is asked for", f"{got}, which does not", remedy)
 
 

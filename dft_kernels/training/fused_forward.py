@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -53,6 +53,8 @@ class Attachment:
     calls_loss: dict[bool, bool] = field(default_factory=dict)  # by model.training: that forward calls loss_function
     reached: bool = True  # the call of the model that is in progress has come to the attached forward
     hooks: list[Any] = field(default_factory=list)
+    by: str = "attach"  # the function that made it
+    wide: bool = False  # the head is multiplied in fp32, outside of autocast
 
     def own(self, model: Any) -> Callable[..., Any]:
         """The forward that was there."""
@@ -68,7 +70,7 @@ class Attachment:
         positional = [p.name for p in self.signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
         if len(arguments) > len(positional):
             got = f"{len(arguments)} where {len(positional)} have names"
-            fail("attach", "arguments", "be given by keyword", got, "Call model(input_ids=..., labels=...)")
+            fail(self.by, "arguments", "be given by keyword", got, "Call model(input_ids=..., labels=...)")
         return {**dict(zip(positional, arguments, strict=False)), **keywords}
 
 
@@ -77,10 +79,27 @@ def with_loss(model: Any, attachment: Attachment, given: dict[str, Any], ours: d
     layer, target = output_layer(model), targets_of({**given, "shift_labels": ours.get("shift_labels")})
     found: dict[str, Any] = {}
 
-    def loss_of(*_: Any, **__: Any) -> Tensor:
-        found["hidden"] = tap.hidden(model, tuple(target.shape))
-        loss, found["metrics"] = _fused(layer, attachment, found["hidden"], target, given, ours)
+    def loss_of(hidden: Tensor) -> Tensor:
+        loss, found["metrics"] = fused_loss(layer, attachment, hidden, target, given, ours)
+        found["hidden"] = hidden
         return loss
+
+    out, loss = run_forward(model, attachment, given, target, loss_of)
+    kept = {name: out.get(name) for name in _OUTPUTS}
+    logits = _logits(layer, attachment.head, found["hidden"], given) if ours.get("return_logits") else None
+    return DistributionOutput(**{**kept, "loss": loss, "logits": logits, "metrics": found["metrics"]})
+
+
+def run_forward(
+    model: Any, attachment: Attachment, given: dict[str, Any], target: Tensor, compute: Callable[[Tensor], Tensor]
+) -> tuple[Any, Tensor]:
+    """The output of the model's own forward on `given` without its head's product, and its loss with compute(hidden) in
+    place of its cross-entropy. target: the label of every row [B, T]."""
+    called: list[bool] = []
+
+    def loss_of(*_: Any, **__: Any) -> Tensor:
+        called.append(True)
+        return compute(tap.hidden(model, tuple(target.shape)))
 
     forwarded = {name: value for name, value in given.items() if name not in _NOT_FORWARDED}
     if not getattr(model.config, "return_dict", True):
@@ -90,45 +109,61 @@ def with_loss(model: Any, attachment: Attachment, given: dict[str, Any], ours: d
         forwarded["labels"] = target if given.get("labels") is None else given["labels"]
     with tapped(model) as tap, loss_replaced(model, loss_of) if calls_loss else nullcontext():
         out = attachment.own(model)(**forwarded)
-    if calls_loss and not found:
+    if calls_loss and not called:
         got = "a forward that did not"
-        remedy = "Give the model the same settings when attach(model) is called and in training"
-        fail("attach", type(model).__name__, "compute its loss by loss_function, as it did at attach", got, remedy)
+        remedy = f"Give the model the same settings when {attachment.by} is called and in training"
+        fail(attachment.by, type(model).__name__, "compute its loss by loss_function, as it did at attach", got, remedy)
     if not calls_loss and out.get("aux_loss") is not None:
         got = "one with aux_loss, whose weight is not known"
         remedy = "Set output_router_logits=False, or detach(model) and use the model's own loss"
-        fail("attach", type(model).__name__, "return an output without another loss", got, remedy)
-    kept = {name: out.get(name) for name in _OUTPUTS}
-    loss = out.loss if calls_loss else loss_of()
-    logits = _logits(layer, attachment.head, found["hidden"], given) if ours.get("return_logits") else None
-    return DistributionOutput(**{**kept, "loss": loss, "logits": logits, "metrics": found["metrics"]})
+        fail(attachment.by, type(model).__name__, "return an output without another loss", got, remedy)
+    return out, out.loss if calls_loss else loss_of()
 
 
-def _fused(
-    layer: Any, attachment: Attachment, hidden: Tensor, target: Tensor, given: dict[str, Any], ours: dict[str, Any]
-) -> tuple[Tensor, Metrics]:
+@contextmanager
+def projected(layer: Any, attachment: Attachment, hidden: Tensor) -> Iterator[dict[str, Any]]:
+    """Hidden states and head as a loss takes them, for one that is computed inside of the context. ValueError for a
+    head that other processes have parts of."""
     if (split := parted(layer)) is not None:
         remedy = (
             "Under FSDP2 leave it in the root's unit, or group it with the final norm: fully_shard([norm, lm_head])"
         )
         remedy += "; in place of ZeRO-3 use ZeRO-2 or FSDP2"
-        fail("attach", "the head", "be whole once the backbone ran", split, remedy)
-    head, terms, teacher = attachment.head, attachment.terms, ours.get("teacher")
+        fail(attachment.by, "the head", "be whole once the backbone ran", split, remedy)
+    constants = {"logit_scale": attachment.head.logit_scale, "softcap": attachment.head.softcap}
+    with torch.autocast(hidden.device.type, enabled=False) if attachment.wide else nullcontext():
+        hidden = hidden.float() if attachment.wide else hidden
+        head = projection(layer, hidden)
+        if attachment.wide:
+            head = {name: _float(part) for name, part in head.items()}
+        yield {"hidden": hidden, **head, **constants}
+
+
+def _float(part: Any) -> Any:
+    return tuple(map(_float, part)) if isinstance(part, tuple) else part if part is None else part.float()
+
+
+def fused_loss(
+    layer: Any, attachment: Attachment, hidden: Tensor, target: Tensor, given: dict[str, Any], ours: dict[str, Any]
+) -> tuple[Tensor, Metrics]:
+    """Loss and metrics of hidden states [B, T, H] with labels `target`, as a call of an attached model has them."""
+    terms, teacher = attachment.terms, ours.get("teacher")
     terms = {**terms, **{name: ours[name] for name in WEIGHTS if ours.get(name) is not None}}
     if teacher is None:
         terms = {**terms, "hard_weight": 1.0}
     elif given.get("labels") is None and ours.get("shift_labels") is None and terms.get("hard_weight"):
         relation = f"be given with hard_weight={terms['hard_weight']}"
-        fail("attach", "labels", relation, "None", "Pass labels=input_ids, padding -100")
-    call: dict[str, Any] = {
-        **{"target": target.to(hidden.device), "teacher": teacher, "num_items": ours.get("num_items_in_batch")},
-        **{"logit_scale": head.logit_scale, "softcap": head.softcap, **projection(layer, hidden), **terms},
-    }
+        fail(attachment.by, "labels", relation, "None", "Pass labels=input_ids, padding -100")
     delayed = ours.get("distribution_terms")
-    if delayed is None:
-        return linear_distribution_loss(hidden, **call, return_metrics=True)
-    loss, _, _, metrics = delayed.loss(hidden, input_ids=given.get("input_ids"), return_metrics=True, **call)
-    return loss, metrics
+    with projected(layer, attachment, hidden) as head:
+        call: dict[str, Any] = {
+            **{"target": target.to(hidden.device), "teacher": teacher, "num_items": ours.get("num_items_in_batch")},
+            **{**head, **terms, "return_metrics": True},
+        }
+        if delayed is None:
+            return linear_distribution_loss(**call)
+        loss, _, _, metrics = delayed.loss(input_ids=given.get("input_ids"), **call)
+        return loss, metrics
 
 
 def _logits(layer: Any, head: Head, hidden: Tensor, given: dict[str, Any]) -> Tensor:
@@ -163,14 +198,14 @@ def check_loss(model: Any, attachment: Attachment) -> None:
             attachment.calls_loss[training] = bool(calls)
             if getattr(out, "loss", None) is None or len(calls) > 1:
                 got = f"{type(out).__name__} without a loss" if len(calls) < 2 else f"{len(calls)} losses"
-                fail("attach", name, "return one loss of labels", got, remedy)
+                fail(attachment.by, name, "return one loss of labels", got, remedy)
             torch.manual_seed(0)
             fused = functools.partial(with_loss, model, attachment, given, {})
             ours, theirs = float(attempt(model, "a forward that takes another loss", fused).loss), float(out.loss)
         precision = max(2e-4, 2 * torch.finfo(weight.dtype).eps)
         if not abs(theirs - ours) < precision * max(1.0, abs(theirs)):
             got = f"{theirs:.5f} where that is {ours:.5f}"
-            fail("attach", name, "have the next token's cross-entropy as its loss", got, remedy)
+            fail(attachment.by, name, "have the next token's cross-entropy as its loss", got, remedy)
 
 
 def _counted(own: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:

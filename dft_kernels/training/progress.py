@@ -42,7 +42,11 @@ class TermsCallback(transformers.TrainerCallback):  # type: ignore[misc]
         bounded = [term for delayed in self.terms.values() for term in delayed.bounded.values()]
         # every term was seen, and no running mean is of fewer steps than it looks back on
         old = all(delayed.steps * (1 - delayed.decay) >= 1 for delayed in self.terms.values() if delayed.bounded)
-        if args.stop_at_floor and old and all(term.ratio is not None and term.ratio <= 1 for term in bounded):
+        if (
+            getattr(args, "stop_at_floor", False)
+            and old
+            and all(term.ratio is not None and term.ratio <= 1 for term in bounded)
+        ):
             control.should_training_stop = control.should_log = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -18,6 +18,7 @@ from .collators import PROMPTED
 
 # how a packed batch says where its sequences begin; a teacher that is not told would look across
 _PACKED = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+STORED = ("sequence", "hidden", "indices", "log_probs", "tail")  # of a store's batch, and no model's
 
 
 class Running:
@@ -60,30 +61,32 @@ class Running:
         return hidden_states(self.model, whole, mask, **more)[:, before:]
 
 
-def parts_of(teacher: Any) -> list[Any]:
-    """The parts of a mixture, or the teacher alone, each checked to be of a supported kind."""
+def parts_of(teacher: Any, by: str = "DFTTrainer") -> list[Any]:
+    """The parts of a mixture, or the teacher alone, each checked to be of a supported kind. by: who takes it."""
+
+    def refuse(relation: str, got: object, remedy: str, kind: type[Exception] = ValueError) -> None:
+        fail(by, "teacher", relation, got, remedy, kind)
+
     mixed = isinstance(teacher, Mixture)
     parts = list(teacher.teachers) if mixed else [] if teacher is None else [teacher]
     for part in parts:
         if isinstance(part, Mixture):
-            _fail("teacher", "be a Mixture of teachers that are not", "a Mixture in it", "Multiply the weights out")
+            refuse("be a Mixture of teachers that are not", "a Mixture in it", "Multiply the weights out")
         if isinstance(part, torch.nn.Module) and not hasattr(part, "get_output_embeddings"):
             remedy = "Pass a function of the batch that calls it and returns logits [B, T, V]"
-            _fail(
-                "teacher", "be a causal LM of transformers where it is a module", type(part).__name__, remedy, TypeError
-            )
+            refuse("be a causal LM of transformers where it is a module", type(part).__name__, remedy, TypeError)
         if not (isinstance(part, Store) or callable(part) or (mixed and isinstance(part, Labels))):
             remedy = "Wrap what does not depend on the batch as a function of it"
             which = "be a Store, a model, a function of the batch, or a Mixture of these and Labels()"
-            _fail("teacher", which, type(part).__name__, remedy, TypeError)
+            refuse(which, type(part).__name__, remedy, TypeError)
         if mixed and isinstance(part, Store) and part.contents.kind == "topk":
             remedy = (
                 "Keep hidden states, or put lambda batch: dataclasses.replace(store.teacher(batch), "
                 'tail="renormalise") in its place, with train_dataset=store and data_collator=store.collate'
             )
-            _fail("teacher", "hold no store of a top k as such in a Mixture, which has no bucket", "one", remedy)
+            refuse("hold no store of a top k as such in a Mixture, which has no bucket", "one", remedy)
     if sum(isinstance(part, Store) for part in parts) > 1:
-        _fail("teacher", "hold one Store at most, which gives the batches", "more", "Run the other teachers")
+        refuse("hold one Store at most, which gives the batches", "more", "Run the other teachers")
     return parts
 
 
@@ -99,17 +102,17 @@ def stand_in(teacher: Any, device: torch.device) -> Any:
     return None if teacher is None else torch.zeros(1, 2, device=device)
 
 
-def asked(teacher: Any, device: torch.device) -> Callable[[dict[str, Any]], Any] | None:
-    """inputs -> `teacher` of `linear_distribution_loss`, [B, T, ...] as input_ids; None of None."""
+def asked(teacher: Any, device: torch.device, by: str = "DFTTrainer") -> Callable[[dict[str, Any]], Any] | None:
+    """inputs -> `teacher` of `linear_distribution_loss`, [B, T, ...] as input_ids; None of None. by: who asks."""
     if teacher is None:
         return None
     if isinstance(teacher, Store):
-        return _stored(teacher)
+        return _stored(teacher, by)
     if isinstance(teacher, torch.nn.Module):
         return Running(teacher, device)
     if not isinstance(teacher, Mixture):
         return teacher  # type: ignore[no-any-return]
-    parts = [part if isinstance(part, Labels) else asked(part, device) for part in teacher.teachers]
+    parts = [part if isinstance(part, Labels) else asked(part, device, by) for part in teacher.teachers]
 
     def mixed(inputs: dict[str, Any]) -> Mixture:
         return Mixture(
@@ -121,12 +124,12 @@ def asked(teacher: Any, device: torch.device) -> Callable[[dict[str, Any]], Any]
     return mixed
 
 
-def _stored(store: Store) -> Callable[[dict[str, Any]], Any]:
+def _stored(store: Store, by: str) -> Callable[[dict[str, Any]], Any]:
     def rows(inputs: dict[str, Any]) -> Any:
         if not inputs.keys() >= set(store.contents.names):
             remedy = "Leave train_dataset and data_collator to the store, or collate its items with store.collate"
             which = f"have the store's rows ({', '.join(store.contents.names)})"
-            _fail("batches", which, f"only {', '.join(inputs)}", remedy)
+            fail(by, "batches", which, f"only {', '.join(inputs)}", remedy)
         return store.teacher(inputs)
 
     return rows

@@ -22,9 +22,8 @@ from .attach import Held, attach, targets_of
 from .collators import PROMPTED, PrinciplesCollator
 from .progress import TermsCallback, load_terms, peak_memory_gb, show_metrics, term_logs
 from .rollouts import OwnText
-from .teaching import asked, check_prompted, parts_of, stand_in
+from .teaching import STORED, asked, check_prompted, parts_of, stand_in
 
-_STORED = ("sequence", "hidden", "indices", "log_probs", "tail")  # of a store's batch, and no model's
 METRICS = ("hard_loss", "soft_loss", "entropy", "accuracy", "teacher_agreement")
 
 
@@ -205,7 +204,7 @@ class DFTTrainer(transformers.Trainer):
         if PROMPTED[0] in inputs:
             check_prompted(self.teacher)
         teacher = self.asked(inputs) if self.asked is not None and model.training and self._matches() else None
-        inputs = {name: value for name, value in inputs.items() if name not in (*_STORED, *PROMPTED)}
+        inputs = {name: value for name, value in inputs.items() if name not in (*STORED, *PROMPTED)}
         if self.terms is not None and model.training and self._matches():
             inputs["distribution_terms"] = Held(self.terms)
         if teacher is not None:

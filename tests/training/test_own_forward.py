@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,25 +86,20 @@ def test_a_wrapper_is_not(how: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_trls_trainer_is_told(tmp_path: Path) -> None:
-    """SFTTrainer replaces the forward by one with a loss of its own."""
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    import tokenizers
-
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{n}": n for n in range(3, 64)}}
-    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
-    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, **names)
-    data = datasets.Dataset.from_list([{"text": "w5 w6 w7 w8 w9"}] * 4)
-    args = trl.SFTConfig(
-        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False,
-        save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
-    )  # fmt: skip
+def test_liger_is_told() -> None:
+    """Trainer's use_liger_kernel=True replaces the forward as training starts; attached after it the loss is ours."""
+    liger = pytest.importorskip("liger_kernel.transformers")
+    only = {**dict.fromkeys(("rope", "swiglu", "rms_norm"), False), "fused_linear_cross_entropy": True}
     model = attach(tiny())
-    trainer = trl.SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
-    with pytest.raises(ValueError, match=MISSED.format(r"trl\.\S+")):
-        trainer.train()
+    liger.apply_liger_kernel_to_llama(model=model, **only)
+    with pytest.raises(ValueError, match=MISSED.format(r"liger_kernel\.\S+lce_forward")):
+        model(input_ids=IDS, labels=IDS)
+    model = tiny()
+    expected = gradients(model, model(input_ids=IDS, labels=IDS).loss)
+    liger.apply_liger_kernel_to_llama(model=model, **only)
+    out = attach(model)(input_ids=IDS, labels=IDS)
+    assert out.metrics is not None
+    assert_same(gradients(model, out.loss), expected)
 
 
 class Inline(transformers.LlamaForCausalLM):

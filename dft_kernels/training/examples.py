@@ -153,17 +153,17 @@ def _conversation(document: Document, tokenizer: Any, only: str | None) -> tuple
     return _spanned(tokenizer, whole, spans)
 
 
-def shown(example: Example, tokenizer: Any, most: int = 400) -> str:
-    """An example as it is trained on: its text, what does not count in [brackets]."""
-    parts, at = [], 0
-    ids, counts = example.ids.tolist(), example.counts.tolist()
-    while at < len(ids):
-        end = next((k for k in range(at, len(ids)) if counts[k] != counts[at]), len(ids))
-        text = tokenizer.decode(ids[at:end])
-        parts.append(text if counts[at] else f"[{text}]")
-        at = end
+def shown(example: Example, tokenizer: Any, most: int = 160) -> str:
+    """An example as it is trained on: its text, what does not count in [brackets]; of each stretch at most `most`
+    characters, from its beginning and its end, and of all at most twelve times as many."""
+    parts, tokens = [], zip(example.counts.tolist(), example.ids.tolist(), strict=True)
+    for counts, stretch in itertools.groupby(tokens, lambda token: token[0]):
+        text = tokenizer.decode([token for _, token in stretch])
+        if len(text) > most:
+            text = f"{text[: most // 2]} ... {text[-(most // 2) :]}"
+        parts.append(text if counts else f"[{text}]")
     whole = "".join(parts)
-    return whole if len(whole) <= most else f"{whole[:most]} ..."
+    return whole if len(whole) <= 12 * most else f"{whole[: 12 * most]} ..."
 
 
 # ---- as items of a Trainer

@@ -55,8 +55,7 @@ def test_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["parquet", "saved", "splits"])
 def test_tables(form: str, tmp_path: Path) -> None:
     """Parquet fills what a row has not with None, in messages too."""
-    import datasets
-
+    datasets = pytest.importorskip("datasets")  # which comes with TRL, from Python 3.11 on
     chats = [[*CHAT, {"role": "tool", "content": None, "name": "clock"}], CHAT[:1]]
     table = datasets.Dataset.from_dict({"messages": chats, "text": [None, "x"]})
     name = str(tmp_path / ("a.parquet" if form == "parquet" else "folder"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +16,8 @@ from torch.utils.data import Dataset
 
 from ..materials.records import Document, Faults, Unfit
 
-ONLY = ("assistant", "completion")  # whose tokens may be all that counts
+_MARKS = re.compile(r"\{%-?\s*generation\b")  # of a chat template that says itself what the assistant writes
+_NONE_OF_THE_ASSISTANTS = ("have a message of the assistant, for assistant_only", "none", "Leave out assistant_only")
 
 
 class Example(NamedTuple):
@@ -136,6 +138,18 @@ def _conversation(document: Document, tokenizer: Any, only: str | None) -> tuple
         return text
 
     whole = shown(len(messages))
+    if only == "assistant" and document.before is None and _MARKS.search(str(tokenizer.chat_template)):
+        made = tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"verbose": False},
+        )
+        ids, counts = (torch.tensor(made[name]) for name in ("input_ids", "assistant_masks"))
+        if not bool(counts.any()):
+            raise Unfit(*_NONE_OF_THE_ASSISTANTS)
+        return ids, counts.bool()
     if only is None:
         return _spanned(tokenizer, whole, [(0, None)])
     if only == "completion" and document.before is None:
@@ -149,7 +163,7 @@ def _conversation(document: Document, tokenizer: Any, only: str | None) -> tuple
                 raise Unfit(f"have a template that adds to what it has shown, for {only}_only", "another", remedy)
             spans.append((len(before), len(after)))
     if not spans:
-        raise Unfit(f"have a part that {only}_only counts", "no message of the assistant", f"Leave out {only}_only")
+        raise Unfit(*_NONE_OF_THE_ASSISTANTS)
     return _spanned(tokenizer, whole, spans)
 
 

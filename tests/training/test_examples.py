@@ -75,6 +75,20 @@ def test_conversations(chat: Any) -> None:
     assert len(shown(example, chat, 2)) <= 24 + len(" ...")
 
 
+def test_a_template_that_marks_what_the_assistant_writes(chat: Any) -> None:
+    """Its own marks go before what can be told from its beginnings, which this one rewrites."""
+    chat.chat_template = (
+        "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}{% generation %}{{ m.content }} "
+        "</s> {% endgeneration %}{% else %}{{ m.content }} </s> {% endif %}{% endfor %}{{ 'word89' if messages | length < 4 }}"
+    )
+    whole = Document("", [A, B, C, D])
+    assert one(whole, chat, "assistant")[1] == [*WORDS[4:6], "</s>", *WORDS[12:15], "</s>"]
+    with pytest.raises(ValueError, match="must have a message of the assistant, for assistant_only, got none"):
+        examples_of([Document("", [A])], chat, 64, Faults(), "assistant")
+    with pytest.raises(ValueError, match="must have a template that adds to what it has shown, for completion_only"):
+        examples_of([Document("", [D], [A, B, C])], chat, 64, Faults(), "completion")
+
+
 def test_what_is_cut_and_what_is_left_out_is_said(chat: Any) -> None:
     faults = Faults(skip=True)
     documents = [
@@ -91,7 +105,7 @@ def test_what_is_cut_and_what_is_left_out_is_said(chat: Any) -> None:
         "2 rows, 16 tokens, 6 of them count",
         "2 rows were too long: 14 tokens are left out",
         "1 rows are left out: none of their tokens counts",
-        "1 records are left out: they must have a part that assistant_only counts",
+        "1 records are left out: they must have a message of the assistant, for assistant_only",
         "1 records are left out: they must fit the chat template",
         "1 records are left out: they must have a part that counts under assistant_only",
     ]

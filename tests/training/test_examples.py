@@ -78,8 +78,9 @@ def test_conversations(chat: Any) -> None:
 def test_a_template_that_marks_what_the_assistant_writes(chat: Any) -> None:
     """Its own marks go before what can be told from its beginnings, which this one rewrites."""
     chat.chat_template = (
-        "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}{% generation %}{{ m.content }} "
-        "</s> {% endgeneration %}{% else %}{{ m.content }} </s> {% endif %}{% endfor %}{{ 'word89' if messages | length < 4 }}"
+        "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }} </s> {% endgeneration %}{% else %}{{ m.content }} </s> {% endif %}{% endfor %}"
+        "{{ 'word89' if messages | length < 4 }}"
     )
     whole = Document("", [A, B, C, D])
     assert one(whole, chat, "assistant")[1] == [*WORDS[4:6], "</s>", *WORDS[12:15], "</s>"]

@@ -16,6 +16,7 @@ from ..backends import BACKENDS
 from ..evaluation.held_out import HeldOut
 from ..files import shown
 from ..materials.sources import check_text
+from ..training.card import NAMES
 from ..training.config import Job, as_flags, read
 from ..training.train import prepare
 from ..training.trainer import DFTConfig
@@ -113,7 +114,7 @@ class TrainParser(Parser, transformers.HfArgumentParser):
     given: dict[str, Any]
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """`job`, a `Job`, and `training`, a `DFTConfig`."""
+        """`job`, a `Job`, `training`, a `DFTConfig`, and `command`: the flags that say the same without the file."""
         self.flags, self.given, self.file = list(sys.argv[1:] if args is None else args), {}, None
         arguments = self.flags
         known = {kind: [one.name for one in fields(kind) if one.init] for kind in (Job, DFTConfig)}
@@ -129,7 +130,7 @@ class TrainParser(Parser, transformers.HfArgumentParser):
             raise
         except ValueError as error:
             raise UsageError(self.named(str(error))) from error
-        return argparse.Namespace(job=job, training=training)
+        return argparse.Namespace(job=job, training=training, command=arguments)
 
     def check_lists(self) -> None:
         """Refuse a list in the file where a flag takes one value."""
@@ -192,7 +193,7 @@ def run(options: argparse.Namespace) -> int:
     out = console()
     out.quiet = training.world_size > 1 and not training.should_log
     with out.status("model, text, teacher"):
-        ready = prepare(job, training)
+        ready = prepare(job, training, options.command)
     for line in ready.about:
         out.print(line, soft_wrap=True, highlight=False, markup=False)
     if ready.resume is not None:
@@ -203,6 +204,9 @@ def run(options: argparse.Namespace) -> int:
         return 130
     saved = training.output_dir
     out.print(report(found.before, found.after, found.metrics, found.history))
+    written = ready.card.path
+    if written.name != NAMES[0]:
+        out.print(f"{NAMES[0]} is yours and stays; the model card is {written}", soft_wrap=True, markup=False)
     out.print(f"saved in {saved}; dft-kernels sample {saved} --prompt '...' puts it beside {job.model}", soft_wrap=True)
     return 0
 

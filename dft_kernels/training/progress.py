@@ -53,7 +53,9 @@ class TermsCallback(transformers.TrainerCallback):  # type: ignore[misc]
         """Save from the first process: all processes hold equal statistics."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            torch.save({name: delayed.state_dict() for name, delayed in self.terms.items()}, folder / TERMS_FILE)
+            part = folder / f"{TERMS_FILE}.part"
+            torch.save({name: delayed.state_dict() for name, delayed in self.terms.items()}, part)
+            part.replace(folder / TERMS_FILE)
 
 
 def load_terms(folder: str, terms: dict[str, Any]) -> None:

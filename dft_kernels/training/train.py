@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import Subset
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..evaluation.held_out import HeldOut, held_out
 from ..files import replace_text
@@ -31,6 +33,7 @@ from .card import Card
 from .collators import PrinciplesCollator
 from .config import Job
 from .examples import Example, PackCollator, Packs, Sequences, check_packing, examples_of, shown
+from .progress import TERMS_FILE
 from .target_terms import HumanText, asks_for_text, terms_of
 from .teaching import asked
 from .trainer import DFTConfig, DFTTrainer
@@ -268,7 +271,7 @@ def _tell(job: Job, out: Path, **more: Any) -> None:
 
 def _resumable(job: Job, out: Path) -> str | None:
     """The last checkpoint of this job; ValueError where the folder's are another's, which would be gone on with."""
-    found = last_checkpoint(out)
+    found = last_checkpoint(out, job.target is not None)
     if found is None:
         return None
     _, before = read_about("train", out)
@@ -296,9 +299,20 @@ def _adapted(model: Any, job: Job) -> Any:
     return peft.get_peft_model(model, config)
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in a folder of results, None without any."""
-    from transformers.trainer_utils import get_last_checkpoint
+def last_checkpoint(folder: Path, terms: bool = False) -> str | None:
+    """The newest whole checkpoint in a folder of results, None without any: Trainer writes into a checkpoint's folder
+    itself, its state last, and the running statistics of terms come after that."""
+    start = f"{PREFIX_CHECKPOINT_DIR}-"
+    numbers = [path.name.removeprefix(start) for path in folder.glob(f"{start}*")]
+    for number in sorted((int(one) for one in numbers if one.isdecimal()), reverse=True):
+        found = folder / f"{start}{number}"
+        if _is_whole(found / TRAINER_STATE_NAME) and (not terms or (found / TERMS_FILE).exists()):
+            return str(found)
+    return None
 
-    found: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return found
+
+def _is_whole(state: Path) -> bool:
+    try:
+        return isinstance(json.loads(state.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False

@@ -62,6 +62,13 @@ def regular(path: Path) -> int:
     return found.st_size
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a file as UTF-8, so that whoever is stopped or reads meanwhile finds the one before, or this one, whole."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be of any bytes
+    part.replace(path)
+
+
 @dataclass(frozen=True)
 class Source:
     """A file to read. function: who says its faults; remedy: for damage; absent: where the file is not there."""

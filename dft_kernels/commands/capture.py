@@ -14,7 +14,7 @@ from ..store.manifest import KINDS, SHARD_ROWS
 from ..training.capture import capture
 from ..training.examples import examples_of
 from .arguments import Help, Number, Parser, Whole, device, output_folder
-from .flags import add_cache, add_only, add_text
+from .flags import add_cache, add_only, add_quiet, add_text
 from .printing import console, progress
 from .store import describe
 
@@ -45,6 +45,7 @@ def parser() -> Parser:
     add("--dtype", choices=tuple(_DTYPES), default="bfloat16", help="the teacher runs in")
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="the teacher runs on")
     add_cache(made)
+    add_quiet(made)
     return made
 
 
@@ -58,13 +59,14 @@ def run(options: argparse.Namespace) -> int:
     examples = examples[: options.limit]
     if not examples:
         raise ValueError("capture: text must hold at least two tokens, got none. Name texts.")
+    out = console(quiet=options.quiet)
     for line in tally.said(examples, faults):
-        console().print(line, highlight=False, markup=False)
+        out.print(line, highlight=False, markup=False)
     model, _ = model_of(options.model, options.cache)
     sequences = [example.ids for example in examples]
     model = model.to(options.device, _DTYPES[options.dtype])
     total, begun, told = sum(map(len, sequences)), time.perf_counter(), []
-    with progress("the teacher's tokens", total) as advance:
+    with progress("the teacher's tokens", total, quiet=options.quiet) as advance:
 
         def tick(tokens: int) -> None:
             told.append(tokens)  # those stored before come first
@@ -86,6 +88,8 @@ def run(options: argparse.Namespace) -> int:
             tick=tick,
         )
     seconds = time.perf_counter() - begun
+    if options.quiet:
+        return 0
     print(describe(store), end="")
     if len(told) > 1:
         print(f"{'speed':10} {sum(told[1:]) / seconds:,.0f} tokens/s")

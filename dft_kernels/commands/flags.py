@@ -34,6 +34,11 @@ def add_only(parser: Any, about: str) -> None:
         )
 
 
+def add_quiet(parser: Any) -> None:
+    """--quiet."""
+    parser.add_argument("--quiet", action="store_true", help="print nothing but what goes wrong")
+
+
 def add_seed(parser: Any, about: str) -> None:
     """--seed, of what `about` says."""
     parser.add_argument("--seed", type=SEED, default=0, help=about)

@@ -14,7 +14,7 @@ from ..evaluation.gap import Gap, human_prefixes, native, own_text, verdict, win
 from ..materials.sources import texts_of, trained_model
 from ..targets import target_file
 from .arguments import Checked, Help, Number, OutputFile, Parser, Whole
-from .flags import add_cache, add_only, add_sampling, add_seed, add_text, sampled
+from .flags import add_cache, add_only, add_quiet, add_sampling, add_seed, add_text, sampled
 from .printing import console
 
 
@@ -51,6 +51,7 @@ def parser() -> Parser:
     add("--csv", type=OutputFile(), default=None, metavar="FILE", help="the table as a file")
     add("--plot", type=OutputFile(".png"), default=None, metavar="FILE.png", help="its picture")
     add_cache(made)
+    add_quiet(made)
     return made
 
 
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     chosen = trained_model(options.model, options.base)
     target = target_file.load(options.target)
     texts = texts_of(options.text, options.cache, options.only)
-    out = console()
+    out = console(quiet=options.quiet)
     model, tokenizer = chosen.load(options.cache)
     target_file.check_tokenizer(options.target, target, tokenizer)
     passages = windows(texts, tokenizer, options.prompt, options.length, options.count, options.seed)

@@ -16,7 +16,9 @@ from ..backends import BACKENDS
 from ..evaluation.held_out import HeldOut
 from ..files import shown
 from ..materials.sources import check_text
+from ..training.card import NAMES
 from ..training.config import Job, as_flags, read
+from ..training.progress import show
 from ..training.train import prepare
 from ..training.trainer import DFTConfig
 from .arguments import (
@@ -34,6 +36,7 @@ from .arguments import (
     last_of,
     output_folder,
 )
+from .flags import add_quiet
 from .printing import console
 
 GROUPS = {  # of the help
@@ -49,7 +52,7 @@ GROUPS = {  # of the help
         "target", "terms", "terms_decay", "stop_at_floor", "rollout_terms", "rollout_every", "rollout_prompt",
         "rollout_length", "rollout_samples", "rollout_temperature", "rollout_biased_without_score",
     ),
-    "adapters and result": ("lora_rank", "correction_rank", "output_dir", "resume_from_checkpoint"),
+    "adapters and result": ("lora_rank", "correction_rank", "output_dir", "resume_from_checkpoint", "quiet"),
     "steps (of transformers)": (
         "max_steps", "num_train_epochs", "learning_rate", "warmup_steps",
         "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "use_cpu",
@@ -113,7 +116,7 @@ class TrainParser(Parser, transformers.HfArgumentParser):
     given: dict[str, Any]
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """`job`, a `Job`, and `training`, a `DFTConfig`."""
+        """`job`, a `Job`, `training`, a `DFTConfig`, `quiet`, and `command`: flags that say the same without a file."""
         self.flags, self.given, self.file = list(sys.argv[1:] if args is None else args), {}, None
         arguments = self.flags
         known = {kind: [one.name for one in fields(kind) if one.init] for kind in (Job, DFTConfig)}
@@ -129,7 +132,7 @@ class TrainParser(Parser, transformers.HfArgumentParser):
             raise
         except ValueError as error:
             raise UsageError(self.named(str(error))) from error
-        return argparse.Namespace(job=job, training=training)
+        return argparse.Namespace(job=job, training=training, quiet=found["quiet"], command=arguments)
 
     def check_lists(self) -> None:
         """Refuse a list in the file where a flag takes one value."""
@@ -176,6 +179,7 @@ def parser() -> TrainParser:
         allow_abbrev=False,
     )
     made.add_argument("--help-all", action=_HelpAll, nargs=0, help="all arguments, those of transformers explained too")
+    add_quiet(made)
     made.set_defaults(**DEFAULTS)
     kinds: dict[Any, Any] = {int: Whole(), float: Number()}
     letters: dict[Any, str] = {int: "N", float: "X", string_to_bool: "true|false"}
@@ -189,10 +193,10 @@ def run(options: argparse.Namespace) -> int:
     """Train, measure, save; print what came out."""
     job, training = options.job, options.training
     transformers.utils.logging.disable_progress_bar()  # of loading; Trainer's own stays
-    out = console()
-    out.quiet = training.world_size > 1 and not training.should_log
+    out = console(quiet=options.quiet or (training.world_size > 1 and not training.should_log))
     with out.status("model, text, teacher"):
-        ready = prepare(job, training)
+        ready = prepare(job, training, options.command)
+    show(ready.trainer, bars=sys.stderr.isatty() and not options.quiet, logs=not options.quiet)
     for line in ready.about:
         out.print(line, soft_wrap=True, highlight=False, markup=False)
     if ready.resume is not None:
@@ -203,6 +207,9 @@ def run(options: argparse.Namespace) -> int:
         return 130
     saved = training.output_dir
     out.print(report(found.before, found.after, found.metrics, found.history))
+    written = ready.card.path
+    if written.name != NAMES[0]:
+        out.print(f"{NAMES[0]} is yours and stays; the model card is {written}", soft_wrap=True, markup=False)
     out.print(f"saved in {saved}; dft-kernels sample {saved} --prompt '...' puts it beside {job.model}", soft_wrap=True)
     return 0
 

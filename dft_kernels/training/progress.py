@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from tqdm.auto import tqdm
 
 from ..files import Source
 
@@ -17,7 +18,22 @@ SHOWN = ("loss", "soft_loss", "hard_loss", "teacher_agreement")
 
 
 class ProgressCallback(transformers.ProgressCallback):  # type: ignore[misc]
-    """Trainer's progress bar, followed by the last logged values of SHOWN."""
+    """Trainer's progress bar, followed by the last logged values of SHOWN. bars: False: its log lines alone."""
+
+    bars = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Begin the bar, or one that shows nothing."""
+        if self.bars:
+            super().on_train_begin(args, state, control, **more)
+            return
+        self.training_bar = tqdm(disable=True) if state.is_world_process_zero else None
+        self.current_step = 0
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Trainer's bar of an evaluation."""
+        if self.bars:
+            super().on_prediction_step(args, state, control, **more)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
         """Print Trainer's log line and update the end of the bar."""
@@ -53,7 +69,9 @@ class TermsCallback(transformers.TrainerCallback):  # type: ignore[misc]
         """Save from the first process: all processes hold equal statistics."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            torch.save({name: delayed.state_dict() for name, delayed in self.terms.items()}, folder / TERMS_FILE)
+            part = folder / f"{TERMS_FILE}.part"
+            torch.save({name: delayed.state_dict() for name, delayed in self.terms.items()}, part)
+            part.replace(folder / TERMS_FILE)
 
 
 def load_terms(folder: str, terms: dict[str, Any]) -> None:
@@ -102,3 +120,12 @@ def show_metrics(trainer: Any) -> None:
         if type(callback) is transformers.ProgressCallback:
             trainer.remove_callback(callback)
             trainer.add_callback(ProgressCallback(callback.max_str_len))
+
+
+def show(trainer: Any, bars: bool, logs: bool) -> None:
+    """Have a trainer of `show_metrics` without bars, or without lines for what it logs, which come with them."""
+    for callback in list(trainer.callback_handler.callbacks):
+        if isinstance(callback, ProgressCallback):
+            callback.bars = bars
+        if not logs and isinstance(callback, (transformers.ProgressCallback, transformers.PrinterCallback)):
+            trainer.remove_callback(callback)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import Subset
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..evaluation.held_out import HeldOut, held_out
+from ..files import replace_text
 from ..loss.functional import shift_labels
 from ..materials.models import read_texts
 from ..materials.records import Faults
@@ -24,12 +29,33 @@ from ..models.heads import output_layer
 from ..store.reader import Store
 from ..targets import target_file
 from ..targets.target import Target
+from .card import Card
 from .collators import PrinciplesCollator
 from .config import Job
 from .examples import Example, PackCollator, Packs, Sequences, check_packing, examples_of, shown
+from .progress import TERMS_FILE
 from .target_terms import HumanText, asks_for_text, terms_of
 from .teaching import asked
 from .trainer import DFTConfig, DFTTrainer
+
+
+class CardTrainer(DFTTrainer):
+    """DFTTrainer, whose `push_to_hub` takes the run's card along in place of Trainer's. card: None: Trainer's."""
+
+    card: Card | None = None
+
+    def create_model_card(self, *arguments: Any, **named: Any) -> None:
+        """Trainer's arguments; they join the card."""
+        if self.card is None:
+            super().create_model_card(*arguments, **named)
+        elif self.is_world_process_zero():
+            self.card.write(**inspect.signature(super().create_model_card).bind(*arguments, **named).arguments)
+
+
+def _keep_card(model: Any, out: Path) -> None:
+    """PEFT writes into README.md of every folder that it saves to: not of the result, whose card is the run's."""
+    write, own = model.create_or_update_model_card, out.resolve()
+    model.create_or_update_model_card = lambda folder: None if Path(folder).resolve() == own else write(folder)
 
 
 class StopOnInterrupt(transformers.TrainerCallback):
@@ -81,19 +107,20 @@ class Outcome:
 
 class Run:
     """A job with everything loaded. resume: the checkpoint that it goes on from, None at its beginning; about: what it
-    trains on, for a reader."""
+    trains on, for a reader; card: what says so beside the result."""
 
     def __init__(
         self,
         job: Job,
-        trainer: DFTTrainer,
+        trainer: CardTrainer,
         kept: Any,
         teacher: Any,
         resume: str | None,
         stop: StopOnInterrupt,
         about: list[str],
+        card: Card,
     ) -> None:
-        self.about = about
+        self.about, self.card = about, card
         self.job, self.trainer, self.teacher, self.resume, self.stop = job, trainer, teacher, resume, stop
         self.out = Path(trainer.args.output_dir)
         self.batches = [trainer.data_collator([kept[number]]) for number in range(len(kept))]
@@ -103,12 +130,16 @@ class Run:
         trainer, writes = self.trainer, self.trainer.args.should_save
         if writes:
             _tell(self.job, self.out)
-        before, after = self._measure(), None
+        before = self.card.before = self._measure()
+        after = None
         found = trainer.train(resume_from_checkpoint=self.resume)
         if not self.stop.stopped:
+            # before what is saved is pushed, its card with it; under FSDP the model's parts are not here
+            after = self.card.after = None if trainer.is_fsdp_enabled else self._measure()
+            trainer.card = self.card
             self._save()
-            after = None if trainer.is_fsdp_enabled else self._measure()  # its parts are not here
             if writes:
+                self.card.write()
                 measured = {when: one and vars(one) for when, one in (("before", before), ("after", after))}
                 _tell(self.job, self.out, held_out=measured)
         state = trainer.state
@@ -123,6 +154,8 @@ class Run:
     def _save(self) -> None:
         """The result, in whole or what was trained of it, and the tokenizer."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        if self.job.lora_rank:
+            _keep_card(model, self.out)
         if not self.job.correction_rank:
             self.trainer.save_model(str(self.out))
         elif self.trainer.args.should_save:
@@ -130,9 +163,9 @@ class Run:
             self.trainer.processing_class.save_pretrained(self.out)
 
 
-def prepare(job: Job, options: DFTConfig) -> Run:
+def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
     """Load a job's parts, small ones first: ValueError for what is wrong with any, before a model is loaded where that
-    can be known, and before anything is written."""
+    can be known, and before anything is written. command: arguments that make this job again, for its card."""
     assert job.model is not None
     cache = Path(job.cache)
     resume = options.resume_from_checkpoint or _resumable(job, Path(options.output_dir or ""))
@@ -157,6 +190,7 @@ def prepare(job: Job, options: DFTConfig) -> Run:
     collate: Any = transformers.DataCollatorForSeq2Seq(tokenizer)
     examples: list[Example] = []
     about: list[str] = []
+    counted: list[str] = []
     if job.stored:
         teacher.check_tokenizer(tokenizer)
         collate = teacher.collate
@@ -164,13 +198,14 @@ def prepare(job: Job, options: DFTConfig) -> Run:
         faults = Faults(job.skip_bad)
         documents = itertools.islice(documents_of(job.text or [], cache, faults), job.limit)
         examples, tally = examples_of(documents, tokenizer, job.length, faults, job.only)
-        about = [*tally.said(examples, faults), *(f"{n}. {shown(e, tokenizer)}" for n, e in enumerate(examples[:3], 1))]
+        counted = tally.said(examples, faults)
         data = Sequences(examples)
         if job.packing:
             data, collate = Packs(examples, job.length), PackCollator(tokenizer.pad_token_id or 0)
-            about.insert(1, f"packed into {len(data):,} rows of up to {job.length:,} tokens")
+            counted.insert(1, f"packed into {len(data):,} rows of up to {job.length:,} tokens")
         elif principles is not None:
             collate = PrinciplesCollator.from_text(principles, tokenizer)
+        about = [*counted, *(f"{n}. {shown(e, tokenizer)}" for n, e in enumerate(examples[:3], 1))]
     if len(data) <= job.held_out:
         raise ValueError(
             f"train: text must hold more than the {job.held_out} sequences that are held out, got {len(data)}. "
@@ -186,11 +221,12 @@ def prepare(job: Job, options: DFTConfig) -> Run:
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()  # the same when resumed
     training, kept = Subset(data, order[job.held_out :]), Subset(data, order[: job.held_out])
     terms = {} if target is None else _terms(target, job, options, model, training)
-    trainer = DFTTrainer(
+    trainer = CardTrainer(
         _adapted(model, job), options, teacher, **terms, train_dataset=training, data_collator=collate,
         processing_class=tokenizer, callbacks=[stop := StopOnInterrupt()],
     )  # fmt: skip
-    return Run(job, trainer, kept, teacher, resume, stop, about)
+    card = Card(job, trainer, teacher, counted, command)
+    return Run(job, trainer, kept, teacher, resume, stop, about, card)
 
 
 def _check_positions(model: Any, length: int, examples: list[Example]) -> None:
@@ -230,14 +266,12 @@ def _terms(target: Target, job: Job, options: DFTConfig, model: Any, training: A
 def _tell(job: Job, out: Path, **more: Any) -> None:
     """Leave what the folder's checkpoints and result are made of."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / ABOUT).write_text(
-        json.dumps({"base": job.model, **more, "job": vars(job)}, indent=1) + "\n", encoding="utf-8"
-    )
+    replace_text(out / ABOUT, json.dumps({"base": job.model, **more, "job": vars(job)}, indent=1) + "\n")
 
 
 def _resumable(job: Job, out: Path) -> str | None:
     """The last checkpoint of this job; ValueError where the folder's are another's, which would be gone on with."""
-    found = last_checkpoint(out)
+    found = last_checkpoint(out, job.target is not None)
     if found is None:
         return None
     _, before = read_about("train", out)
@@ -265,9 +299,20 @@ def _adapted(model: Any, job: Job) -> Any:
     return peft.get_peft_model(model, config)
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in a folder of results, None without any."""
-    from transformers.trainer_utils import get_last_checkpoint
+def last_checkpoint(folder: Path, terms: bool = False) -> str | None:
+    """The newest whole checkpoint in a folder of results, None without any: Trainer writes into a checkpoint's folder
+    itself, its state last, and the running statistics of terms come after that."""
+    start = f"{PREFIX_CHECKPOINT_DIR}-"
+    numbers = [path.name.removeprefix(start) for path in folder.glob(f"{start}*")]
+    for number in sorted((int(one) for one in numbers if one.isdecimal()), reverse=True):
+        found = folder / f"{start}{number}"
+        if _is_whole(found / TRAINER_STATE_NAME) and (not terms or (found / TERMS_FILE).exists()):
+            return str(found)
+    return None
 
-    found: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return found
+
+def _is_whole(state: Path) -> bool:
+    try:
+        return isinstance(json.loads(state.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False

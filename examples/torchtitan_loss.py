@@ -1,12 +1,13 @@
 """A loss for torchtitan, `loss_fn(pred, labels)`, whose pred are hidden states and not logits.
 
-torchtitan must be told: the model returns its last hidden states. Versions with a ChunkedLossWrapper have a switch for
-it, `model._skip_lm_head = True`, and its trainer hands the loss the head at the same place (`set_lm_head`); in older
-ones return `self.norm(h)` from the model's forward. The head's weight must be whole where the loss runs: not sharded by
-tensor parallelism, and with FSDP in the unit of the final norm or of the root.
+torchtitan must be told: the model returns its last hidden states. Newer versions have a switch, `_skip_lm_head = True`,
+which their trainer sets for a ChunkedLossWrapper alone: set it for this loss too. In older ones return `self.norm(h)`
+from the model's forward. The head's weight must be whole where the loss runs: not sharded by tensor parallelism, and
+with FSDP in the unit of the final norm or of the root.
 
-torchtitan is not needed here, and this has not been run inside of it: its interface is as its components/loss.py has
-it, a sum over the tokens of shifted labels, which the trainer divides by the number of tokens of all devices.
+This has not been run inside of torchtitan, which is not needed here. The function is the `fn` of its losses as of its
+components/loss.py: a sum over shifted labels, which newer versions divide by the tokens of all devices around it
+(BaseLoss.__call__); where yours expects a mean, leave out reduction="sum".
 
     python examples/torchtitan_loss.py    # a training step's shape, with a model of transformers
 """

@@ -126,7 +126,7 @@ def tree() -> set[str]:
 def test_the_design_page_has_the_tree() -> None:
     """Every source file of the package, of triton_ops, csrc and bench; folders alone elsewhere."""
     kinds = (".py", ".cpp", ".h", ".inc", ".cu", ".cuh", ".sh", ".md")
-    real = {"tests/", "docs/"}
+    real = {"tests/", "docs/", "examples/"}
     for top in ("dft_kernels", "triton_ops", "csrc", "bench"):
         for path in (ROOT / top).rglob("*"):
             if path.suffix in kinds and path.name != "__init__.py":

@@ -58,8 +58,8 @@ sanitize: $(STAMP)
 $(STAMP): setup.py pyproject.toml $(wildcard csrc/*/*) | $(if $(PYTHON),,.venv/bin/python)
 	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q '$(TORCH)'
 	$(PY) -m pip install -q setuptools wheel ninja
-	$(PY) -m pip install -q --no-deps 'nvidia-cutlass>=4.2,<5'
-	$(PY) -m pip install -q --no-build-isolation -e '.[dev]'
+	$(PY) -m pip install -q --no-deps --upgrade --target build/cutlass 'nvidia-cutlass>=4.2,<5'
+	DFT_KERNELS_CUTLASS=build/cutlass/cutlass_library/source $(PY) -m pip install -q --no-build-isolation -e '.[dev]'
 	mkdir -p build && touch $@
 
 clean:

@@ -155,16 +155,16 @@ def test_prefetch_is_bounded(problem):
     from dft_kernels.backends import choose
 
     backend = choose("auto", torch.device("cpu"), torch.float32)
-    original = type(backend).chunk_statistics
+    original = type(backend).chunk_step
 
     def counting(self, *arguments):
         consumed.append(1)
         return original(self, *arguments)
 
-    type(backend).chunk_statistics = counting
+    type(backend).chunk_step = counting
     try:
         linear_distribution_loss(hidden, problem[1], None, LogitStream(source, prefetch=1), chunk_size=1)
     finally:
-        type(backend).chunk_statistics = original
+        type(backend).chunk_step = original
     assert len(consumed) == N
     assert max(ahead) <= 3  # one computed, one queued, one being fetched

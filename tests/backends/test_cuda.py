@@ -272,3 +272,15 @@ def test_gpus_that_the_kernels_were_not_compiled_for() -> None:
     )
     assert extension.not_compiled_for((9, 0), {"architectures": ["9.0a"]}) is None
     assert extension.not_compiled_for((9, 1), {"architectures": ["9.0a"]}) is not None
+
+
+def test_a_folder_without_cutlass_stops_the_build(tmp_path: Path) -> None:
+    version = torch.version.cuda or "13.0"
+    home = tmp_path / "toolkit"
+    script(home / "bin" / "nvcc", f"case $1 in --version) echo release {version};; *) echo compute_90;; esac")
+    (tmp_path / "source").mkdir()
+    places = {"CUDA_HOME": str(home), "DFT_KERNELS_CUTLASS": str(tmp_path)}
+    done = build(tmp_path / "source", **places)
+    assert done.returncode != 0
+    said = f"dft_kernels: DFT_KERNELS_CUTLASS must be a folder of CUTLASS (include/cutlass/cutlass.h), got {tmp_path}. "
+    assert said in done.stderr

@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
         took = milliseconds(lambda: other.copy_(one), device)
         print(f"{torch.cuda.get_device_name()}: copy {4e-9 * LOGITS / took:.2f} TB/s")
         del one, other
-    table = []
+    table, failed = [], 0
     for vocab in given.vocab:
         for work in works() if not given.dry_run else list(works())[:2]:
             calls = launches(work, vocab, device, logits)
@@ -149,6 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
                     apart = float("nan") if exact is None else float((call().float() - exact).norm() / exact.norm())
                 except Exception as error:
                     print(f"{about} {name:12s} {type(error).__name__}: {error}"[:160])
+                    failed += 1
                     continue
                 count = len(call())
                 ms, speed = took * ROWS / count, 1e-9 * size * count * vocab / took
@@ -158,7 +159,11 @@ def main(arguments: list[str] | None = None) -> int:
     if given.out:
         with given.out.open("w", newline="") as file:
             csv.writer(file).writerows([("vocab", "work", "dtypes", "design", "ms_8192_rows", "TB/s", "apart"), *table])
-    return 0
+    if failed:
+        print(f"{failed} failed")
+    if not table:
+        print(f"nothing was run: {extension.CUDA_REASON or 'no design takes these rows'}")
+    return 1 if failed or not (table or given.dry_run) else 0
 
 
 if __name__ == "__main__":

@@ -123,12 +123,7 @@ class NativeBackend(Backend[NativeWorkspace]):
             _chunk(chunk),
             cotangents.rows,
             cotangents.features,
-            backward.dhidden,
-            backward.dweight,
-            backward.dbias,
-            backward.ddown,
-            backward.dup,
-            backward.first,
+            *_results(backward),
             columns,
         )
         return Statistics(statistics, None if workspace.terms.features is None else features)
@@ -152,14 +147,14 @@ def _gradient(
         settled,
         cotangents.features,
         at,
-        backward.dhidden,
-        backward.dweight,
-        backward.dbias,
-        backward.ddown,
-        backward.dup,
-        backward.first,
+        *_results(backward),
         columns,
     )
+
+
+def _results(backward: Backward) -> tuple[Any, ...]:
+    """Where gradients go, and whether they are written or added to, as the C++ step takes them."""
+    return backward.dhidden, backward.dweight, backward.dbias, backward.ddown, backward.dup, backward.first
 
 
 def _held(terms: Terms) -> torch.dtype | None:

@@ -176,11 +176,15 @@ def _lines(name: str, faults: Faults) -> Rows:
                 if not line.strip():
                     continue
                 try:
-                    yield where, json.loads(line.decode("utf-8"))
-                except UnicodeDecodeError as error:
+                    row = json.loads(line.decode("utf-8"))
+                    if b"\\u" in line:  # which may name half a character
+                        json.dumps(row, ensure_ascii=False).encode("utf-8")
+                except UnicodeError as error:
                     faults.refuse(where, "be UTF-8 text", str(error), "Convert it")
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     faults.refuse(where, "be JSON", str(error), "Correct it")
+                else:
+                    yield where, row
     except OSError as error:
         raise ValueError(
             f"materials: text must name readable files, got {name}: {error.strerror or error}. Check the name."

@@ -77,6 +77,8 @@ def test_tables(form: str, tmp_path: Path) -> None:
 BAD = [
     (b'{"text": "x"', "be JSON, got Expecting"),
     (b'{"text": "\xff"}', "be UTF-8 text, got 'utf-8' codec can't decode byte 0xff"),
+    (rb'{"text": "\ud800"}', "be UTF-8 text, got 'utf-8' codec can't encode character"),
+    (b"[" * 100_000, "be JSON, got"),
     (b"[1, 2]", r"be an object of columns, got \[1, 2\]"),
     (b'{"story": "x", "id": 3}', "have messages, prompt and completion, or text, got columns story, id"),
     (b'{"prompt": "x"}', "have messages, prompt and completion, or text, got columns prompt"),

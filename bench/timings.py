@@ -175,7 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("timings: torch must see a GPU, got none. Try --dry-run.")
         return 1
-    BACKENDS[EXPONENTIAL.removeprefix(OURS)] = CudaBackend("exponential")
+    if device == "cuda":
+        BACKENDS[EXPONENTIAL.removeprefix(OURS)] = CudaBackend("exponential")
     clock = Clock(given.limit)
     if given.trace:
         shape = TINY if given.dry_run else LLAMA

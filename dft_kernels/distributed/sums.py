@@ -1,0 +1,69 @@
+"""Gradients of hidden states summed over processes, while the next chunk is computed.
+
+Every process has a part of each row's gradient, rounded to the input dtype. The rows' numbers are divided among the
+processes: each receives its share of every other's part, adds them in the order of ranks in the accumulation dtype,
+rounds once, and sends the sum to all. It is an all-reduce in the input dtype by its volume, of
+2 (n - 1) / n numbers that a process sends for one of dhidden, and one in the accumulation dtype by its rounding; all
+processes get the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..dtypes import accumulate_dtype
+from .shards import Shards, all_gather
+
+
+@dataclass
+class _Sum:
+    """A tensor on its way: `parts` [n, share] of everybody while `work` runs, then the sums `whole` [n share]."""
+
+    into: Tensor
+    parts: Tensor
+    work: Any
+    whole: Tensor | None = None
+
+
+@dataclass
+class Sums:
+    """Sums over the processes of `shards`, begun one after the other and finished in that order."""
+
+    shards: Shards
+    running: list[_Sum] = field(default_factory=list)
+
+    def begin(self, into: Tensor) -> None:
+        """Sum `into` over the processes. Until `finish` returns it may hold anything, and nobody may write to it."""
+        n = len(self.shards.sizes)
+        if n == 1 or into.numel() == 0:
+            return
+        self._advance()
+        share = -(-into.numel() // n)
+        flat = torch.nn.functional.pad(into.reshape(-1), (0, n * share - into.numel()))
+        parts = torch.empty_like(flat)
+        work = dist.all_to_all_single(parts, flat, group=self.shards.group, async_op=True)
+        self.running.append(_Sum(into, parts.view(n, share), work))
+
+    def finish(self) -> None:
+        """Wait for all that were begun."""
+        self._advance()
+        for sum_ in self.running:
+            sum_.work.wait()
+            assert sum_.whole is not None
+            sum_.into.copy_(sum_.whole[: sum_.into.numel()].view(sum_.into.shape))
+        self.running.clear()
+
+    def _advance(self) -> None:
+        """Send on the shares whose parts have arrived."""
+        for sum_ in self.running:
+            if sum_.whole is not None:
+                continue
+            sum_.work.wait()
+            share = sum_.parts.sum(0, dtype=accumulate_dtype(sum_.parts.dtype)).to(sum_.parts.dtype)
+            sum_.whole = sum_.parts.new_empty(sum_.parts.numel())
+            sum_.work = all_gather(sum_.whole, share, group=self.shards.group, async_op=True)

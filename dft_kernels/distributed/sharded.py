@@ -104,6 +104,7 @@ class ShardedBackend(Backend[ShardedWorkspace]):
         else:
             found = self.backend.chunk_statistics(workspace.inner, workspace.own, None)
         found = self._merged(found, chunk, workspace)
+        workspace.sums.advance()
         dense = Row.DIVERGENCE in terms.wanted and chunk.target is not None and found.outcomes is None
         if workspace.inner is not None and (dense or columns is not None):
             self.backend.chunk_sums(workspace.inner, workspace.own, found, columns)

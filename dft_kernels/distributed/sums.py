@@ -42,7 +42,7 @@ class Sums:
         n = len(self.shards.sizes)
         if n == 1 or into.numel() == 0:
             return
-        self._advance()
+        self.advance()
         share = -(-into.numel() // n)
         flat = torch.nn.functional.pad(into.reshape(-1), (0, n * share - into.numel()))
         parts = torch.empty_like(flat)
@@ -51,15 +51,15 @@ class Sums:
 
     def finish(self) -> None:
         """Wait for all that were begun."""
-        self._advance()
+        self.advance()
         for sum_ in self.running:
             sum_.work.wait()
             assert sum_.whole is not None
             sum_.into.copy_(sum_.whole[: sum_.into.numel()].view(sum_.into.shape))
         self.running.clear()
 
-    def _advance(self) -> None:
-        """Send on the shares whose parts have arrived."""
+    def advance(self) -> None:
+        """Send on the shares of all that were begun: costs no wait after an exchange of the same group."""
         for sum_ in self.running:
             if sum_.whole is not None:
                 continue

@@ -56,9 +56,9 @@ class Loss(NamedTuple):
 
 
 _BACK = {"dhidden": DHIDDEN, "dweight": DWEIGHT}
-CROSS_ENTROPY = Loss("cross-entropy", {"logits": LOGITS, **_BACK}, (8,), (6, 10), 30, 4)
+CROSS_ENTROPY = Loss("cross-entropy", {"logits": LOGITS, **_BACK}, (6,), (6, 10), 54, 4)
 HEAD_KL = Loss(
-    "forward KL, teacher's head", {"logits": LOGITS, "teacher": TEACHER_LOGITS, **_BACK}, (14, 2), (10, 26), 50, 8
+    "forward KL, teacher's head", {"logits": LOGITS, "teacher": TEACHER_LOGITS, **_BACK}, (12, 2), (10, 26), 100, 8
 )
 LOSSES = (CROSS_ENTROPY, HEAD_KL)
 
@@ -330,7 +330,7 @@ def volume_table() -> Table:
             size = f"{one.leaves / 1e6:.1f} MB"
             lines.append([f"{name}{one.what}", f"`{one.operation}`", when, FORMULAS[one.what], size])
     head = ["what", "collective", "when", "bytes that leave a rank, a call", "TP 8, forward KL"]
-    return head, lines, "n ranks, b bytes a number, k numbers a row; N 8192, H 4096, bfloat16, k 14"
+    return head, lines, f"n ranks, b bytes a number, k numbers a row; {SHAPE}, k {HEAD_KL.statistics[0]}"
 
 
 def sum_table() -> Table:
@@ -398,7 +398,7 @@ def inputs_table() -> Table:
         ["which gives for 2 and 16 GPUs", f"{latency(2) * 1e3:.0f}, {latency(16) * 1e3:.0f} us", reported],
         ["SMs that NCCL takes", f"{COMM_SMS} of {SMS}", f"{channels} has 16 channels, [an SM each]({NCCL}/issues/689)"],
         ["a product's tile", f"{TILE[0]} x {TILE[1]}", f"assumed: the fastest that was {log}"],
-        ["merging of statistics, a chunk", small, "assumed"],
+        ["merging of statistics, a chunk", small, "operators of the merging, counted on a CPU; the time assumed"],
         ["a backbone's backward", f"{BACKBONE_TFLOPS} TFLOP/s a GPU", "assumed"],
         ["launches", "none is waited for", "assumed: the host is ahead, or the step is a CUDA graph"],
     ]

@@ -70,12 +70,16 @@ def run(options: argparse.Namespace) -> int:
     out = console(quiet=options.quiet)
     for line in tally.said(examples, faults):
         out.print(line, highlight=False, markup=False)
-    model, _ = model_of(options.model, options.cache)
     sequences = [example.ids for example in examples]
+    lengths = [len(ids) for ids in sequences]
+    total = sum(lengths)
+    if options.shard is not None:
+        mine, _ = share_range(lengths, options.shard_rows, options.shard)
+        total = sum(lengths[mine.start : mine.stop])
+        out.print(f"shard {options.shard[0]}/{options.shard[1]}: {len(mine):,} rows, {total:,} tokens", highlight=False)
+    model, _ = model_of(options.model, options.cache)
     model = model.to(options.device, _DTYPES[options.dtype])
-    lengths, begun, told = [len(ids) for ids in sequences], time.perf_counter(), []
-    mine = range(len(lengths)) if options.shard is None else share_range(lengths, options.shard_rows, options.shard)[0]
-    total = sum(lengths[number] for number in mine)
+    begun, told = time.perf_counter(), []
     with progress("the teacher's tokens", total, quiet=options.quiet) as advance:
 
         def tick(tokens: int) -> None:

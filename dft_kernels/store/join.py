@@ -69,10 +69,11 @@ def _opened(folder: Path) -> Shard:
 
 
 def _check_one_capture(shards: Sequence[Shard]) -> None:
-    """Refuse a shard of another teacher, tokenizer, text or setting than the first."""
+    """Refuse a shard of another teacher, tokenizer, text or setting than the first. Another name of the same teacher is
+    none: machines may have it in other folders."""
     (share, first), *others = shards
     for other, store in others:
-        apart = differences(first.contents, store.contents)
+        apart = [one for one in differences(first.contents, store.contents) if one[0] != "model"]
         apart += [(f"share.{one[0]}", *one[1:]) for one in differences(share, other) if one[0] in _OF_THE_WHOLE]
         if first.head_part is not None and store.head_part is not None:
             heads = differences(first.head_part, store.head_part)

@@ -15,6 +15,7 @@ import torch
 from tiny_models import WORDS, far, word_tokenizer
 
 from dft_kernels.commands import main as cli
+from dft_kernels.store.fingerprint import sequences_fingerprint
 from dft_kernels.store.join import join
 from dft_kernels.store.manifest import read_manifest, write_manifest
 from dft_kernels.store.reader import Store
@@ -228,6 +229,23 @@ def test_a_shard_of_another_capture(
     with pytest.raises(ValueError, match=said):
         join(tmp_path / "out", [made / "0", other, made / "2"])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_teacher_may_have_another_name_elsewhere(made: Path, words: Any, tmp_path: Path) -> None:
+    """Its folder on that machine; the join's is that of the first shard."""
+    other = captured(tmp_path / "other", words, (1, 3), name="/elsewhere/model")
+    joined = join(tmp_path / "out", [other, made / "0", made / "2"])
+    assert joined.contents == Store(made / "whole").contents
+    assert files(joined.folder) == files(made / "whole")
+
+
+def test_the_digest_tells_lists_apart() -> None:
+    lists = [[[1, 2], [3]], [[1], [2, 3]], [[3], [1, 2]], [[1, 2, 3]], [[1, 2], [4]], []]
+    found = {sequences_fingerprint([torch.tensor(ids) for ids in one]) for one in lists}
+    ids = [torch.tensor([1, 2]), torch.tensor([3])]
+    for marks in ([[1, 1], [1]], [[0, 1], [1]]):
+        found.add(sequences_fingerprint(ids, [torch.tensor(one) == 1 for one in marks]))
+    assert len(found) == len(lists) + 2
 
 
 def test_a_shard_of_another_tokenizer(made: Path, words: Any, tmp_path: Path) -> None:

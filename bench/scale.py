@@ -43,9 +43,9 @@ PEER_TFLOPS, PEER_V = 762.8, 131072  # of one GPU
 
 
 class Loss(NamedTuple):
-    """A loss: `products` measured at N, H, V in ms, (rows, columns) of their outputs by name; numbers a row in each
-    exchange of statistics; bytes that the row kernels move a logit on one GPU and on a rank; small kernels a chunk that
-    merge statistics; bytes of scratch a logit."""
+    """A loss: `products` measured at N, H, V in ms, by name; numbers a row in each exchange of statistics; bytes that
+    the row kernels move a logit on one GPU and on a rank; small kernels a chunk that merge statistics; bytes of scratch
+    a logit."""
 
     name: str
     products: dict[str, float]
@@ -223,9 +223,9 @@ def call(loss: Loss, ranks: int, way: Way) -> Call:
     told = sum(gather(4 * k * size * (ranks - 1), ranks) for size in blocks for k in loss.statistics)
     sums = [dhidden(size, ranks, way) for size in blocks]
     step = (sum(took.values()) - took["dweight"] + rows) / len(blocks)
-    hidden = {"none": [0.0] * len(blocks), "next": [step] * (len(blocks) - 1) + [0.0]}
-    hidden["dweight"] = [*hidden["next"][:-1], took["dweight"]]
-    waits = [max(0.0, ms - cover) for ms, cover in zip(sums, hidden[way.overlap], strict=True)]
+    covers = {"none": [0.0] * len(blocks), "next": [step] * (len(blocks) - 1) + [0.0]}
+    covers["dweight"] = [*covers["next"][:-1], took["dweight"]]
+    waits = [max(0.0, ms - cover) for ms, cover in zip(sums, covers[way.overlap], strict=True)]
     beside = (sum(sums) - sum(waits)) * COMM_SMS / SMS
     return Call(sum(took.values()), rows, merging, told, sum(waits), beside)
 
@@ -301,20 +301,19 @@ def efficiency_table() -> Table:
             found = [efficiency(loss, ranks, Way(overlap, by_node)) for overlap in OVERLAPS]
             found.append(efficiency(loss._replace(merging=1), ranks, Way("dweight", by_node)))
             found.append(efficiency(loss, ranks, Way("next", by_node), max(0.0, peer(ranks)[1])))
-            cells = [f"{loss.name}, {named(ranks, by_node)}", str(planned(loss, ranks)), *map(percent, found)]
-            lines.append(cells)
+            name = f"{loss.name}, {named(ranks, by_node)}"
+            lines.append([name, str(planned(loss, ranks)), *map(percent, found)])
     return head, lines, f"{SHAPE}; {PREDICTED}"
 
 
 def parts_table() -> Table:
-    """Where the time of a rank goes, as built."""
+    """Where the time of a rank goes, overlapped."""
     head = ["ms of a rank", "products", "rows", "merging", "statistics", "waiting for dhidden", "lost beside it", "all"]
     lines = []
     for loss in LOSSES:
         whole, products = alone(loss), sum(loss.products.values())
-        lines.append(
-            [f"{loss.name}, one GPU", f"{products:.1f}", f"{whole - products:.1f}", "", "", "", "", f"{whole:.1f}"]
-        )
+        numbers = [f"{products:.1f}", f"{whole - products:.1f}", *[""] * 4, f"{whole:.1f}"]
+        lines.append([f"{loss.name}, one GPU", *numbers])
         for ranks, by_node in ways():
             found = call(loss, ranks, Way("next", by_node))
             lines.append([f"{loss.name}, {named(ranks, by_node)}", *(f"{ms:.2f}" for ms in (*found, found.ms))])

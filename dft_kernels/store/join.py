@@ -27,7 +27,10 @@ def join(out: Path, folders: Sequence[Path], tick: Callable[[int], None] | None 
     and synced before it has its name; the manifest comes last, so that what is no whole store is none.
 
     Raises ValueError, before anything is written, where the folders are not all shards of one capture: a shard that is
-    missing, unfinished or there twice, another teacher, tokenizer, text or setting, damage.
+    missing, unfinished or there twice, another teacher, tokenizer, text or setting. A file whose bytes are not those of
+    its checksum is found when it is reached; restored, the same join goes on.
+
+    Cost: all files are read once, copied where they cannot be linked.
     """
     if not folders:
         _refuse("shards", "be at least one folder", "none", "Name the folders of all shards")
@@ -80,9 +83,7 @@ def _check_one_capture(shards: Sequence[Shard]) -> None:
             apart += [("head.sha256", *one[1:]) for one in heads if one[0] == "sha256"]
         for name, ours, theirs in apart:
             got = f"{name} {ours!r} in {first.folder} and {theirs!r} in {store.folder}"
-            _refuse(
-                "shards", "be of one capture", got, "Capture one again with the teacher, texts and options of the other"
-            )
+            _refuse("shards", "be of one capture", got, "Capture one again with what the other had")
 
 
 def _check_finished(shards: Sequence[Shard]) -> None:

@@ -341,7 +341,7 @@ def test_folders_that_are_no_place_for_it(shards: list[Path], made: Path, tmp_pa
 
 
 def test_what_a_stopped_join_left_is_no_way_into_a_shard(
-    shards: list[Path], tmp_path: Path, words: Any, monkeypatch: pytest.MonkeyPatch
+    shards: list[Path], tmp_path: Path, words: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It may be a link to a shard's file: a capture into that folder leaves the shards as they are."""
     out, before = tmp_path / "out", [files(folder) for folder in shards]
@@ -351,8 +351,8 @@ def test_what_a_stopped_join_left_is_no_way_into_a_shard(
 
     with monkeypatch.context() as context:
         context.setattr("dft_kernels.store.join.digest", stop)
-        with pytest.raises(KeyboardInterrupt):
-            join(out, shards)
+        assert cli.main(["store", "join", str(out), *map(str, shards)]) == 130
+    assert capsys.readouterr().err == f"dft-kernels store: stopped; the same command goes on in {out}\n"
     (left,) = out.glob("*.part")
     assert left.samefile(shards[0] / "shard-00000.safetensors")
     captured(out, words)

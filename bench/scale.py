@@ -99,10 +99,10 @@ def collectives(
     sequence: each rank has rows / ranks of the hidden states and wants the gradients of these alone.
 
     A chunk's dhidden [R, H] is divided among the ranks: each receives its share of every part, 1 / ranks of the chunk,
-    and sends the sum of these to all, which `sequence` leaves out.
+    and sends the sum of these to all. With `sequence` the share is a rank's own rows of the call, once, and stays.
     """
     blocks = chunks(rows, chunk)
-    out = []
+    out, mine = [], 0
     if sequence:
         mine = -(-rows // ranks) * hidden * itemsize
         out.append(Collective("hidden", "all_gather_into_tensor", 1, mine, (ranks - 1) * mine))
@@ -110,9 +110,9 @@ def collectives(
         name = "statistics" if number == 0 else "sums of the divergence"
         given = 4 * count * rows
         out.append(Collective(name, "all_gather_into_tensor", len(blocks), given, (ranks - 1) * given))
-    shares = sum(-(-size * hidden // ranks) for size in blocks)
-    given = ranks * shares * (part or itemsize)
-    out.append(Collective("dhidden, parts", "all_to_all_single", len(blocks), given, given // ranks * (ranks - 1)))
+    shares = mine // itemsize if sequence else sum(-(-size * hidden // ranks) for size in blocks)
+    given, calls = ranks * shares * (part or itemsize), 1 if sequence else len(blocks)
+    out.append(Collective("dhidden, parts", "all_to_all_single", calls, given, given // ranks * (ranks - 1)))
     if not sequence:
         given = shares * itemsize
         out.append(Collective("dhidden, sums", "all_gather_into_tensor", len(blocks), given, (ranks - 1) * given))
@@ -325,7 +325,8 @@ def volume_table() -> Table:
     lines = []
     for name, sequence in (("", False), ("sequence parallel: ", True)):
         for one in collectives(8, N, H, MOST_ROWS, HEAD_KL.statistics, sequence=sequence):
-            when = "once" if one.what == "hidden" else "each chunk"
+            once = one.what == "hidden" or (sequence and one.what.startswith("dhidden"))
+            when = "once" if once else "each chunk"
             size = f"{one.leaves / 1e6:.1f} MB"
             lines.append([f"{name}{one.what}", f"`{one.operation}`", when, FORMULAS[one.what], size])
     head = ["what", "collective", "when", "bytes that leave a rank, a call", "TP 8, forward KL"]

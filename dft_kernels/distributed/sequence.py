@@ -9,8 +9,11 @@ of the next position, which may be another's, and a mean is over the tokens of a
 whose sum over the group is the loss of the sequence. Where gradients are then averaged over the group, as DDP and FSDP
 do, multiply the loss by its size.
 
-Under sequence parallelism the head is divided too (`process_group`), and needs all rows: hidden = gather_rows(hidden,
-group), whose gradient, whole in every process, goes back to the process that each row came from.
+Under sequence parallelism the head is divided too (`process_group`), and needs all rows, of which every process wants
+the gradients of its own:
+
+    hidden = gather_rows(hidden, group)
+    loss = linear_distribution_loss(hidden, weight, labels, process_group=group, sum_hidden_gradient=False)
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from ..errors import fail
 from .shards import gathered, group_of
+from .sums import in_shares, summed
 
 
 def shift_labels(labels: Tensor, group: Any, ignore_index: int = -100) -> Tensor:
@@ -49,8 +53,10 @@ def count_labels(labels: Tensor, group: Any, ignore_index: int = -100) -> Tensor
 def gather_rows(tensor: Tensor, group: Any, dim: int = 0) -> Tensor:
     """The parts [.., T_i, ..] along `dim` of all processes, of one size, in the order of ranks: [.., n T_i, ..].
 
-    Its gradient is taken to be whole in every process, as that of hidden states is with process_group; each keeps its
-    own part of it, and nothing is sent. A process sends and receives (n - 1) / n of the result.
+    Its gradient in each process is taken to be one of n parts whose sum is the gradient, as the loss leaves that of
+    hidden states with sum_hidden_gradient=False: of each row they are sent to the process that the row came from, added
+    there in the order of ranks in fp32 (fp64 for fp64), and rounded once. A process sends and receives (n - 1) / n of
+    the result, forward and backward.
     """
     group = group_of("gather_rows", group)
     return _Gathered.apply(tensor, group, dim % tensor.ndim)  # type: ignore[no-any-return]
@@ -59,9 +65,10 @@ def gather_rows(tensor: Tensor, group: Any, dim: int = 0) -> Tensor:
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any, dim: int) -> Tensor:
-        ctx.dim, ctx.start, ctx.size = dim, dist.get_rank(group) * tensor.shape[dim], tensor.shape[dim]
+        ctx.dim, ctx.group = dim, group
         return gathered(tensor, group).movedim(0, dim).flatten(dim, dim + 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad.narrow(ctx.dim, ctx.start, ctx.size), None, None
+        parts = grad.unflatten(ctx.dim, (dist.get_world_size(ctx.group), -1)).movedim(ctx.dim, 0).contiguous()
+        return summed(in_shares(parts, ctx.group)[0]), None, None

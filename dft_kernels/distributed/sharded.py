@@ -52,13 +52,11 @@ class ShardedWorkspace:
 
 
 class ShardedBackend(Backend[ShardedWorkspace]):
-    """`backend` over a part of the vocabulary. overlaps: gradients of hidden states are complete after the last chunk
-    alone."""
+    """`backend` over a part of the vocabulary. sums: whether gradients of hidden states are summed over the processes,
+    complete after the last chunk alone, or left as this process's part."""
 
-    overlaps = True
-
-    def __init__(self, backend: Backend[Any], shards: Shards) -> None:
-        self.backend, self.shards = backend, shards
+    def __init__(self, backend: Backend[Any], shards: Shards, sums: bool) -> None:
+        self.backend, self.shards, self.overlaps = backend, shards, sums
         self.name, self.best_rows, self.even_rows = backend.name, backend.best_rows, backend.even_rows
         self.keeps, self.emulated = backend.keeps, backend.emulated
 
@@ -129,10 +127,10 @@ class ShardedBackend(Backend[ShardedWorkspace]):
             for gradient in (backward.dhidden, backward.ddown):
                 if gradient is not None:
                     gradient.zero_()
-        projected = workspace.terms.head.weight is not None
-        for gradient in (backward.dhidden if projected else None, backward.ddown):
-            if gradient is not None:
-                workspace.sums.begin(gradient)
+        if self.overlaps and workspace.terms.head.weight is not None:
+            for gradient in (backward.dhidden, backward.ddown):
+                if gradient is not None:
+                    workspace.sums.begin(gradient)
         if backward.last:
             workspace.sums.finish()
 

@@ -4,7 +4,8 @@ Every process has a part of each row's gradient, rounded to the input dtype. The
 processes: each receives its share of every other's part, adds them in the order of ranks in the accumulation dtype,
 rounds once, and sends the sum to all. It is an all-reduce in the input dtype by its volume, of
 2 (n - 1) / n numbers that a process sends for one of dhidden, and one in the accumulation dtype by its rounding; all
-processes get the same bits.
+processes get the same bits. Under sequence parallelism a process needs the sums of its own rows alone: one exchange of
+the first kind, in the backward of `sequence.gather_rows`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,19 @@ from torch import Tensor
 
 from ..dtypes import accumulate_dtype
 from .shards import Shards, all_gather
+
+
+def in_shares(parts: Tensor, group: Any, async_op: bool = False) -> tuple[Tensor, Any]:
+    """This process's share of everybody's `parts` [n, share], [n, share] in the order of ranks; and the exchange, where
+    it is not waited for."""
+    out = torch.empty_like(parts.view(-1))
+    work = dist.all_to_all_single(out, parts.view(-1), group=group, async_op=async_op)
+    return out.view(parts.shape), work
+
+
+def summed(parts: Tensor) -> Tensor:
+    """The sum over the first dimension, in order, rounded once."""
+    return parts.sum(0, dtype=accumulate_dtype(parts.dtype)).to(parts.dtype)
 
 
 @dataclass
@@ -45,9 +59,7 @@ class Sums:
         self.advance()
         share = -(-into.numel() // n)
         flat = torch.nn.functional.pad(into.reshape(-1), (0, n * share - into.numel()))
-        parts = torch.empty_like(flat)
-        work = dist.all_to_all_single(parts, flat, group=self.shards.group, async_op=True)
-        self.running.append(_Sum(into, parts.view(n, share), work))
+        self.running.append(_Sum(into, *in_shares(flat.view(n, share), self.shards.group, async_op=True)))
 
     def finish(self) -> None:
         """Wait for all that were begun."""
@@ -64,6 +76,6 @@ class Sums:
             if sum_.whole is not None:
                 continue
             sum_.work.wait()
-            share = sum_.parts.sum(0, dtype=accumulate_dtype(sum_.parts.dtype)).to(sum_.parts.dtype)
+            share = summed(sum_.parts)
             sum_.whole = sum_.parts.new_empty(sum_.parts.numel())
             sum_.work = all_gather(sum_.whole, share, group=self.shards.group, async_op=True)

@@ -110,6 +110,8 @@ def linear_distribution_loss(
             whole, or divided in the same way; ids are of the whole vocabulary. Loss, statistics and dhidden come out
             whole and alike everywhere, dweight, dbias, dup and mean_probability in parts. A weight that is a DTensor
             sharded over its rows needs no process_group. See `dft_kernels.distributed`.
+        sum_hidden_gradient: False leaves dhidden (and ddown) as this process's part of a sum over process_group, for
+            what sums it further up, as `dft_kernels.distributed.gather_rows` does.
         compact: leave ignored rows out of every product, at the price of one host synchronisation on a
             device. False: none; labels on a device are then not checked, a wrong one gives NaN.
         backend: "auto" or the name of one that is available.

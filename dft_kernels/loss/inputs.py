@@ -147,6 +147,7 @@ def inputs(
         check.tensor("target", target)
     fields: Fields = {
         "sharded": 0 if shards is None else shards.handle,
+        "sums_hidden": bool(options["sum_hidden_gradient"]),
         "hidden": flattened(hidden),
         "weight": weight,
         "bias": bias,

@@ -36,6 +36,7 @@ class TokenOptions(TypedDict, total=False):
     compact: bool
     backend: str
     process_group: ProcessGroup | DeviceMesh | None
+    sum_hidden_gradient: bool
 
 
 class StatisticsOptions(TokenOptions, total=False):
@@ -94,6 +95,7 @@ DEFAULTS: LossOptions = {
     "compact": True,
     "backend": "auto",
     "process_group": None,
+    "sum_hidden_gradient": True,
     "return_metrics": False,
 }
 LOSS = tuple(DEFAULTS)

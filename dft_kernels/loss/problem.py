@@ -55,6 +55,7 @@ class Problem(NamedTuple):
     num_groups: int
     source: int  # Source.handle, 0: none
     sharded: int  # Shards.handle of a vocabulary of several processes, 0: it is of this one
+    sums_hidden: bool  # gradients of hidden and down are summed over these processes
     top_temperature: float
     top_mode: str  # TopK.tail
     teacher_logit_scale: float

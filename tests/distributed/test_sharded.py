@@ -1,10 +1,8 @@
-"""The vocabulary over several processes: every case of the table, every result, against one process and the oracle;
-what travels; and mistakes, of which every process hears."""
+"""The vocabulary over several processes: every result against one process, and what travels."""
 
 from __future__ import annotations
 
-import os
-import re
+import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import CASES, PRESENT, differentiate, judged, leaves, make
+from cases import CASES, differentiate, leaves, make
+from divided import BACKENDS, COUNT, RANK, close, divided, own, refused, sizes, whole
 from two_processes import on
 
 import dft_kernels as dk
@@ -22,109 +21,7 @@ from dft_kernels.distributed import shards as shards_module
 from dft_kernels.distributed import sums as sums_module
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
-RANK, COUNT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-BACKENDS = [name for name in ("native", "reference") if name in PRESENT]
-VOCAB_ROWS = ("weight", "bias", "features")  # [V, ...]
-
-
-def sizes(vocab: int, how: str) -> list[int]:
-    """even: as equal as can be; odd: very unlike, and of more than two processes one without any."""
-    if how == "even":
-        return [vocab // COUNT + (rank < vocab % COUNT) for rank in range(COUNT)]
-    first = 2 * vocab // 3
-    return (
-        [first, vocab - first] if COUNT == 2 else [first // 2, 0, first - first // 2, vocab - first, *[0] * (COUNT - 4)]
-    )
-
-
-def own(vocab: int, how: str) -> slice:
-    """The ids of this process."""
-    before = sum(sizes(vocab, how)[:RANK])
-    return slice(before, before + sizes(vocab, how)[RANK])
-
-
-def divided(arguments: dict[str, Any], how: str) -> dict[str, Any]:
-    """The arguments of this process."""
-    mine = own(arguments["weight"].shape[0], how)
-    out = {**arguments, "process_group": dist.group.WORLD}
-    for name in VOCAB_ROWS:
-        if name in arguments:
-            part = arguments[name].detach()[mine].clone()
-            out[name] = part.requires_grad_() if arguments[name].requires_grad else part
-    if "potential" in arguments:
-        out["potential"] = arguments["potential"][:, mine].contiguous()
-    if "low_rank" in arguments:
-        down, up = arguments["low_rank"]
-        out["low_rank"] = (down, up.detach()[mine].clone().requires_grad_())
-    return out
-
-
-def whole(part: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """Parts of unequal sizes, put together."""
-    parts: list[Any] = [None] * COUNT
-    dist.all_gather_object(parts, part)
-    return torch.cat(parts, dim)
-
-
-def complete(arguments: dict[str, Any], results: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Loss and gradients, those of divided tensors put together."""
-    of_rows = ["loss", "hidden", *([] if "low_rank" not in arguments else ["down"])]
-    names = ["loss", *(n for n in ("hidden", "weight", "bias") if n in arguments)]
-    names += ["down", "up"] if "low_rank" in arguments else []
-    return [value if name in of_rows else whole(value) for name, value in zip(names, results, strict=True)]
-
-
-def run(case: str, dtype: torch.dtype, backend: str, how: str, **options: Any) -> None:
-    """One case: within the gate in every process, and of the same bits in all."""
-    arguments = make(CASES[case], dtype)
-    mine = divided(arguments, how)
-    found = differentiate(dk.linear_distribution_loss(**{**mine, "backend": backend, **options}), leaves(mine))
-    ours = complete(arguments, found)
-    for value in found[:2]:
-        every = shards_module.gathered(value, dist.group.WORLD)
-        assert all(torch.equal(every[0], one) or bool(one.isnan().any()) for one in every), case
-    if list(CASES).index(case) % COUNT == RANK:  # one of them judges
-        for one in judged(CASES[case], arguments, ours, options.get("chunk_size") == 1):
-            assert one.error <= one.allowed, f"{case} {dtype} {backend} {one.name}: {one.error:.2e} {one.allowed:.2e}"
-
-
-def table_of_two(folder: Path) -> None:
-    for number, case in enumerate(CASES):
-        run(
-            case,
-            torch.float32,
-            "native" if "native" in PRESENT else "reference",
-            "odd",
-            chunk_size=(None, 10)[number % 2],
-        )
-        run(case, torch.bfloat16, "reference", "even", chunk_size=(10, None)[number % 2])
-
-
-def table_of_four(folder: Path) -> None:
-    for number, case in enumerate(CASES):
-        run(case, torch.float32, "reference", "odd", chunk_size=(10, None)[number % 2])
-        if "native" in PRESENT:
-            run(case, torch.bfloat16, "native", "even", chunk_size=(None, 10)[number % 2])
-
-
-def doubles_of_two(folder: Path) -> None:
-    for case in CASES:
-        run(case, torch.float64, "reference", "odd")
-        if "native" in PRESENT:
-            run(case, torch.float64, "native", "odd", chunk_size=7)
-
-
-KERNEL_CASES = (
-    *("everything", "every_statistic_rows", "topk_everything", "near_forward_kl", "near_jensen_shannon"),
-    *("reverse_kl", "low_rank_topk", "topk_capped"),
-)
-
-
-def kernels_of_two(folder: Path) -> None:
-    """The GPU kernels, emulated."""
-    for case in KERNEL_CASES:
-        for backend in (name for name in ("triton", "cuda") if name in PRESENT):
-            run(case, torch.float32, backend, "odd", chunk_size=10)
+SCALE = str(Path(__file__).parents[2] / "bench" / "scale.py")
 
 
 @contextmanager
@@ -149,39 +46,40 @@ def sent() -> Iterator[list[int]]:
 
 
 def travels(folder: Path) -> None:
-    """What docs/scale.md says, in bytes: an agreement of 7 numbers a call; of a chunk of R rows 4 bytes for each of k
-    quantities, 2 more for a divergence to a dense target, and 2 (n - 1) / n R H numbers of dhidden; nothing of size
-    V."""
-    n, h, v, rows = 96, 16, 4096, 32
-    generator = torch.Generator().manual_seed(0)
+    """What docs/scale.md says (bench/scale.py), and an agreement of 7 numbers a call; nothing of size V."""
+    n, h, v, rows = 92, 15, 4096, 32
+    collectives, generator = runpy.run_path(SCALE)["collectives"], torch.Generator().manual_seed(0)
     hidden = torch.randn(n, h, generator=generator, dtype=torch.bfloat16).requires_grad_()
     weight = torch.randn(v, h, generator=generator, dtype=torch.bfloat16)[own(v, "even")].clone().requires_grad_()
     target = torch.randint(0, v, (n,), generator=generator)
-    teacher = torch.randn(n, v, generator=generator)
     index = torch.stack([torch.randperm(v, generator=generator)[:5] for _ in range(n)])
     top = dk.TopK(index, torch.full((n, 5), 0.1).log(), torch.full((n,), 0.5).log())
-    gradient = 2 * (COUNT - 1) * (rows * h // COUNT) * 2
-    for given, quantities, again in (
-        ({}, 3, 0),  # LOG_PROB, LSE and its low part
-        ({"teacher": teacher}, 4, 2),  # two log-sum-exps; DIVERGENCE and SLOPE
-        ({"teacher": teacher, "hard_weight": 0.5}, 7, 2),
-        ({"teacher": top}, 4 + 5 + 2, 0),  # of tokens and of the tail
+    teacher = torch.randn(n, v, generator=generator)
+    agreement = (COUNT - 1) * 7 * 8
+    for given, statistics in (
+        ({}, (3,)),  # LOG_PROB, LSE and its low part
+        ({"teacher": teacher}, (4, 2)),  # two log-sum-exps; DIVERGENCE and SLOPE
+        ({"teacher": teacher, "hard_weight": 0.5}, (7, 2)),
+        ({"teacher": top}, (4 + 5 + 2,)),  # of k tokens and of the tail
     ):
         call = {"hidden": hidden, "weight": weight, "target": target, "process_group": dist.group.WORLD, **given}
         dk.linear_distribution_loss(**call)  # sizes are known after it
         with sent() as found:
             dk.linear_distribution_loss(**call, chunk_size=rows).backward()
-        statistics = (COUNT - 1) * 4 * rows * (quantities + again)
-        assert sum(found) == (COUNT - 1) * 7 * 8 + n // rows * (statistics + gradient), (given.keys(), found)
-        assert len(found) == 1 + n // rows * (1 + (again > 0) + 2), (given.keys(), found)
+        expected = collectives(COUNT, n, h, rows, statistics)
+        assert sum(found) == agreement + sum(one.leaves for one in expected), (given.keys(), found)
+        assert len(found) == 1 + sum(one.calls for one in expected), (given.keys(), found)
         assert max(found) < v * 2  # less than a row of logits
     with sent() as found:  # nothing of hidden states, whose gradient nobody asks for
         dk.linear_distribution_loss(hidden.detach(), weight, target, process_group=dist.group.WORLD, chunk_size=rows)
-    assert sum(found) == (COUNT - 1) * (7 * 8 + n * 4 * 3), found
-
-
-def close(ours: Any, theirs: torch.Tensor, name: str) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5, msg=lambda text: f"{name}: {text}")
+    assert sum(found) == agreement + (COUNT - 1) * n * 4 * 3, found
+    hidden = hidden.detach()[RANK * (n // COUNT) : (RANK + 1) * (n // COUNT)].clone().requires_grad_()
+    call = {"weight": weight, "target": target, "process_group": dist.group.WORLD, "sum_hidden_gradient": False}
+    with sent() as found:
+        every = gather_rows(hidden, dist.group.WORLD)
+        dk.linear_distribution_loss(every, **call, chunk_size=rows).backward()
+    expected = collectives(COUNT, n, h, rows, (3,), sequence=True)
+    assert sum(found) == agreement + sum(one.leaves for one in expected), found
 
 
 def statistics(folder: Path) -> None:
@@ -289,10 +187,8 @@ def teachers(folder: Path) -> None:
     mine = own(v, "odd")
     constants = (head.logit_scale, head.softcap)
     parted = dk.TeacherHead(head.hidden, head.weight[mine], head.bias[mine], *constants)
-    longer = dk.TeacherHead(
-        head.hidden, torch.cat([head.weight, torch.ones(3, head.weight.shape[1])]), torch.cat([head.bias, torch.ones(3)]),
-        head.logit_scale, head.softcap, vocab_size=v,
-    )  # fmt: skip
+    padded = torch.cat([head.weight, torch.ones(3, head.weight.shape[1])]), torch.cat([head.bias, torch.ones(3)])
+    longer = dk.TeacherHead(head.hidden, *padded, *constants, vocab_size=v)
     raw = head.logit_scale * torch.nn.functional.linear(head.hidden, head.weight, head.bias)
     logits = head.softcap * torch.tanh(raw / head.softcap)
     for teacher in (head, parted, longer, logits, logits[:, mine], dk.TeacherLogits(logits),
@@ -381,69 +277,6 @@ def compiled(folder: Path) -> None:
     )
 
 
-def refused(call: dict[str, Any], text: str, kind: type[Exception] = ValueError) -> None:
-    with pytest.raises(kind, match=text):
-        dk.linear_distribution_loss(**call)
-
-
-def mistakes(folder: Path) -> None:
-    """Of one process: an error in all, at once, and the next call is right again."""
-    arguments = make(CASES["forward_kl"], torch.float32)
-    good = divided(arguments, "even")
-    expected = dk.linear_distribution_loss(**good)
-    other = RANK == COUNT - 1
-    labels = good["target"].roll(1) if other else good["target"]
-    refused({**good, "target": labels}, "process_group must be called with the same labels in all of its processes")
-    rows = {name: good[name][:-2] if other else good[name] for name in ("hidden", "target")}
-    teacher = dk.TeacherLogits(torch.zeros(len(rows["hidden"]), 101))
-    refused(
-        {**good, **rows, "teacher": teacher},
-        f"the same rows in all of its processes, got 29 in rank 0 and 27 in rank {COUNT - 1}",
-    )
-    refused({**good, "temperature": 2.0 if other else 1.0}, "called with the same options, dtypes and kind of teacher")
-    refused({**good, "chunk_size": 7 if other else 8}, "called with the same options")
-    text = (
-        "temperature must be greater than 0"
-        if other
-        else f"without error in all of its processes, got an error in rank {COUNT - 1}"
-    )
-    refused({**good, "temperature": -1.0 if other else 1.0}, text)
-    text = "weight must have shape" if other else "without error in all of its processes"
-    refused({**good, "weight": good["weight"][:, :-1] if other else good["weight"]}, text)
-    refused({**good, "weight": good["weight"][:0], "teacher": None}, "weight must have at least one row in one process")
-    refused({**good, "target": torch.full_like(good["target"], 101)}, r"target must hold labels in 0\.\.100 or -100")
-    refused({**good, "process_group": "tp"}, "process_group must be a ProcessGroup or a DeviceMesh", TypeError)
-    alone = [dist.new_group([rank]) for rank in range(COUNT)]
-    if COUNT > 1:
-        group = alone[(RANK + 1) % COUNT]
-        refused(
-            {**good, "process_group": group},
-            "process_group must (be a ProcessGroup|have this process as a member)",
-            (ValueError, TypeError),
-        )
-    refused(
-        {**good, "teacher": dk.TeacherLogits(torch.zeros(29, 60))},
-        "the model's vocabulary of 101, or this process's part of it of",
-    )
-    with pytest.raises(ValueError, match=r"process_group must come without transforms of torch\.func"):
-        torch.func.grad(lambda h: dk.linear_distribution_loss(**{**good, "hidden": h}))(good["hidden"].detach())
-    close(dk.linear_distribution_loss(**good), expected, "afterwards")
-    alone_loss = dk.linear_distribution_loss(**{**arguments, "process_group": alone[RANK]})
-    close(alone_loss, dk.linear_distribution_loss(**arguments), "a group of one")
-
-
-def other_sizes(folder: Path) -> None:
-    """Heads of which this process has as many ids as before, and others have not."""
-    for vocab in (40, 41, 40, 43):
-        generator = torch.Generator().manual_seed(vocab)
-        hidden, weight = torch.randn(9, 4, generator=generator), torch.randn(vocab, 4, generator=generator)
-        target = torch.randint(0, vocab, (9,), generator=generator)
-        first = 40 // COUNT
-        mine = slice(first * RANK, first * (RANK + 1) if RANK < COUNT - 1 else vocab)
-        found = dk.linear_distribution_loss(hidden, weight[mine], target, process_group=dist.group.WORLD)
-        close(found, dk.linear_distribution_loss(hidden, weight, target), str(vocab))
-
-
 def sequences(folder: Path) -> None:
     """Context parallelism: labels over boundaries, one mean; and all rows of a divided sequence."""
     generator = torch.Generator().manual_seed(0)
@@ -472,7 +305,8 @@ def sequences(folder: Path) -> None:
     rows = gather_rows(local, dist.group.WORLD, dim=1)
     assert torch.equal(rows, states)
     target = torch.randint(0, 50, (2, 3 * COUNT), generator=generator)
-    loss = dk.linear_distribution_loss(rows, weight.detach()[own(50, "even")], target, process_group=dist.group.WORLD)
+    part = {"weight": weight.detach()[own(50, "even")], "process_group": dist.group.WORLD}
+    loss = dk.linear_distribution_loss(rows, target=target, **part, sum_hidden_gradient=False)
     (gradient,) = torch.autograd.grad(loss, local)
     states.requires_grad_()
     (exact,) = torch.autograd.grad(dk.linear_distribution_loss(states, weight.detach(), target), states)
@@ -482,48 +316,9 @@ def sequences(folder: Path) -> None:
 
 
 CHECKS = ("travels", "statistics", "maxima", "given_logits", "teachers", "masked", "dtensors", "mistakes",
-          "other_sizes", "sequences")  # fmt: skip
+          "sequences")  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "names", [("table_of_two", *CHECKS, "compiled"), pytest.param(("doubles_of_two",), marks=pytest.mark.full)], ids=str
-)
-def test_two_processes(names: tuple[str, ...], tmp_path: Path) -> None:
-    on(2, __file__, tmp_path, *names)
-
-
-def test_four_processes(tmp_path: Path) -> None:
-    on(4, __file__, tmp_path, "table_of_four", *CHECKS)
-
-
-def test_the_kernels_of_gpus(tmp_path: Path) -> None:
-    on(2, __file__, tmp_path, "kernels_of_two", emulated=True)
-
-
-def dies(folder: Path) -> None:
-    """One process ends between two chunks; the others hear of it."""
-    arguments = make(CASES["cross_entropy"], torch.float32)
-    good = divided(arguments, "even")
-    dk.linear_distribution_loss(**good)
-    if RANK == COUNT - 1:
-        real = shards_module.all_gather
-
-        def last(*given: Any, **more: Any) -> Any:
-            if given[1].dtype == torch.float32:
-                os._exit(0)
-            return real(*given, **more)
-
-        shards_module.all_gather = last
-    with pytest.raises(RuntimeError):
-        dk.linear_distribution_loss(**good, chunk_size=5)
-    os._exit(0)
-
-
-def test_a_process_that_dies_ends_the_others(tmp_path: Path) -> None:
-    on(3, __file__, tmp_path, "dies")
-
-
-def test_without_torch_distributed() -> None:
-    text = re.escape("process_group must come after torch.distributed is initialised, got none")
-    with pytest.raises(ValueError, match=text):
-        dk.linear_distribution_loss(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2).long(), process_group="x")
+@pytest.mark.parametrize("count", [2, 4])
+def test_in_processes(count: int, tmp_path: Path) -> None:
+    on(count, __file__, tmp_path, *CHECKS, *(("compiled",) if count == 2 else ()))

@@ -89,8 +89,13 @@ def _part(check: Checks, teacher: Any, temperature: float, divergence: Divergenc
             "Wrap the teacher's hidden states and head as TeacherHead(hidden, weight)",
             TypeError,
         )
-    hidden, weight, bias = autocast(teacher.hidden, teacher.weight, teacher.bias)
+    hidden, weight, bias = teacher.hidden, teacher.weight, teacher.bias
     names = ("teacher.hidden", "teacher.weight", "teacher.bias")
+    if check.shards is not None and hasattr(weight, "placements"):  # a teacher under tensor parallelism too
+        from ..distributed.dtensor import local
+
+        hidden, weight, bias = map(local, [check.function] * 3, names, (hidden, weight, bias), (None, 0, 0))
+    hidden, weight, bias = autocast(hidden, weight, bias)
     for name, value in zip(names, (hidden, weight, bias), strict=True):
         if value is not None:
             check.constant(name, value)

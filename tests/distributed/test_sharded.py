@@ -315,8 +315,7 @@ def sequences(folder: Path) -> None:
         shift_labels(labels[:, :0], dist.group.WORLD)
 
 
-CHECKS = ("travels", "statistics", "maxima", "given_logits", "teachers", "masked", "dtensors", "mistakes",
-          "sequences")  # fmt: skip
+CHECKS = ("travels", "statistics", "maxima", "given_logits", "teachers", "masked", "dtensors", "sequences")  # fmt: skip
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -133,6 +133,22 @@ def statistics(folder: Path) -> None:
         close(getattr(found, name), getattr(expected, name), name)
 
 
+def narrow(folder: Path) -> None:
+    """Logits in the input dtype: as in one process, but for the sum of two parts of dhidden."""
+    for case in ("everything", "topk_everything"):
+        arguments = make(CASES[case], torch.bfloat16)
+        mine = divided(arguments, "odd")
+        for backend in BACKENDS:
+            more = {"backend": backend, "logits_dtype": torch.bfloat16}
+            exact, found = (
+                differentiate(dk.linear_distribution_loss(**given, **more), leaves(given))
+                for given in (arguments, mine)
+            )
+            found[2] = whole(found[2])
+            for ours, theirs in zip(found[:3], exact[:3], strict=True):
+                assert dk.testing.relative_error(ours, theirs) < 0.005
+
+
 def maxima(folder: Path) -> None:
     """correct and teacher_agreement where maxima are in other parts, and equal ones in several."""
     n, v = 64, 12
@@ -315,9 +331,10 @@ def sequences(folder: Path) -> None:
         shift_labels(labels[:, :0], dist.group.WORLD)
 
 
-CHECKS = ("travels", "statistics", "maxima", "given_logits", "teachers", "masked", "dtensors", "sequences")  # fmt: skip
+CHECKS = (travels, statistics, narrow, maxima, given_logits, teachers, masked, dtensors, sequences)
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_in_processes(count: int, tmp_path: Path) -> None:
-    on(count, __file__, tmp_path, *CHECKS, *(("compiled",) if count == 2 else ()))
+    checks = (*CHECKS, compiled) if count == 2 else CHECKS
+    on(count, __file__, tmp_path, *(check.__name__ for check in checks))

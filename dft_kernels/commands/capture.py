@@ -35,7 +35,7 @@ def parser() -> Parser:
     add("--kind", choices=KINDS, default="hidden", help="last hidden states and the head, or the likeliest tokens")
     add("--k", type=Whole(1), default=128, help="tokens a row of topk")
     add("--temperature", type=Number(above=0), default=1.0, help="of topk's distributions")
-    add("--length", type=Whole(2), default=1024, help="tokens a sequence at most; longer texts are cut")
+    add("--max-length", "--length", type=Whole(2), default=1024, help="tokens a sequence at most; longer ones are cut")
     add_only(made, "is labels, when training from the store")
     add("--skip-bad", action="store_true", help="leave out records that cannot be read, and count them")
     add("--limit", type=Whole(1), default=None, help="sequences, the first ones, if not all")
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     check_model(options.model)
     tokenizer, faults = tokenizer_of(options.model, options.cache), Faults(options.skip_bad)
     documents = documents_of(options.text, options.cache, faults)
-    examples, tally = examples_of(documents, tokenizer, options.length, faults, options.only)
+    examples, tally = examples_of(documents, tokenizer, options.max_length, faults, options.only)
     examples = examples[: options.limit]
     if not examples:
         raise ValueError("capture: text must hold at least two tokens, got none. Name texts.")

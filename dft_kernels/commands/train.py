@@ -41,7 +41,7 @@ from .printing import console
 
 GROUPS = {  # of the help
     "model and data": (
-        "model", "text", "length", "assistant_only", "completion_only", "packing", "limit", "skip_bad", "held_out",
+        "model", "text", "max_length", "assistant_only", "completion_only", "packing", "limit", "skip_bad", "held_out",
         "dtype", "cache",
     ),
     "teacher and loss": (

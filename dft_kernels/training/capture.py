@@ -168,6 +168,6 @@ def _check_begun(folder: Path, sequences: Sequence[Tensor], done: int) -> None:
         if [len(sequences[n]) for n in numbers] != stored["attention_mask"].sum(1).tolist():
             raise ValueError(
                 f"capture: {folder} must hold the beginning of these sequences, got others (sequences {numbers[0]} to "
-                f"{numbers[-1]} differ in length). Give the texts and --length that it was begun with."
+                f"{numbers[-1]} differ in length). Give the texts and --max-length that it was begun with."
             )
         store.check_tokens(stored, given)

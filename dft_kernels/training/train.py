@@ -197,22 +197,22 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
     else:
         faults = Faults(job.skip_bad)
         documents = itertools.islice(documents_of(job.text or [], cache, faults), job.limit)
-        examples, tally = examples_of(documents, tokenizer, job.length, faults, job.only)
+        examples, tally = examples_of(documents, tokenizer, job.max_length, faults, job.only)
         counted = tally.said(examples, faults)
         data = Sequences(examples)
         if job.packing:
-            data, collate = Packs(examples, job.length), PackCollator(tokenizer.pad_token_id or 0)
-            counted.insert(1, f"packed into {len(data):,} rows of up to {job.length:,} tokens")
+            data, collate = Packs(examples, job.max_length), PackCollator(tokenizer.pad_token_id or 0)
+            counted.insert(1, f"packed into {len(data):,} rows of up to {job.max_length:,} tokens")
         elif principles is not None:
             collate = PrinciplesCollator.from_text(principles, tokenizer)
         about = [*counted, *(f"{n}. {shown(e, tokenizer)}" for n, e in enumerate(examples[:3], 1))]
     if len(data) <= job.held_out:
         raise ValueError(
             f"train: text must hold more than the {job.held_out} sequences that are held out, got {len(data)}. "
-            "Give more text, or a smaller --held_out or --length."
+            "Give more text, or a smaller --held_out or --max_length."
         )
     model, _ = model_of(job.model, cache, getattr(torch, job.dtype))
-    _check_positions(model, job.length, examples)
+    _check_positions(model, job.max_length, examples)
     if isinstance(data, Packs):
         for number in range(min(8, len(data))):
             check_packing(model, data[number])
@@ -235,7 +235,7 @@ def _check_positions(model: Any, length: int, examples: list[Example]) -> None:
     longest = max((len(one.ids) for one in examples), default=0)
     if most is not None and longest > most:
         raise ValueError(
-            f"train: length must be at most {most}, the model's positions, got {length} and a sequence of {longest} "
+            f"train: max_length must be at most {most}, the model's positions, got {length} and a sequence of {longest} "
             "tokens. Lower it: longer ones are cut."
         )
 

@@ -169,7 +169,7 @@ def test_the_command(tmp_path: Path, tokenizer: Any, capsys: Any) -> None:
     (tmp_path / "a.txt").write_text(" ".join(texts()))
     out = tmp_path / "store"
     line = ["capture", "--model", str(tmp_path / "model"), "--text", str(tmp_path / "a.txt"), "--out", str(out)]
-    line += ["--length", "16", "--kind", "topk", "--k", "4", "--dtype", "float32", "--device", "cpu"]
+    line += ["--max_length", "16", "--kind", "topk", "--k", "4", "--dtype", "float32", "--device", "cpu"]
     assert cli.main(line) == 0
     said = capsys.readouterr().out
     assert "topk: the 4 likeliest tokens" in said

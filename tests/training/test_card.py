@@ -64,13 +64,13 @@ def test_a_run_and_its_card(folder: Path, adapted: str, capsys: pytest.CaptureFi
 
 
 def test_a_store_a_file_and_terms(folder: Path) -> None:  # noqa: F811
-    line = ["capture", "--model", str(folder / "teacher"), "--out", str(folder / "store"), "--length", "16"]
+    line = ["capture", "--model", str(folder / "teacher"), "--out", str(folder / "store"), "--max_length", "16"]
     assert cli.main([*line, "--text", *texts(folder)]) == 0
     target = ["target", "build", "--tokenizer", str(folder / "student"), "--out", str(folder / "t.safetensors")]
     assert cli.main([*target, "--text", *texts(folder)]) == 0
     (folder / "job.yaml").write_text(
         f"model: {folder / 'student'}\nteacher: {folder / 'store'}\ntarget: {folder / 't.safetensors'}\n"
-        f"terms: [token_l2=floor, unigram_kl=0.5]\nlength: 16\noutput_dir: {folder / 'out'}\n"
+        f"terms: [token_l2=floor, unigram_kl=0.5]\nmax_length: 16\noutput_dir: {folder / 'out'}\n"
     )
     assert cli.main(["train", str(folder / "job.yaml"), *FAST]) == 0
     said = (folder / "out" / "README.md").read_text()
@@ -106,7 +106,7 @@ def test_names_of_any_kind(folder: Path) -> None:  # noqa: F811
     for path in odd:
         path.write_text((folder / "1.txt").read_text() * 5)
     out = folder / "--- `out`: |x|\n# \"'"
-    line = ["--model", str(folder / "student"), "--text", *map(str, odd), "--output_dir", str(out), "--length", "16"]
+    line = ["--model", str(folder / "student"), "--text", *map(str, odd), "--output_dir", str(out), "--max_length", "16"]
     assert cli.main(["train", *line, *FAST]) == 0
     said, found = (out / "README.md").read_text(), front(out / "README.md")
     assert found["library_name"] == "transformers"

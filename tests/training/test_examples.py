@@ -175,7 +175,7 @@ def folder(tmp_path: Path, chat: Any) -> Path:
 
 def train(folder: Path, *more: str) -> int:
     return cli.main([
-        "train", "--model", str(folder / "student"), "--output_dir", str(folder / "out"), "--length", "32",
+        "train", "--model", str(folder / "student"), "--output_dir", str(folder / "out"), "--max_length", "32",
         "--use_cpu", "--max_steps", "4", "--learning_rate", "3e-2", "--logging_steps", "2", "--held_out", "4", *more,
     ])  # fmt: skip
 
@@ -228,5 +228,5 @@ def test_mistakes(more: tuple[str, ...], said: str, folder: Path, capsys: pytest
 def test_sequences_longer_than_the_models_positions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     far(vocab_size=104, max_position_embeddings=12).save_pretrained(folder / "student")
     assert train(folder, "--text", str(folder / "chat.jsonl")) == 1
-    said = "length must be at most 12, the model's positions, got 32 and a sequence of 16 tokens. Lower it"
+    said = "max_length must be at most 12, the model's positions, got 32 and a sequence of 16 tokens. Lower it"
     assert said in capsys.readouterr().err

@@ -53,13 +53,13 @@ def texts(given: Path) -> list[str]:
 @pytest.fixture(scope="module", params=["hidden", "topk"])
 def captured(given: Path, request: Any) -> Unbroken:
     line = ["capture", "--model", str(given / "model"), "--text", *texts(given), "--kind", request.param, "--k", "5",
-            "--length", "16", "--shard-rows", "60", "--batch-tokens", "40", "--device", "cpu", "--out"]  # fmt: skip
+            "--max_length", "16", "--shard-rows", "60", "--batch-tokens", "40", "--device", "cpu", "--out"]  # fmt: skip
     return Unbroken.of(line, given / f"whole-{request.param}")
 
 
 @pytest.fixture(scope="module")
 def trained(given: Path) -> Unbroken:
-    line = ["train", "--model", str(given / "model"), "--text", *texts(given), "--length", "16", "--use_cpu",
+    line = ["train", "--model", str(given / "model"), "--text", *texts(given), "--max_length", "16", "--use_cpu",
             "--max_steps", "12", "--save_steps", "2", "--save_total_limit", "2", "--logging_steps", "1",
             "--held_out", "4", "--learning_rate", "1e-2", "--target", str(given / "t.safetensors"),
             "--terms", "token_l2=1", "--output_dir"]  # fmt: skip

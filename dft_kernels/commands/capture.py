@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     sequences = [example.ids for example in examples]
     model = model.to(options.device, _DTYPES[options.dtype])
     total, begun, told = sum(map(len, sequences)), time.perf_counter(), []
-    with progress("the teacher's tokens", total, quiet=options.quiet) as advance:
+    with progress("the teacher", total, "tokens", quiet=options.quiet) as advance:
 
         def tick(tokens: int) -> None:
             told.append(tokens)  # those stored before come first

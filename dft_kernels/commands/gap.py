@@ -15,7 +15,7 @@ from ..materials.sources import texts_of, trained_model
 from ..targets import target_file
 from .arguments import Checked, Help, Number, OutputFile, Parser, Whole
 from .flags import add_cache, add_only, add_quiet, add_sampling, add_seed, add_text, sampled
-from .printing import console
+from .printing import console, progress
 
 
 def parser() -> Parser:
@@ -65,13 +65,14 @@ def run(options: argparse.Namespace) -> int:
     model, tokenizer = chosen.load(options.cache)
     target_file.check_tokenizer(options.target, target, tokenizer)
     passages = windows(texts, tokenizer, options.prompt, options.length, options.count, options.seed)
-    with out.status(f"reading {passages.numel():,} tokens, writing {options.count * options.length:,}"):
-        gaps = human_prefixes(model, target, passages)
+    with progress("reading", passages.numel(), "tokens", options.quiet) as bar:
+        gaps = human_prefixes(model, target, passages, tick=lambda count: bar(count * passages.shape[1]))
+    with progress("writing", options.count * options.length, "tokens", options.quiet) as bar:
         own = native(
             model, tokenizer, passages, options.prompt, seed=options.seed,
             name=options.own.stem if options.own is not None else options.model,
             source=f"{options.model}, going on from {', '.join(options.text)}; {sampled(options)}",
-            temperature=options.temperature, top_p=options.top_p,
+            temperature=options.temperature, top_p=options.top_p, tick=lambda count: bar(count * options.length),
         )  # fmt: skip
         gaps += own_text(own, tokenizer, target, passages, options.prompt)
     out.print(render(gaps, options, target.about.name))

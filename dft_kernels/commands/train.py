@@ -37,7 +37,7 @@ from .arguments import (
     output_folder,
 )
 from .flags import add_quiet
-from .printing import console
+from .printing import console, progress
 
 GROUPS = {  # of the help
     "model and data": (
@@ -196,12 +196,13 @@ def run(options: argparse.Namespace) -> int:
     out = console(quiet=options.quiet or (training.world_size > 1 and not training.should_log))
     with out.status("model, text, teacher"):
         ready = prepare(job, training, options.command)
-    show(ready.trainer, bars=sys.stderr.isatty() and not options.quiet, logs=not options.quiet)
     for line in ready.about:
         out.print(line, soft_wrap=True, highlight=False, markup=False)
     if ready.resume is not None:
         out.print(f"going on from {ready.resume}", soft_wrap=True)
-    found = ready.train()
+    with progress("training", None, "steps", quiet=out.quiet) as bar:
+        show(ready.trainer, None if options.quiet else bar)
+        found = ready.train()
     if found.stopped:
         out.print(f"stopped at step {found.step}; the same command goes on from its checkpoint", soft_wrap=True)
         return 130

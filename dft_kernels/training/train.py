@@ -235,8 +235,8 @@ def _check_positions(model: Any, length: int, examples: list[Example]) -> None:
     longest = max((len(one.ids) for one in examples), default=0)
     if most is not None and longest > most:
         raise ValueError(
-            f"train: max_length must be at most {most}, the model's positions, got {length} and a sequence of {longest} "
-            "tokens. Lower it: longer ones are cut."
+            f"train: max_length must be at most {most}, the model's positions, got {length} and a sequence of "
+            f"{longest} tokens. Lower it: longer ones are cut."
         )
 
 

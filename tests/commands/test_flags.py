@@ -176,8 +176,8 @@ def test_what_is_not_given_or_not_known(here: Path, capsys: pytest.CaptureFixtur
         "Did you mean --target?",
         "target build --text": "--text must have at least one value, got none. Add it.",
         "target blend literary --weigths 1": "Did you mean --weights?",
-        "target build --text file.txt --out a --assistant_only --completion_only": "--completion_only must not be given "
-        "with --assistant-only, got both.",
+        "target build --out b --assistant_only --completion_only": "--completion_only must not be given with "
+        "--assistant-only, got both.",
         "capture --model model --text file.txt --out new --max_length 1": "--max_length must be at least 2, got 1.",
         "capture --model model --text file.txt --out new --length=1": "--length must be at least 2, got 1.",
         "train --model model --text file.txt --max-length 1": "--max-length must be at least 2, got 1.",

@@ -65,7 +65,8 @@ def test_a_file_and_flags_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "a.txt").touch()
     (tmp_path / "b.txt").touch()
     monkeypatch.chdir(tmp_path)
-    found = parser().parse_args(["job.yaml", "--max-length", "77", "--matching-every=3", f"--output_dir={tmp_path / 'o'}"])
+    flags = ["--max-length", "77", "--matching-every=3", f"--output_dir={tmp_path / 'o'}"]
+    found = parser().parse_args(["job.yaml", *flags])
     job, options = found.job, found.training
     assert (job.model, job.text, job.max_length, job.teacher) == ("smollm2", ["a.txt", "b.txt"], 77, None)
     assert (options.learning_rate, options.bf16, options.divergence) == (1e-4, True, "reverse_kl")

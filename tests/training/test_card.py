@@ -106,16 +106,7 @@ def test_names_of_any_kind(folder: Path) -> None:  # noqa: F811
     for path in odd:
         path.write_text((folder / "1.txt").read_text() * 5)
     out = folder / "--- `out`: |x|\n# \"'"
-    line = [
-        "--model",
-        str(folder / "student"),
-        "--text",
-        *map(str, odd),
-        "--output_dir",
-        str(out),
-        "--max_length",
-        "16",
-    ]
+    line = ["--model", str(folder / "student"), "--text", *map(str, odd), "--output_dir", str(out), "--length", "16"]
     assert cli.main(["train", *line, *FAST]) == 0
     said, found = (out / "README.md").read_text(), front(out / "README.md")
     assert found["library_name"] == "transformers"

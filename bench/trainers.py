@@ -1,11 +1,11 @@
 """What `fuse` changes in a step of TRL's trainers: python bench/trainers.py [--layers 2] [--rounds 5] [--csv FILE]
 
-SmolLM2 (pip brings it) or its first --layers layers, whose head is as wide as the whole model's; LAMBADA passages, fp32,
-AdamW, on a CPU. Each round trains every trainer twice, with and without `fuse`, each in a process of its own and in
-turned order: a step that does not count, then --steps that do. A step has everything in it: drawing completions,
+The first --layers layers of SmolLM2 (pip brings it), whose head is as wide as the whole model's; LAMBADA passages,
+fp32, AdamW, on a CPU. Each round trains every trainer twice, with and without `fuse`, each in a process of its own and
+in turned order: a step that does not count, then --steps that do. A step has everything in it: drawing completions,
 backbone, reference model, optimiser.
 
-    step_s, drawn_s          medians of a step's seconds, and of those in the model's generate, which `fuse` leaves alone
+    step_s, drawn_s          medians of a step's seconds, and of those in the model's generate, which `fuse` leaves
     cpu_s                    of its seconds on all cores, which other work on the machine disturbs less
     over_trl, least, most    the median, least and largest of the rounds' ratios of these
     peak_bytes               resident memory of the steps above that before them

@@ -272,10 +272,11 @@ def device(text: str) -> str:
 
 def each_of(known: Sequence[str]) -> dict[str, Any]:
     """Keywords of `add_argument` for any number of some names, checked one by one."""
-    return {"nargs": "*", "type": Checked(lambda text: _check_name(text, known)), "metavar": "NAME"}
+    return {"nargs": "*", "type": Checked(lambda text: check_name(text, known)), "metavar": "NAME"}
 
 
-def _check_name(text: str, known: Sequence[str]) -> None:
+def check_name(text: str, known: Sequence[str]) -> None:
+    """ValueError, with the nearest, for a name that is none of these."""
     if text not in known:
         near = difflib.get_close_matches(text, known, 1, 0.0)[0]
         raise ValueError(f"must be one of {', '.join(known)}, got {text!r}. Did you mean {near}?")

@@ -52,7 +52,8 @@ WORDS: dict[str, list[str]] = {  # what is a text for argparse
     "principles": [MISSING, FOLDER, BINARY], "terms": ["nothing=1", "token_l2=much", "token_l2=nan", "token_l2"],
     "rollout_terms": ["nothing=1", "calibration=1", "reference_kl=inf"],
     "divergence": ["nothing"], "temperature_scaling": ["nothing"], "dtype": ["nothing", "int8"],
-    "loss_backend": ["nothing"], "names": ["nothing"], "peer": ["nothing"], "shape": ["1,2", "0,1,1", "a,b,c"],
+    "loss_backend": ["nothing"], "report_to": ["nothing"],
+    "names": ["nothing"], "peer": ["nothing"], "shape": ["1,2", "0,1,1", "a,b,c"],
 }  # fmt: skip
 OUTSIDE = {  # of ranges that Job and DFTConfig check
     "max_length": "1", "held_out": "-1", "lora_rank": "-1", "correction_rank": "-1", "temperature": "0",

@@ -58,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
     examples, tally = examples_of(documents, tokenizer, options.max_length, faults, options.only)
     examples = examples[: options.limit]
     if not examples:
-        raise ValueError("capture: text must hold at least two tokens, got none. Name texts.")
+        got = "; ".join(["none", *faults.said()])
+        raise ValueError(f"capture: text must hold at least two tokens, got {got}. Name texts.")
     out = console(quiet=options.quiet)
     for line in tally.said(examples, faults):
         out.print(line, highlight=False, markup=False)

@@ -12,6 +12,7 @@ from ..benchmarks.tables import write_csv
 from ..evaluation import plots
 from ..evaluation.gap import Gap, human_prefixes, native, own_text, verdict, windows
 from ..materials.sources import texts_of, trained_model
+from ..models.heads import check_positions
 from ..targets import target_file
 from .arguments import Checked, Help, Number, OutputFile, Parser, Whole
 from .flags import add_cache, add_only, add_quiet, add_sampling, add_seed, add_text, sampled
@@ -65,6 +66,9 @@ def run(options: argparse.Namespace) -> int:
     model, tokenizer = chosen.load(options.cache)
     target_file.check_tokenizer(options.target, target, tokenizer)
     passages = windows(texts, tokenizer, options.prompt, options.length, options.count, options.seed)
+    check_positions(
+        model, passages.shape[1], "gap", "length", "be, with the prompt,", "Lower it: the model has no more"
+    )
     with progress("reading", passages.numel(), "tokens", options.quiet) as bar:
         gaps = human_prefixes(model, target, passages, tick=lambda count: bar(count * passages.shape[1]))
     with progress("writing", options.count * options.length, "tokens", options.quiet) as bar:

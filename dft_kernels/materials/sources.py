@@ -15,6 +15,7 @@ from . import records
 from .models import coqa, lambada, read_texts, reading, smollm2, smollm2_folder
 
 ABOUT = "dft_kernels.json"  # beside the result: what it was made of
+_TABLES = (".json", ".csv", ".tsv", ".arrow")  # which would be learned as they are spelled
 SMOLLM2, LAMBADA, COQA = "smollm2", "lambada", "coqa"  # names of what pip brings
 MODEL_HELP = "a folder or name for transformers, or smollm2, which pip brings"
 TEXT_HELP = (
@@ -150,6 +151,10 @@ def check_text(name: str) -> None:
     if records.structured(name):
         records.check(name)
         return
+    if Path(name).suffix.lower() in _TABLES:
+        raise ValueError(
+            f"materials: text must be text or records, got {name}. Write its rows into .jsonl or .parquet."
+        )
     with reading(name) as text:
         text.read(1 << 16)
 

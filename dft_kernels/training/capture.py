@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends.formulas import head_logits
-from ..models.heads import head_of, hidden_states
+from ..models.heads import check_positions, head_of, hidden_states
 from ..store.fingerprint import model_fingerprint, tokenizer_fingerprint
 from ..store.manifest import SHARD_ROWS, Contents
 from ..store.reader import Store
@@ -115,6 +115,7 @@ def capture(
         masked=counts is not None,
     )
     lengths = [len(ids) for ids in sequences]
+    check_positions(model, max(lengths, default=0), "capture", "sequences", "have", "Cut them: a smaller --max_length")
     kept = None if kind == "topk" or head.weight is None else (head.weight, head.bias)
     model.eval()
     with StoreWriter(folder, contents, kept) as writer:

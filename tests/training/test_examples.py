@@ -225,8 +225,33 @@ def test_mistakes(more: tuple[str, ...], said: str, folder: Path, capsys: pytest
     assert not (folder / "out").exists()
 
 
+def test_why_nothing_is_left(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "none.jsonl").write_text('{"story": "x"}\n' * 3)
+    why = "got %s; 3 records are left out: they must have messages, prompt and completion, or text. "
+    assert train(folder, "--text", str(folder / "none.jsonl"), "--skip_bad") == 1
+    assert why % 0 in capsys.readouterr().err
+    line = ["capture", "--model", str(folder / "teacher"), "--out", str(folder / "store"), "--skip_bad"]
+    assert cli.main([*line, "--text", str(folder / "none.jsonl")]) == 1
+    assert why % "none" in capsys.readouterr().err
+    assert not (folder / "out").exists()
+    assert not (folder / "store").exists()
+
+
 def test_sequences_longer_than_the_models_positions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     far(vocab_size=104, max_position_embeddings=12).save_pretrained(folder / "student")
     assert train(folder, "--text", str(folder / "chat.jsonl")) == 1
-    said = "max_length must be at most 12, the model's positions, got 32 and a sequence of 16 tokens. Lower it"
+    said = "max_length must be at most 12 tokens, the model's positions, got a sequence of 16. Lower it"
     assert said in capsys.readouterr().err
+    line = ["capture", "--text", str(folder / "chat.jsonl"), "--out", str(folder / "store")]
+    assert cli.main([*line, "--model", str(folder / "student")]) == 1
+    said = "sequences must have at most 12 tokens, the model's positions, got a sequence of 16. Cut them"
+    assert said in capsys.readouterr().err
+    assert not (folder / "store").exists()
+    assert cli.main([*line, "--model", str(folder / "teacher")]) == 0
+    assert train(folder, "--teacher", str(folder / "store")) == 1
+    said = "--teacher must hold sequences of at most 12 tokens, the model's positions, got a sequence of 16. Capture"
+    assert said in capsys.readouterr().err
+    assert train(folder, "--text", str(folder / "chat.jsonl"), "--model", str(folder / "teacher"), "--teacher",
+                 str(folder / "student")) == 1  # fmt: skip
+    assert "--teacher must take at most 12 tokens, the model's positions, got a sequence" in capsys.readouterr().err
+    assert not (folder / "out").exists()

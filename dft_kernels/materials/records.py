@@ -138,7 +138,19 @@ def _read(where: str, row: object, column: str | None) -> Document:
     if len({type(part) for part in whole}) > 1:
         remedy = "Write both as texts, or as messages"
         raise Unfit("have a prompt and a completion of one kind", "a text and messages", remedy)
-    return Document(where, whole[-1], whole[0] if len(whole) > 1 else None, row.get("tools"))
+    return Document(where, whole[-1], whole[0] if len(whole) > 1 else None, _tools(row.get("tools")))
+
+
+def _tools(value: Any) -> list[Any] | None:
+    """A list, or its JSON, as tables keep tools, whose columns have one type."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise Unfit("have tools that are JSON", _why(error), "Correct it") from error
+    if value is not None and not isinstance(value, list):
+        raise Unfit("have a list as its tools", shown(value), "Correct it")
+    return value or None
 
 
 def _plain(value: Any) -> Any:
@@ -228,11 +240,22 @@ def _parquet(name: str) -> Rows:
                     rows = [_decoded(batch.slice(at, 1)) for at in range(len(batch))]
                 for row in rows:
                     number += 1
-                    yield f"{name}, row {number}", row
+                    yield f"{name}, row {number}", _unfilled(row)
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise ValueError(
             f"materials: text must name readable parquet files, got {name}: {_why(error)}. Check it."
         ) from error
+
+
+def _unfilled(row: Any) -> Any:
+    """A row without the None that a table puts where its messages and tools have no such part."""
+
+    def within(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: within(part) for name, part in value.items() if part is not None}
+        return [within(part) for part in value] if isinstance(value, list) else value
+
+    return {name: within(value) for name, value in row.items()} if isinstance(row, dict) else row
 
 
 def _decoded(row: Any) -> object:
@@ -255,9 +278,7 @@ def _numbered(name: str, found: Iterable[object]) -> Rows:
     try:
         for row in found:
             number += 1
-            yield f"{name}, row {number}", row
-    except GeneratorExit:
-        raise
+            yield f"{name}, row {number}", _unfilled(row)
     except Exception as error:
         got = f"{name}: after row {number}: {_why(error)}"
         raise ValueError(f"materials: text must name datasets that can be read, got {got}. Check it.") from error

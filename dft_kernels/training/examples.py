@@ -159,7 +159,7 @@ def _conversation(document: Document, tokenizer: Any, only: str | None) -> tuple
         if only == "completion" or messages[number]["role"] == "assistant":
             before, after = shown(number, asked=messages[number]["role"] == "assistant"), shown(number + 1)
             if not whole.startswith(before) or not whole.startswith(after):
-                remedy = "Use a template that does, or leave out the option"
+                remedy = "Use one that marks its {% generation %}, or leave out the option"
                 raise Unfit(f"have a template that adds to what it has shown, for {only}_only", "another", remedy)
             spans.append((len(before), len(after)))
     if not spans:

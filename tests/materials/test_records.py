@@ -141,6 +141,8 @@ BAD = [
     (b'{"messages": [{"role": "user", "content": [1]}]}', "as its messages, got .*1"),
     (b'{"messages": [{"role": "assistant", "content": null}]}', "as its messages, got .*None"),
     (b'{"messages": "x"}', "as its messages, got 'x'|as its messages, got x"),
+    (b'{"text": "x", "tools": "["}', "have tools that are JSON, got Expecting value"),
+    (b'{"text": "x", "tools": {"a": 1}}', "have a list as its tools, got {'a': 1}"),
     (b'{"prompt": "x", "completion": ""}', "have a completion that is not empty"),
     (b'{"prompt": "x", "completion": [{"role": "assistant", "content": "y"}]}', "a completion of one kind"),
 ]

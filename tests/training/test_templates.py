@@ -73,7 +73,7 @@ def test_tools(name: str, form: str, letters: Any, tmp_path: Path) -> None:
         assert "Be brief." in whole
     expected = COUNTED[name]
     if expected is None:
-        with pytest.raises(ValueError, match=r"(row|line) 1: a record must have a template that adds to what it has sh"):
+        with pytest.raises(ValueError, match=r"(row|line) 1: a record must have a template that adds to what it"):
             examples_of(found[:1], letters, 4096, Faults(), "assistant")
         return
     ((ids, counts), *_), _ = examples_of(found[:1], letters, 4096, Faults(), "assistant")

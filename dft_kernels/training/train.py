@@ -169,6 +169,11 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
     assert job.model is not None
     cache = Path(job.cache)
     resume = options.resume_from_checkpoint or _resumable(job, Path(options.output_dir or ""))
+    if job.correction_rank and options.push_to_hub:
+        raise ValueError(
+            "train: push_to_hub must be false with correction_rank, got true, which would push the whole model. Upload "
+            f"{options.output_dir} when it is done."
+        )
     check_model(job.model)
     teacher: Any = None
     if job.stored:

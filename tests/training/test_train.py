@@ -236,6 +236,7 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("--model", student): "--text must be given, but not with a store",
         (*given, "--principles", text): "--principles must come with a teacher that is run",
         (*given, "--lora_rank", "2", "--correction-rank", "2"): "--correction-rank must be 0 with lora_rank",
+        (*given, "--correction_rank", "2", "--push_to_hub", "true"): "--push_to_hub must be false with correction_rank",
         (*given, "--target", "literary"): "--target must be given together with terms",
         given: "--text must hold more than the 16 sequences that are held out, got 1",
         (*given, "--teacher", "nowhere", "--held_out", "0"): "--teacher must be a folder",

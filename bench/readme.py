@@ -110,6 +110,23 @@ def terms_table(rows: Rows) -> str:
     return markdown(head, lines, caption)
 
 
+def trainers_table(rows: Rows) -> str:
+    """Of bench/trainers.py: a row a trainer."""
+    of = {(row["trainer"], row["way"]): row for row in rows}
+    lines = []
+    for name in dict.fromkeys(row["trainer"] for row in rows):
+        own, fused = of[name, "TRL"], of[name, "fuse"]
+        mb = [f"{int(row['peak_bytes']) / 1e6:,.0f} MB" for row in (own, fused)]
+        spread = f"{float(fused['over_trl']):.2f} ({float(fused['least']):.2f} to {float(fused['most']):.2f})"
+        seconds = [f"{float(row['cpu_s']):.1f} s" for row in (own, fused)]
+        lines.append([name, *seconds, spread, *mb])
+    first = rows[0]
+    head = ["CPU seconds a step", "TRL", "fused", "fused / TRL (least to most)", "memory, TRL", "memory, fused"]
+    steps = f"medians of {first['rounds']} rounds of {first['steps']} steps"
+    size = f"{first['layers']} layers of SmolLM2 and its head, H 576, V 49152, fp32"
+    return markdown(head, lines, f"{size}; {steps}; trl {first['trl']}; {where(rows)}")
+
+
 def target_table(rows: Rows) -> str:
     """Of bench/targets.py: a row a statistic, a column a model, in units of the floor."""
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -182,6 +199,7 @@ KINDS: dict[str, Callable[[Rows], str]] = {
     "longest": longest_table,  # bench/longest.py
     "terms": terms_table,  # bench/terms.py
     "target": target_table,  # bench/targets.py
+    "trainers": trainers_table,  # bench/trainers.py
     "errors": errors_table,  # dft-kernels bench --inputs
     "every-error": every_error_table,
     "summary": summary_table,  # written by hand from the runs that its last column names

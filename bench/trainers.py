@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "over_trl": round(statistics.median(ratios), 3) if way == "fuse" else 1.0,
                 "least": round(min(ratios), 3) if way == "fuse" else 1.0,
                 "most": round(max(ratios), 3) if way == "fuse" else 1.0,
-                "rounds": options.rounds, "steps": options.steps, **about("cpu"),
+                "rounds": options.rounds, "steps": options.steps, "trl": version("trl"), **about("cpu"),
             })  # fmt: skip
             print({k: v for k, v in rows[-1].items() if k not in about("cpu")}, flush=True)
     if options.csv is not None:

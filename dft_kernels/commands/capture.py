@@ -14,7 +14,7 @@ from ..store.manifest import KINDS, SHARD_ROWS
 from ..training.capture import capture
 from ..training.examples import examples_of
 from .arguments import Help, Number, Parser, Whole, device, output_folder
-from .flags import add_cache, add_only, add_quiet, add_text
+from .flags import add_cache, add_only, add_quiet, add_skip_bad, add_text
 from .printing import console, progress
 from .store import describe
 
@@ -37,7 +37,7 @@ def parser() -> Parser:
     add("--temperature", type=Number(above=0), default=1.0, help="of topk's distributions")
     add("--max-length", "--length", type=Whole(2), default=1024, help="tokens a sequence at most; longer ones are cut")
     add_only(made, "is labels, when training from the store")
-    add("--skip-bad", action="store_true", help="leave out records that cannot be read, and count them")
+    add_skip_bad(made)
     add("--limit", type=Whole(1), default=None, help="sequences, the first ones, if not all")
     add("--batch-tokens", type=Whole(1), default=4096, help="tokens a batch, padding included")
     add("--shard-rows", type=Whole(1), default=SHARD_ROWS, help="tokens a file: what an interruption costs at most")

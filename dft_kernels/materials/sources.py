@@ -118,11 +118,11 @@ def tokenizer_of(name: str, cache: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(name)
 
 
-def _listed(name: str, cache: Path, only: str | None) -> Iterable[str] | None:
+def _listed(name: str, cache: Path, only: str | None, faults: records.Faults | None) -> Iterable[str] | None:
     """The texts of a source that is no file of one text, None for that. only: as of `Document.texts`."""
     if name == LAMBADA:
         return lambada(cache)
-    documents = _records(name, cache, records.Faults())
+    documents = _records(name, cache, faults or records.Faults())
     return None if documents is None else (text for document in documents for text in document.texts(only))
 
 
@@ -159,10 +159,17 @@ def check_text(name: str) -> None:
         text.read(1 << 16)
 
 
-def passages_of(names: list[str], cache: Path, argument: str = "text", only: str | None = None) -> Iterator[str]:
-    """The texts that `--text` names, in passages, read as they are asked for. only: as of `Document.texts`."""
+def passages_of(
+    names: list[str],
+    cache: Path,
+    argument: str = "text",
+    only: str | None = None,
+    faults: records.Faults | None = None,
+) -> Iterator[str]:
+    """The texts that `--text` names, in passages, read as they are asked for. only: as of `Document.texts`. faults: of
+    records; None: the first is raised."""
     for name in names:
-        listed = _listed(name, cache, only)
+        listed = _listed(name, cache, only, faults)
         if listed is None:
             with reading(name, argument) as lines:
                 yield from passages(lines)
@@ -171,11 +178,11 @@ def passages_of(names: list[str], cache: Path, argument: str = "text", only: str
                 yield from passages(text.splitlines(True))
 
 
-def texts_of(names: list[str], cache: Path, only: str | None = None) -> list[str]:
-    """The texts that `--text` names, in order. only: as of `Document.texts`."""
+def texts_of(names: list[str], cache: Path, only: str | None = None, faults: records.Faults | None = None) -> list[str]:
+    """The texts that `--text` names, in order. only, faults: as of `passages_of`."""
     texts: list[str] = []
     for name in names:
-        listed = _listed(name, cache, only)
+        listed = _listed(name, cache, only, faults)
         texts += read_texts([name]) if listed is None else listed
     return texts
 

@@ -194,12 +194,13 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
     data: Any = teacher
     collate: Any = transformers.DataCollatorForSeq2Seq(tokenizer)
     examples: list[Example] = []
-    about: list[str] = []
     counted: list[str] = []
     left_out: list[str] = []
     if job.stored:
         teacher.check_tokenizer(tokenizer)
         collate = teacher.collate
+        first = [_stored(teacher, number) for number in range(min(3, len(teacher)))]
+        counted = [f"{len(teacher):,} rows, {teacher.rows:,} tokens, of the store"]
     else:
         faults = Faults(job.skip_bad)
         documents = itertools.islice(documents_of(job.text or [], cache, faults), job.limit)
@@ -211,7 +212,8 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
             counted.insert(1, f"packed into {len(data):,} rows of up to {job.max_length:,} tokens")
         elif principles is not None:
             collate = PrinciplesCollator.from_text(principles, tokenizer)
-        about = [*counted, *(f"{n}. {shown(e, tokenizer)}" for n, e in enumerate(examples[:3], 1))]
+        first = examples[:3]
+    about = [*counted, *(f"{n}. {shown(e, tokenizer)}" for n, e in enumerate(first, 1))]
     if len(data) <= job.held_out:
         got = "; ".join([f"{len(data)}", *left_out])
         raise ValueError(
@@ -240,6 +242,14 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
     )  # fmt: skip
     card = Card(job, trainer, teacher, counted, command)
     return Run(job, trainer, kept, teacher, resume, stop, about, card)
+
+
+def _stored(store: Store, number: int) -> Example:
+    """A sequence of a store, for a reader."""
+    batch = store.batch([number])
+    counts = batch["labels"][0] != -100
+    counts[:1] = False  # nothing predicts the first
+    return Example(batch["input_ids"][0], counts)
 
 
 def _terms(target: Target, job: Job, options: DFTConfig, model: Any, training: Any) -> dict[str, Any]:

@@ -204,7 +204,9 @@ def test_a_masked_store(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert int((batch["labels"] != -100).sum()) == 270
     assert "counts" not in batch
     assert train(folder, "--teacher", str(store)) == 0
-    capsys.readouterr()
+    said = capsys.readouterr().out
+    assert "30 rows, 480 tokens, of the store" in said
+    assert "1. [user word0 word3 word6 word9 </s> assistant]word12 word15" in said
     assert cli.main(capture) == 1
     assert "masked must be False as in this capture, got True" in capsys.readouterr().err
     assert train(folder, "--teacher", str(store), "--assistant_only") == 2
@@ -223,6 +225,24 @@ def test_mistakes(more: tuple[str, ...], said: str, folder: Path, capsys: pytest
     assert train(folder, "--text", str(folder / "chat.jsonl"), *more) in (1, 2)
     assert said in capsys.readouterr().err
     assert not (folder / "out").exists()
+
+
+def test_bad_records_of_those_who_count_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (folder / "chat.jsonl").open("a") as file:
+        file.write('\n{"story": "x"}\n')
+    text, student, target = str(folder / "chat.jsonl"), str(folder / "student"), str(folder / "t.safetensors")
+    why = "1 records are left out: they must have messages, prompt and completion, or text"
+    for line in (
+        ["target", "build", "--tokenizer", student, "--out", target],
+        ["gap", student, "--target", target, "--count", "8", "--prompt", "2", "--length", "3"],
+    ):
+        assert cli.main([*line, "--text", text]) == 1
+        assert "line 41: a record must have messages, prompt and completion, or text" in capsys.readouterr().err
+        assert cli.main([*line, "--text", text, "--skip_bad"]) == 0
+        assert why in capsys.readouterr().out
+    build = ["target", "build", "--tokenizer", student, "--out", target, "--text", text]
+    assert cli.main([*build, "--limit", "7"]) == 0  # passages before the bad one
+    assert "40 words, 7 sentences" in capsys.readouterr().out
 
 
 def test_why_nothing_is_left(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

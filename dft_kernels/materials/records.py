@@ -311,7 +311,7 @@ def _hub(name: str) -> tuple[Rows, str | None]:
     split = split or "train"
     try:
         found = datasets.load_dataset(dataset, split=split, streaming=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"materials: text: {HUB}{dataset} must be a dataset that has a split {split!r}, got: {_why(error)}. "
             "Check the name, or that its hub is reachable."

@@ -5,6 +5,7 @@ A table stands between two comments, of which the first names its source:
     <!-- table: bench/results/cpu.csv 4096,576,49152 bfloat16 -->     a shape and a dtype of `dft-kernels bench --csv`
     <!-- table: bench/results/demo-cpu.csv -->                        summary.csv of `dft-kernels demo`
     <!-- table: bench/results/NAME.csv KIND -->                       KIND: one of KINDS below, by what wrote the CSV
+    <!-- table: bench/scale.py NAME -->                               one of its TABLES, computed anew
     <!-- end -->
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+import runpy
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -213,6 +215,8 @@ def table(source: str) -> str:
     if len(rest) == 2:
         return tables.markdown(tables.read(path), Shape.parse(rest[0]), rest[1])
     (kind,) = rest or ["demo"]
+    if path.suffix == ".py":
+        return markdown(*runpy.run_path(str(path))["TABLES"][kind]())
     with path.open(newline="") as file:
         return KINDS[kind](list(csv.DictReader(file)))
 

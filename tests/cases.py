@@ -285,12 +285,18 @@ def judge(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", **o
     """Loss and gradients of one case through one backend, each with the error gate of `testing.allowance`."""
     arguments = make(case, dtype, device)
     ours = differentiate(linear_distribution_loss(**{**arguments, "backend": backend, **options}), leaves(arguments))
+    return judged(case, arguments, ours, options.get("chunk_size") == 1)
+
+
+def judged(case: Case, arguments: dict[str, Any], ours: list[torch.Tensor], one_row: bool = False) -> list[Judged]:
+    """Loss and gradients `ours` of a case, against the oracle's of the same arguments. one_row: of chunks of one."""
+    dtype, device = arguments["hidden"].dtype, arguments["hidden"].device.type
     plain = oracle_arguments(arguments)
     exact, key = exactly(plain), (repr(case), dtype, device)
     if key not in CONDITIONS:
         CONDITIONS[key] = conditions(exactly, plain, exact)
     n, h, v = case.shape
-    over_vocab = one_after_the_other(v) if n == 1 or options.get("chunk_size") == 1 else v  # a product with a vector
+    over_vocab = one_after_the_other(v) if n == 1 or one_row else v  # a product with a vector
     last = {"loss": n, "dhidden": over_vocab, "dweight": n}
     last |= {"dbias": n} if "bias" in arguments else {}
     last |= {"ddown": over_vocab, "dup": n} if "low_rank" in arguments else {}

@@ -7,8 +7,9 @@ import hashlib
 import io
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from dft_kernels.commands import train
 from dft_kernels.commands.arguments import UsageError
 from dft_kernels.materials.sources import ABOUT, read_about
 from dft_kernels.models.correction import CORRECTION_FILE, add_correction, load_correction, save_correction
-from dft_kernels.store.manifest import Contents
+from dft_kernels.store.join import join
+from dft_kernels.store.manifest import Contents, Share
 from dft_kernels.store.reader import Store
 from dft_kernels.store.writer import StoreWriter
 from dft_kernels.targets import target_file
@@ -161,13 +163,13 @@ class Reader:
 V, H, K = 20, 4, 3
 
 
-def make_store(kind: str) -> Callable[[Path], None]:
+def make_store(kind: str, share: Share | None = None) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         generator = torch.Generator().manual_seed(0)
         width = H if kind == "hidden" else K
         contents = Contents(kind, V, width, "teacher", "0" * 64, "1" * 64)
         head = (torch.randn(V, H, generator=generator), torch.zeros(V)) if kind == "hidden" else None
-        with StoreWriter(folder, contents, head) as writer:
+        with StoreWriter(folder, contents, head, share) as writer:
             for lengths in ((3, 2), (4,)):
                 tokens = [torch.randint(0, V, (length,), generator=generator) for length in lengths]
                 rows: dict[str, list[torch.Tensor]] = {name: [] for name in contents.names}
@@ -200,6 +202,32 @@ def read_store(folder: Path) -> None:
     if batch:
         store.teacher(batch)
     store.check_values()
+
+
+FIRST = Share(0, 2, first=0, sequences=3, file=0, whole=6, shard_rows=4, sha256="3" * 64)
+
+
+def make_shards(folder: Path) -> None:
+    make_store("hidden", FIRST)(folder)
+    make_store("hidden", replace(FIRST, index=1, first=3, file=2))(folder / "second")
+
+
+def join_shards(folder: Path) -> None:
+    """The join of the folder's shard and the second has the files of both; where it is refused there is none."""
+    out, folders = folder / "joined", [folder, folder / "second"]
+    try:
+        joined = join(out, folders)
+    except ValueError:
+        assert not (out / "manifest.json").exists()
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    try:
+        assert len(joined) == 6
+        said = [json.loads((one / "manifest.json").read_bytes())["shards"] for one in folders]
+        assert [vars(part) for part in joined.parts] == said[0] + said[1]
+        read_store(out)
+    finally:
+        shutil.rmtree(out)
 
 
 def make_target(folder: Path) -> None:
@@ -336,6 +364,9 @@ READERS = {
     ),
     "topk store": Reader(
         make_store("topk"), {"manifest.json": within_json, "shard-00000.safetensors": within_tensors}, read_store
+    ),
+    "store of shards": Reader(
+        make_shards, {"manifest.json": within_json, "shard-00001.safetensors": within_tensors}, join_shards
     ),
     "target": Reader(make_target, {"t.safetensors": within_tensors}, read_target),
     "correction": Reader(make_correction, {CORRECTION_FILE: within_tensors}, read_correction),

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from reader_files import READERS, Tiny, V, bytewise, make_store, make_target, metadata_of, parse, read_store
+from reader_files import FIRST, READERS, Tiny, V, bytewise, make_store, make_target, metadata_of, parse, read_store
 
 from dft_kernels.benchmarks import tables
 from dft_kernels.files import Source
@@ -232,6 +232,29 @@ def test_fields_of_a_shard(field: str, value: Any, said: str, tmp_path: Path) ->
     whole["shards"][0][field] = value
     manifest.write_text(json.dumps(whole))
     refused(lambda: Store(tmp_path, verify=False), said)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("index", 2, "share.index must be below share.of, 2, got 2"),
+        ("of", 0, "share.of must be an int of at least 1"),
+        ("first", 4, r"share.first \+ share.sequences must be at most share.whole, 6, got 4 \+ 3"),
+        ("sequences", 2, "share.sequences must be at least the 3 that shards hold, got 2"),
+        ("sha256", "0" * 63, "share.sha256 must be 64 hexadecimal digits"),
+        ("whole", True, "share.whole must be an int of at least 0"),
+        ("more", 1, "share.'more' must be one of index, of, first"),
+    ],
+)
+def test_fields_of_a_share(field: str, value: Any, said: str, tmp_path: Path) -> None:
+    make_store("topk", FIRST)(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    whole = json.loads(manifest.read_text())
+    whole["share"][field] = value
+    manifest.write_text(json.dumps(whole))
+    refused(lambda: Store(tmp_path, verify=False), f"manifest.json: {said}")
+    manifest.write_text(json.dumps({**whole, "share": None}))
+    refused(lambda: Store(tmp_path, verify=False), "manifest.json: share must be an object, got None")
 
 
 def test_large_claims(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""Two processes for a test, over gloo on the CPU: `on_two(__file__, folder, *names)` runs the file's functions
-`name(folder)` in both, one after the other: to import transformers takes longer than any of them."""
+"""Processes for a test, over gloo on the CPU: `on_two(__file__, folder, *names)` runs the file's functions
+`name(folder)` in two, one after the other: to import transformers takes longer than any of them. `on` has any number,
+and may keep the emulated GPU backends."""
 
 from __future__ import annotations
 
@@ -17,18 +18,24 @@ SECONDS = 900  # a hang is a failure; a machine with other work is none
 
 
 def on_two(file: str, folder: Path, *names: str) -> None:
-    """Run them to both ends. What the processes have said is the message of a failure."""
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith(("PYTEST_", "ACCELER"))}
-    said = [folder / f"said-{rank}.txt" for rank in range(2)]
+    """Two of them, without emulated backends."""
+    on(2, file, folder, *names)
+
+
+def on(count: int, file: str, folder: Path, *names: str, emulated: bool = False) -> None:
+    """Run the functions to all ends. What the processes have said is the message of a failure."""
+    dropped = ("PYTEST_", "ACCELER") if emulated else ("PYTEST_", "ACCELER", "TRITON_INTERPRET")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    said = [folder / f"said-{rank}.txt" for rank in range(count)]
     processes = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for rank in range(count):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         environment = {**kept, **place, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, __file__, file, str(folder), *names]
         with said[rank].open("w") as output:
             processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
     end = time.monotonic() + SECONDS
-    codes = [None, None]
+    codes: list[int | None] = [None] * count
     try:
         while None in codes and not any(codes) and time.monotonic() < end:
             time.sleep(0.05)
@@ -37,11 +44,11 @@ def on_two(file: str, folder: Path, *names: str) -> None:
         for process in processes:  # one waits for the other where that has failed
             process.kill()
             process.wait()
-    assert codes == [0, 0], f"they ended with {codes}\n" + "\n".join(one.read_text()[-8000:] for one in said)
+    assert codes == [0] * count, f"they ended with {codes}\n" + "\n".join(one.read_text()[-8000:] for one in said)
 
 
 def main(file: str, folder: str, *names: str) -> None:
-    """One of the two."""
+    """One of them."""
     import torch
 
     warnings.simplefilter("ignore")
@@ -50,10 +57,14 @@ def main(file: str, folder: str, *names: str) -> None:
         "gloo",
         init_method=f"file://{folder}/meeting",  # no port to be taken
         rank=int(os.environ["RANK"]),
-        world_size=2,
+        world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(seconds=SECONDS / 2),
     )
     sys.path.append(str(HERE))  # as pytest has it: pyproject.toml
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import cuda_on_host
+
+        cuda_on_host.install()
     functions = runpy.run_path(file)
     for name in names:
         functions[name](Path(folder))

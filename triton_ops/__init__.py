@@ -6,7 +6,7 @@ With `TRITON_INTERPRET=1` set before this is imported, the same kernels run on C
 
 from .columns import accumulate_columns, probabilities
 from .row_kernel import STATISTICS
-from .rows import Rows, row_gradient, row_statistics, row_step
+from .rows import Rows, row_divergence, row_gradient, row_statistics, row_step
 from .scaling import scale
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Rows",
     "accumulate_columns",
     "probabilities",
+    "row_divergence",
     "row_gradient",
     "row_statistics",
     "row_step",

@@ -12,6 +12,7 @@ teacher's bf16 logits), o of its gradient:
 
     statistics   b           log-sum-exps and everything at T = 1, online (Milakov and Gimelshein, arXiv:1805.02867)
                  2 (b + t)   with the value of a divergence, whose f needs the log-sum-exps first
+                 b + t       for that alone, where the log-sum-exps are given
     gradient     b + t + o
     both         2 b + o without a target
                  2 (b + t) + o with a FLAT or LINEAR divergence, whose value is summed in the gradient's sweep
@@ -42,7 +43,9 @@ SLOPE = tl.constexpr(10)
 LSE_LOW = tl.constexpr(11)
 SOFT_LSE_LOW = tl.constexpr(12)
 TARGET_LSE_LOW = tl.constexpr(13)
-STATISTICS = 14
+TOP = tl.constexpr(14)
+TARGET_TOP = tl.constexpr(15)
+STATISTICS = 16
 
 _FLAT, _LINEAR, _SWEEP = (tl.constexpr(kind) for kind in (FLAT, LINEAR, SWEEP))
 
@@ -55,6 +58,7 @@ HAS_DIVERGENCE = tl.constexpr(1 << 4)
 HAS_POTENTIAL = tl.constexpr(1 << 5)
 HAS_CORRECT = tl.constexpr(1 << 6)
 HAS_AGREEMENT = tl.constexpr(1 << 7)
+HAS_SOFT_LSE = tl.constexpr(1 << 8)  # the log-sum-exps of a divergence whose value is not wanted yet
 _LOWEST = tl.constexpr(-3e38)  # below any logit but -inf, and finite: the difference to -inf is -inf, not NaN
 AT_ONE = tl.constexpr(0b101111)  # what depends on q = softmax(z) at T = 1: all before CORRECT but DIVERGENCE
 
@@ -125,6 +129,7 @@ def row_kernel(
     CAP: tl.constexpr,
     TARGET_CAP: tl.constexpr,
     WANTED: tl.constexpr,  # bits: the statistics to compute, 0: they are given
+    GIVEN: tl.constexpr,  # of WANTED's divergence the log-sum-exps are given, and nothing else is wanted
     LIVE: tl.constexpr,  # bits: what has a cotangent
     GRADIENT: tl.constexpr,
     IN_PLACE: tl.constexpr,  # out is memory of logits
@@ -144,9 +149,9 @@ def row_kernel(
         y = tl.load(label + row)
     known = statistics + row
 
-    if WANTED:
+    if WANTED and not GIVEN:
         # whether the divergence's sums need a sweep of their own, between this one and the gradient's
-        BETWEEN: tl.constexpr = PAIR is not None and (not GRADIENT or SUMS == _SWEEP)
+        BETWEEN: tl.constexpr = HAS_DIVERGENCE & WANTED and (not GRADIENT or SUMS == _SWEEP)
         ARGMAX: tl.constexpr = (HAS_CORRECT | HAS_AGREEMENT) & WANTED
         AGREES: tl.constexpr = HAS_AGREEMENT & WANTED
         TARGET: tl.constexpr = PAIR is not None or AGREES
@@ -238,7 +243,10 @@ def row_kernel(
             tl.store(known + POTENTIAL * statistics_stride, pulled)
         if HAS_CORRECT & WANTED:
             tl.store(known + CORRECT * statistics_stride, (best == y).to(tl.float32))
+        if ARGMAX:
+            tl.store(known + TOP * statistics_stride, origin)
         if AGREES:
+            tl.store(known + TARGET_TOP * statistics_stride, target_origin)
             tl.store(known + AGREEMENT * statistics_stride, (best == target_best).to(tl.float32))
         if PAIR is not None:
             target_lse, target_low = _lse(target_origin * target_inverse, target_total)
@@ -251,23 +259,8 @@ def row_kernel(
             tl.store(known + TARGET_LSE * statistics_stride, target_lse)
             tl.store(known + TARGET_LSE_LOW * statistics_stride, target_low)
             slope = 0.0
-            if BETWEEN:
-                value, slopes = zeros, zeros
-                for step in range(steps):
-                    at = _start(step, V, BLOCK, False) + lanes
-                    z = _read(logits, at, V, logits_reach, scale, cap, CAP)
-                    t = _read(target, at, V, target_reach, target_scale, target_cap, TARGET_CAP)
-                    lq = (z * inverse - soft_lse) - soft_low
-                    lp = (t * target_inverse - target_lse) - target_low
-                    f, g = PAIR(lp, lq, tl.exp(lq), parameter)
-                    value += f
-                    if HAS_DIVERGENCE & LIVE and SUMS != _FLAT:
-                        slopes += g
-                tl.store(known + DIVERGENCE * statistics_stride, tl.sum(value, 0))
-                slope = tl.sum(slopes, 0)
-            elif SUMS == _LINEAR:
+            if not BETWEEN and SUMS == _LINEAR:
                 slope = (joint / soft_total - (soft_lse - target_lse)) - (soft_low - target_low)
-            tl.store(known + SLOPE * statistics_stride, slope)
     else:
         if AT_ONE & LIVE:
             lse = tl.load(known + LSE * statistics_stride)
@@ -282,6 +275,23 @@ def row_kernel(
             target_lse = tl.load(known + TARGET_LSE * statistics_stride)
             target_low = tl.load(known + TARGET_LSE_LOW * statistics_stride)
             slope = tl.load(known + SLOPE * statistics_stride)
+
+    if PAIR is not None and WANTED:
+        if HAS_DIVERGENCE & WANTED and (GIVEN or not GRADIENT or SUMS == _SWEEP):
+            value, slopes = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+            for step in range(steps):
+                at = _start(step, V, BLOCK, False) + lanes
+                z = _read(logits, at, V, logits_reach, scale, cap, CAP)
+                t = _read(target, at, V, target_reach, target_scale, target_cap, TARGET_CAP)
+                lq = (z * inverse - soft_lse) - soft_low
+                lp = (t * target_inverse - target_lse) - target_low
+                f, g = PAIR(lp, lq, tl.exp(lq), parameter)
+                value += f
+                if HAS_DIVERGENCE & LIVE and SUMS != _FLAT:
+                    slopes += g
+            tl.store(known + DIVERGENCE * statistics_stride, tl.sum(value, 0))
+            slope = tl.sum(slopes, 0)
+        tl.store(known + SLOPE * statistics_stride, slope)
 
     if GRADIENT:
         cotangents += row

@@ -16,6 +16,7 @@ from .row_kernel import (
     HAS_LOG_PROB,
     HAS_LSE,
     HAS_POTENTIAL,
+    HAS_SOFT_LSE,
     STATISTICS,
     row_kernel,
 )
@@ -43,10 +44,15 @@ class Rows:
 
 def row_statistics(rows: Rows, wanted: int, live: int) -> Tensor:
     """The statistics [STATISTICS, R] in fp32: those whose bit is in `wanted`, LSE, and what the gradient of those in
-    `live` needs; 0 for the others."""
+    `live` needs; 0 for the others. SOFT_LSE's bit stands for the log-sum-exps of a divergence without its sums."""
     statistics = _empty_statistics(rows)
     _launch(rows, statistics, wanted | HAS_LSE.value, live, None, None, None)
     return statistics
+
+
+def row_divergence(rows: Rows, statistics: Tensor, live: int) -> None:
+    """The sums of a divergence over these columns into `statistics`, under the log-sum-exps that these hold."""
+    _launch(rows, statistics, HAS_DIVERGENCE.value, live, None, None, None, given=True)
 
 
 def row_gradient(
@@ -89,6 +95,7 @@ def _launch(
     cotangents: Tensor | None,
     lse_slope: Tensor | None,
     out: Tensor | None,
+    given: bool = False,
 ) -> None:
     count, vocab = rows.logits.shape
     if wanted & AT_ONE.value:
@@ -96,7 +103,7 @@ def _launch(
     asked = wanted | live
     labelled = asked & (HAS_LOG_PROB.value | HAS_CORRECT.value)
     pulled = asked & HAS_POTENTIAL.value
-    compared = asked & HAS_DIVERGENCE.value
+    compared = asked & (HAS_DIVERGENCE.value | HAS_SOFT_LSE.value)
     taught = compared or wanted & HAS_AGREEMENT.value
     same = rows.temperature == 1.0
     sums_beside = wanted & (HAS_ENTROPY.value | HAS_POTENTIAL.value | HAS_CORRECT.value | HAS_AGREEMENT.value)
@@ -138,6 +145,7 @@ def _launch(
         CAP=rows.cap is not None,
         TARGET_CAP=rows.target_cap is not None,
         WANTED=wanted,
+        GIVEN=given,
         LIVE=live,
         GRADIENT=out is not None,
         IN_PLACE=in_place,

@@ -24,6 +24,8 @@ enum Row {
   kLseLow,
   kSoftLseLow,
   kTargetLseLow,
+  kTop,
+  kTargetTop,
   kRows,
 };
 

@@ -72,5 +72,6 @@ PYBIND11_MODULE(_C, m) {
            py::arg("feature_entries"), py::arg("features"), py::arg("logits"), py::arg("target"))
       .def("statistics", &CpuStep::statistics, py::call_guard<py::gil_scoped_release>())
       .def("both", &CpuStep::both, py::call_guard<py::gil_scoped_release>())
+      .def("sums", &CpuStep::sums, py::call_guard<py::gil_scoped_release>())
       .def("gradient", &CpuStep::gradient, py::call_guard<py::gil_scoped_release>());
 }

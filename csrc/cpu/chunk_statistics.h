@@ -32,17 +32,17 @@ void Step<T>::over_blocks(const Source<T>& model, const Source<T>& teacher, bool
   }
 }
 
-// Sweep 2: the divergence's value and slope (soft), and what at T = 1 sweep 1 has not summed (early)
+// Sweep 2, of what log-sum-exps are needed for: the divergence's value and slope (soft), moments at T = 1, columns
 template <class T>
-void Step<T>::second_sweep(const Source<T>& model, const Source<T>& teacher, const ChunkArguments& chunk,
-                           const optional<Tensor>& columns, bool soft, bool early, const Merged<T>& lse,
+void Step<T>::second_sweep(const Logits<T>& model, const Logits<T>& teacher, const ChunkArguments& chunk,
+                           const optional<Tensor>& columns, Swept asked, const Merged<T>& lse,
                            const Merged<T>& soft_lse, const Merged<T>& target_lse, const Tensor& out) const {
-  const int64_t c = model.c, rows = out.size(1), threads = at::get_num_threads();
-  const bool entropies = wants(kEntropy) && !early, potentials = wants(kPotential) && !(early && tables_.groups == 1);
-  const bool moments = wants(kMeanLogProb) || entropies || potentials || columns;
+  const int64_t c = padded_rows(chunk.hidden), rows = out.size(1), threads = at::get_num_threads();
+  const auto [soft, means, entropies, potentials] = asked;
+  const bool moments = means || entropies || potentials || columns;
   if (!soft && !moments) return;
   auto parts = [&](bool needed, int64_t n) { return Parts(threads, Numbers<double>(needed ? n : 0)); };
-  Parts value = parts(soft, c), slope = parts(soft, c), mean = parts(wants(kMeanLogProb), c),
+  Parts value = parts(soft, c), slope = parts(soft, c), mean = parts(means, c),
         entropy = parts(entropies, c), potential = parts(potentials, c);
   const int64_t groups = columns ? columns->size(0) : tables_.groups;
   Parts column = parts(columns.has_value(), groups * kTile);
@@ -52,10 +52,10 @@ void Step<T>::second_sweep(const Source<T>& model, const Source<T>& teacher, con
   share(0, a_.vocab, [&](int64_t t, int64_t from, int64_t to) {
     for (int64_t v = from; v < to; v += kTile) {
       const int64_t m = std::min(kTile, to - v);
-      const Tile<T> tile{model.logits.read(t, v, m), m, c, v};
+      const Tile<T> tile{model.read(t, v, m), m, c, v};
       if (soft)
         kernels<T>().divergence[a_.divergence](
-            tile, {teacher.logits.read(t, v, m), T(1.0 / a_.temperature), T(1.0 / a_.teacher_temperature),
+            tile, {teacher.read(t, v, m), T(1.0 / a_.temperature), T(1.0 / a_.teacher_temperature),
                    soft_lse.data(), target_lse.data(), T(a_.parameter), value[t].data(), slope[t].data()});
       if (!moments) continue;
       Moments<T> at{};
@@ -73,7 +73,7 @@ void Step<T>::second_sweep(const Source<T>& model, const Source<T>& teacher, con
     }
   });
   if (soft) put(out, kDivergence, total(value)), put(out, kSlope, total(slope));
-  if (wants(kMeanLogProb)) {
+  if (means) {
     put(out, kMeanLogProb, total(mean), 1.0 / double(a_.vocab));
     T* to = out.data_ptr<T>() + kMeanLogProb * rows;
     for (int64_t r = 0; r < rows; r++) to[r] -= lse.lse[r];
@@ -105,9 +105,9 @@ void Step<T>::features_of(const Source<T>& model, const Merged<T>& lse, const Te
 
 // The statistics that single logits decide: the label's log-probability, and whether the argmaxima agree
 template <class T>
-void Step<T>::picks(const Source<T>& model, const ChunkArguments& chunk, const Merged<T>& lse,
-                    const std::vector<Online<T>>& online, const std::vector<Online<T>>& target_online,
-                    const Tensor& found, const Tensor& out) const {
+void Step<T>::picks(const Source<T>& model, const Source<T>& teacher, const ChunkArguments& chunk,
+                    const Merged<T>& lse, const std::vector<Online<T>>& online,
+                    const std::vector<Online<T>>& target_online, const Tensor& found, const Tensor& out) const {
   const int64_t rows = out.size(1);
   T* to = out.data_ptr<T>();
   Numbers<int64_t> label, best, target_best;
@@ -122,6 +122,8 @@ void Step<T>::picks(const Source<T>& model, const ChunkArguments& chunk, const M
     }
     if (wants(kCorrect)) to[kCorrect * rows + r] = T(best[r] == label[r]);
     if (wants(kAgreement)) to[kAgreement * rows + r] = T(best[r] == target_best[r]);
+    if (!best.empty()) to[kTop * rows + r] = model.logits.at(best[r], r);
+    if (!target_best.empty() && !tokens_) to[kTargetTop * rows + r] = teacher.logits.at(target_best[r], r);
   }
 }
 
@@ -131,7 +133,7 @@ CpuStep::Found Step<T>::statistics(const ChunkArguments& chunk, const optional<T
   const int64_t c = model.c, threads = at::get_num_threads();
   const bool taught = chunk.target.has_value();
   const bool hard = a_.wanted & kAtOne || columns || a_.feature_rows;
-  const bool sparse = chunk.index && wants(kDivergence), soft = taught && wants(kDivergence);
+  const bool sparse = chunk.index && compares(), soft = taught && compares();
   const bool apart = (soft || sparse) && hard && a_.temperature != 1.0;  // two temperatures of the model
   const T inverse[2] = {T(hard ? 1.0 : 1.0 / a_.temperature), T(1.0 / a_.temperature)};
   const T target_inverse[2] = {T(1.0 / a_.teacher_temperature), T(0)};
@@ -143,8 +145,8 @@ CpuStep::Found Step<T>::statistics(const ChunkArguments& chunk, const optional<T
   std::vector<Online<T>> target_online(threads, Online<T>(c, taught && wants(kAgreement), 1));
   tokens_.reset();
   if (sparse) tokens_.emplace(*chunk.index, a_.vocab);
-  Tensor found =
-      sparse ? at::empty(chunk.index->sizes(), options()) : at::empty({0}, options());  // [R, k]: z at its tokens
+  Tensor found =  // [R, k]: z at the target's tokens
+      at::full(sparse ? chunk.index->sizes() : at::IntArrayRef{0}, -std::numeric_limits<T>::infinity(), options());
   T* z = found.data_ptr<T>();
 
   over_blocks(model, teacher, taught, [&](int64_t t, int64_t v, int64_t m) {
@@ -171,7 +173,9 @@ CpuStep::Found Step<T>::statistics(const ChunkArguments& chunk, const optional<T
   const int64_t rows = chunk.hidden.size(0);
   Tensor out = at::zeros({kRows, rows}, options());
   Tensor features = a_.feature_rows ? at::empty({rows, a_.features}, options()) : at::empty({0}, options());
-  second_sweep(model, teacher, chunk, columns, soft && !waits(), early, lse, soft_lse, target_lse, out);
+  const Swept asked{soft && wants(kDivergence) && !waits(), wants(kMeanLogProb), wants(kEntropy) && !early,
+                    wants(kPotential) && !(early && tables_.groups == 1)};
+  second_sweep(model.logits, teacher.logits, chunk, columns, asked, lse, soft_lse, target_lse, out);
   if (early) {
     Numbers<double> entropy, potential;
     merge_moments(online, entropy, potential);
@@ -189,8 +193,22 @@ CpuStep::Found Step<T>::statistics(const ChunkArguments& chunk, const optional<T
     std::copy_n(outside.low.begin(), rows, tail.data_ptr<T>() + rows);
   }
   if (wants(kLogProb) || wants(kCorrect) || wants(kAgreement))
-    picks(model, chunk, lse, online, target_online, found, out);
+    picks(model, teacher, chunk, lse, online, target_online, found, out);
   return {out, features, found, tail};
+}
+
+template <class T>
+void Step<T>::sums(const ChunkArguments& chunk, const Tensor& statistics, const optional<Tensor>& columns) {
+  const int64_t c = padded_rows(chunk.hidden), rows = chunk.hidden.size(0);
+  auto known = [&](Row high, Row low) {
+    const T* from = statistics.const_data_ptr<T>();
+    return Merged<T>{padded(from + high * rows, rows, c), padded(from + low * rows, rows, c)};
+  };
+  const bool soft = chunk.target && compares();
+  const Logits<T> model(a_.logits, a_.vocab, c, a_.model);
+  const auto teacher = soft ? Logits<T>(*a_.target, a_.vocab, c, chunk.teacher) : Logits<T>();
+  second_sweep(model, teacher, chunk, columns, {soft}, known(kLse, kLseLow), known(kSoftLse, kSoftLseLow),
+               known(kTargetLse, kTargetLseLow), statistics);
 }
 
 }  // namespace dft

@@ -32,11 +32,17 @@ inline Numbers<int64_t> groups_of(const ChunkArguments& chunk, int64_t c, int64_
   return out;
 }
 
+// What the second sweep is to sum
+struct Swept {
+  bool soft = false, mean = false, entropy = false, potential = false;
+};
+
 template <class T>
 class Step final : public CpuStep {
  public:
   explicit Step(StepArguments arguments);
   Found statistics(const ChunkArguments& chunk, const optional<Tensor>& columns) override;
+  void sums(const ChunkArguments& chunk, const Tensor& statistics, const optional<Tensor>& columns) override;
   void gradient(const ChunkArguments& chunk, const Tensor& statistics, const Tensor& features, const Tensor& cotangents,
                 const optional<Tensor>& feature_cotangents, const optional<Tensor>& sparse,
                 const optional<Tensor>& dhidden, const optional<Tensor>& dweight, const optional<Tensor>& dbias,
@@ -51,7 +57,12 @@ class Step final : public CpuStep {
   optional<SparseTokens> tokens_;  // of the chunk's sparse target
 
   // whether the divergence's value is left to the gradient's sweep
-  bool waits() const { return a_.differentiates && live(kDivergence) && a_.target && kernels<T>().flat[a_.divergence]; }
+  bool waits() const {
+    return a_.differentiates && wants(kDivergence) && live(kDivergence) && a_.target &&
+           kernels<T>().flat[a_.divergence];
+  }
+  // whether the model is compared with a target, here or in sums()
+  bool compares() const { return wants(kDivergence) || wants(kSoftLse); }
   bool wants(Row row) const { return a_.wanted >> row & 1; }
   bool live(Row row) const { return a_.differentiated >> row & 1; }
   static at::TensorOptions options() { return at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value); }
@@ -99,11 +110,11 @@ class Step final : public CpuStep {
   Source<T> teacher_source(const ChunkArguments& chunk) const;
   template <class F>
   void over_blocks(const Source<T>& model, const Source<T>& teacher, bool taught, F f) const;
-  void second_sweep(const Source<T>& model, const Source<T>& teacher, const ChunkArguments& chunk,
-                    const optional<Tensor>& columns, bool soft, bool early, const Merged<T>& lse,
-                    const Merged<T>& soft_lse, const Merged<T>& target_lse, const Tensor& out) const;
+  void second_sweep(const Logits<T>& model, const Logits<T>& teacher, const ChunkArguments& chunk,
+                    const optional<Tensor>& columns, Swept asked, const Merged<T>& lse, const Merged<T>& soft_lse,
+                    const Merged<T>& target_lse, const Tensor& out) const;
   void features_of(const Source<T>& model, const Merged<T>& lse, const Tensor& out) const;
-  void picks(const Source<T>& model, const ChunkArguments& chunk, const Merged<T>& lse,
+  void picks(const Source<T>& model, const Source<T>& teacher, const ChunkArguments& chunk, const Merged<T>& lse,
              const std::vector<Online<T>>& online, const std::vector<Online<T>>& target_online, const Tensor& found,
              const Tensor& out) const;
   // chunk_gradient.h

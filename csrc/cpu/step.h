@@ -39,7 +39,7 @@ struct ChunkArguments {
   std::optional<at::Tensor> label, group, weight;  // [R]
   std::optional<at::Tensor> target;                // the teacher's hidden states [R, Ht] or raw logits [R, V]
   HeadArguments teacher;
-  std::optional<at::Tensor> index;      // [R, k]: the tokens of a sparse target, instead of `target`
+  std::optional<at::Tensor> index;      // [R, k]: the tokens of a sparse target, instead of `target`; below 0: none
   std::optional<at::Tensor> favourite;  // [R]: the likeliest of them
   std::optional<at::Tensor> down;       // [R, r], where the step has `up`
 };
@@ -53,6 +53,11 @@ class CpuStep {
   // it into `statistics`. With a sparse target also returns the finished logits at its tokens [R, k], and the
   // log-sum-exp of z / T outside of them with its rounding error [2, R]; the caller then writes kDivergence and kSlope.
   virtual Found statistics(const ChunkArguments& chunk, const std::optional<at::Tensor>& columns) = 0;
+  // Between the two halves, where the columns are a part of a vocabulary whose log-sum-exps `statistics` hold: these
+  // columns' sums kDivergence and kSlope of a dense target into `statistics`, where kSoftLse stands in `wanted` for the
+  // former; and their share of columns [G, V].
+  virtual void sums(const ChunkArguments& chunk, const at::Tensor& statistics,
+                    const std::optional<at::Tensor>& columns) = 0;
   // Writes dhidden [R, H] and ddown [R, r]; writes (first) or adds to dweight [V, H], dbias [V] and dup [V, r].
   // statistics, features, columns: of statistics(); cotangents [kCorrect, R], feature_cotangents [R, K]. sparse [R, k]:
   // the gradient with respect to the raw logits at a sparse target's tokens. columns are passed to one of the two

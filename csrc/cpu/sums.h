@@ -107,7 +107,8 @@ Numbers<int64_t> merge_arg(const std::vector<Online<T>>& parts, const Tensor& id
   return out;
 }
 
-// The tokens [R, k] of a sparse target, sorted by the tile of the vocabulary that they are in
+// The tokens [R, k] of a sparse target, sorted by the tile of the vocabulary that they are in; those below 0 are left
+// out.
 class SparseTokens {
  public:
   struct Token {
@@ -119,13 +120,13 @@ class SparseTokens {
     const int64_t* v = ids.const_data_ptr<int64_t>();
     const int64_t count = ids.numel(), k = ids.size(1);
     for (int64_t slot = 0; slot < count; slot++) {
-      TORCH_CHECK(v[slot] >= 0 && v[slot] < vocab, "dft_kernels: a sparse target's token is outside the vocabulary");
-      starts_[v[slot] / kTile + 1]++;
+      TORCH_CHECK(v[slot] < vocab, "dft_kernels: a sparse target's token is outside the vocabulary");
+      if (v[slot] >= 0) starts_[v[slot] / kTile + 1]++;
     }
     for (size_t tile = 1; tile < starts_.size(); tile++) starts_[tile] += starts_[tile - 1];
     std::vector<int64_t> next(starts_.begin(), starts_.end() - 1);
     for (int64_t slot = 0; slot < count; slot++)
-      tokens_[next[v[slot] / kTile]++] = {int32_t(v[slot]), int32_t(slot / k), int32_t(slot)};
+      if (v[slot] >= 0) tokens_[next[v[slot] / kTile]++] = {int32_t(v[slot]), int32_t(slot / k), int32_t(slot)};
   }
   // f(i, row, slot) for every token v + i of the tile that starts at v
   template <class F>

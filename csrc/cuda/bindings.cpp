@@ -80,7 +80,7 @@ void check_table(const at::Tensor& t, int64_t least, const char* name, const Row
 RowArguments described(const Rows& rows, int64_t wanted, int64_t live, const Optional& out) {
   if (wanted & kAtOne) wanted |= 1 << kLse;
   const int64_t asked = wanted | live;
-  const bool compared = asked & 1 << kDivergence, taught = compared || wanted & 1 << kAgreement;
+  const bool compared = asked & (1 << kDivergence | 1 << kSoftLse), taught = compared || wanted & 1 << kAgreement;
   RowArguments a = {};
   a.rows = rows.logits.size(0), a.vocab = rows.logits.size(1);
   a.logits = matrix(rows.logits, "logits", rows);
@@ -112,8 +112,9 @@ RowArguments described(const Rows& rows, int64_t wanted, int64_t live, const Opt
 }
 
 void run(const Rows& rows, const at::Tensor& statistics, int64_t wanted, int64_t live, const Optional& cotangents,
-         const Optional& lse_slope, const Optional& out) {
+         const Optional& lse_slope, const Optional& out, bool given = false) {
   RowArguments a = described(rows, wanted, live, out);
+  a.given = given;
   check_table(statistics, kRows, "statistics", rows);
   a.statistics = statistics.mutable_data_ptr(), a.statistics_stride = statistics.stride(0);
   if (cotangents) {
@@ -143,6 +144,10 @@ at::Tensor row_statistics(const Rows& rows, int64_t wanted, int64_t live) {
   at::Tensor statistics = at::zeros({kRows, rows.logits.size(0)}, rows.options());
   run(rows, statistics, wanted | 1 << kLse, live, std::nullopt, std::nullopt, std::nullopt);
   return statistics;
+}
+
+void row_divergence(const Rows& rows, const at::Tensor& statistics, int64_t live) {
+  run(rows, statistics, 1 << kDivergence, live, std::nullopt, std::nullopt, std::nullopt, /*given=*/true);
 }
 
 void row_gradient(const Rows& rows, const at::Tensor& statistics, int64_t live, const at::Tensor& cotangents,
@@ -242,6 +247,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("divergence") = "forward_kl", py::arg("parameter") = 0.0, py::arg("temperature") = 1.0,
       py::arg("target_temperature") = 1.0, py::arg("design") = "automatic");
   m.def("row_statistics", &row_statistics);
+  m.def("row_divergence", &row_divergence);
   m.def("row_gradient", &row_gradient);
   m.def("row_step", &row_step);
   m.def("chosen_design", &chosen_design, py::arg("rows"), py::arg("wanted"), py::arg("live"),

@@ -29,7 +29,7 @@ bool fits_lean(const RowArguments& a) {
   };
   const bool compared = a.divergence < LeanDivergences::size, none = a.divergence == kDivergences;
   const int asked = a.wanted | a.live;
-  return a.wanted && !(asked & 1 << kPotential) && (compared || (none && !a.target.data)) &&
+  return a.wanted && !a.given && !(asked & (1 << kPotential | 1 << kSoftLse)) && (compared || (none && !a.target.data)) &&
          a.logits.element != Element::f64 && a.target.element != Element::f64 && whole(a.logits) && whole(a.target) &&
          whole(a.out) && a.rows < 1 << 30 && a.logits.padded && (!a.target.data || a.target.padded) &&
          cut(a).blocks > 0;

@@ -101,9 +101,13 @@ struct LeanRows : LeanLoops<D, Columns> {
       put(row, kEntropy, known.entropy = std::log(sums[kTotal]) - sums[kEntropySum] / sums[kTotal]);
     const int best = all.s.best == INT_MAX ? 0 : all.s.best;
     if (a.wanted & kCorrectBit) put(row, kCorrect, float(best == label));
+    if (a.wanted & (kCorrectBit | kAgreementBit)) put(row, kTop, all.s.top);
     if constexpr (present) {
       const int target_best = all.s.target_best == INT_MAX ? 0 : all.s.target_best;
-      if (a.wanted & kAgreementBit) put(row, kAgreement, float(best == target_best));
+      if (a.wanted & kAgreementBit) {
+        put(row, kAgreement, float(best == target_best));
+        put(row, kTargetTop, all.s.target_top);
+      }
       known.target.set(all.s.target_top * plan.target_inverse, sums[kTargetTotal]);
       known.soft = known.one;
       if (!plan.same) known.soft.set(all.s.top * plan.inverse, sums[kSoftTotal]);

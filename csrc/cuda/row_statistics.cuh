@@ -87,7 +87,11 @@ __device__ __forceinline__ void RowWork<T, D, Present>::measure(Known<T>& known,
   if (entropy) put(kEntropy, known.entropy = std::log(total) - s.sums[kEntropySum] / total);
   if (pulled) put(kPotential, known.pulled = s.sums[kPulled] / total);
   if (a.wanted & kCorrectBit) put(kCorrect, T(s.best == label));
-  if (agrees) put(kAgreement, T(s.best == s.target_best));
+  if (agrees) {
+    put(kAgreement, T(s.best == s.target_best));
+    put(kTargetTop, s.target_top);
+  }
+  if (a.wanted & (kCorrectBit | kAgreementBit)) put(kTop, s.top);
   if constexpr (Present) {
     known.target.set(s.target_top * target_inverse, s.sums[kTargetTotal]);
     if (same)

@@ -91,13 +91,18 @@ struct RowWork {
   // All that the launch asks for
   __device__ __forceinline__ void run() const {
     const int64_t label = (a.wanted | a.live) & (kLogProbBit | kCorrectBit) ? a.label[row] : -1;
-    const bool gradient = a.out.data, separate = Present && (!gradient || !(D::flat || D::linear));
+    const bool gradient = a.out.data, valued = Present && a.wanted & kDivergenceBit;
+    const bool separate = valued && (!gradient || !(D::flat || D::linear));
     Known<T> known = {};
-    if (a.wanted)
+    if (a.wanted && !a.given)
       measure(known, label, separate);
     else
       recall(known);
-    if (gradient) differentiate(known, label, Present && a.wanted && !separate);
+    if (a.given) {
+      compare(known);
+      put(kSlope, known.slope);
+    }
+    if (gradient) differentiate(known, label, valued && !separate);
   }
 };
 

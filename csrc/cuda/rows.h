@@ -39,7 +39,9 @@ struct RowArguments {
   const void* potential;         // Number [G, V]
   int divergence;                // an index of Divergences, or kDivergences for none
   double parameter, inverse, target_inverse;  // inverse: 1 / temperature
-  int wanted, live;  // bits of Row: the statistics to compute (0: they are given), those that have a cotangent
+  int wanted, live;  // bits of Row: the statistics to compute (0: they are given), those that have a cotangent. kSoftLse
+                     // wants the log-sum-exps of a divergence without its sums
+  bool given;        // the divergence's sums alone are wanted, under the log-sum-exps in `statistics`
 };
 
 // columns [segments, V] += sum over the rows of a segment of weight q

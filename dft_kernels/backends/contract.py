@@ -40,6 +40,8 @@ class Row(IntEnum):
     LSE_LOW = 11  # the rounding error of LSE: log q = (z - LSE) - LSE_LOW is accurate to an ulp of log q,
     SOFT_LSE_LOW = 12  # z - LSE alone only to an ulp of LSE, too little where q - p cancels
     TARGET_LSE_LOW = 13
+    TOP = 14  # max z                             (where CORRECT or AGREEMENT is wanted, for a part of a vocabulary)
+    TARGET_TOP = 15  # max of the target's logits      (where AGREEMENT is)
 
 
 DIFFERENTIABLE = 6  # the rows of `Row` before CORRECT take cotangents
@@ -47,7 +49,10 @@ DIFFERENTIABLE = 6  # the rows of `Row` before CORRECT take cotangents
 
 class Terms(NamedTuple):
     """What a call computes for every row, and its constants. `wanted`: the row quantities to compute; `differentiated`:
-    the subset that may receive a non-zero cotangent. Other quantities may hold anything."""
+    the subset that may receive a non-zero cotangent. Other quantities may hold anything.
+
+    Where the columns are a part of a vocabulary, SOFT_LSE and TARGET_LSE are wanted in place of DIVERGENCE, which
+    `Backend.chunk_sums` then sums under the log-sum-exps of the whole."""
 
     head: Head
     wanted: frozenset[Row]
@@ -61,6 +66,11 @@ class Terms(NamedTuple):
     columns: bool = False  # whether sums of q over rows are asked for
     potential: Tensor | None = None  # [G, V]
     features: Tensor | None = None  # [V, K], dense or sparse COO
+
+    @property
+    def compared(self) -> bool:
+        """Whether the model is compared with the target, or will be."""
+        return Row.DIVERGENCE in self.wanted or Row.SOFT_LSE in self.wanted
 
 
 class Chunk(NamedTuple):
@@ -80,11 +90,29 @@ class Chunk(NamedTuple):
         return self._replace(**own, target=None if self.target is None else self.target.part(rows))
 
 
+class Outcomes(NamedTuple):
+    """A sparse target's outcomes in the model: z, log qT and the slope g at its tokens [R, k], the sum of all g [R],
+    and the log-sum-exp of z / T outside of its tokens, with its rounding error."""
+
+    z: Tensor
+    log_q: Tensor
+    slope: Tensor
+    total: Tensor
+    tail: tuple[Tensor, Tensor]
+
+    def part(self, rows: slice) -> Outcomes:
+        """Those of some rows."""
+        z, log_q, slope, total, (tail, low) = self
+        return Outcomes(z[rows], log_q[rows], slope[rows], total[rows], (tail[rows], low[rows]))
+
+
 class Statistics(NamedTuple):
-    """The results of the first half: the row quantities [len(Row), R], and q @ terms.features [R, K] where given."""
+    """The results of the first half: the row quantities [len(Row), R], q @ terms.features [R, K] where given, and the
+    outcomes of a sparse target."""
 
     rows: Tensor
     features: Tensor | None = None
+    outcomes: Outcomes | None = None
 
 
 class Cotangents(NamedTuple):
@@ -144,6 +172,7 @@ class Backend(ABC, Generic[W]):
     even_rows: int  # products are fastest where a chunk's rows are a multiple of this
     keeps: bool = False  # whether it can keep the dlogits of several chunks, for one product of dweight
     emulated: tuple[str, ...] = ()  # device types on which it is only emulated, for tests: never by "auto"
+    overlaps: bool = False  # whether dhidden and ddown of all chunks are complete only with the last
 
     @abstractmethod
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -174,6 +203,12 @@ class Backend(ABC, Generic[W]):
         """Gradients from the logits that the last `chunk_statistics`, which returned `found`, left in the workspace
         (which it may overwrite). Where a workspace was made for gradients, DIVERGENCE may have been left to this half,
         which then writes it into `found`: no cotangent depends on it."""
+
+    @abstractmethod
+    def chunk_sums(self, workspace: W, chunk: Chunk, found: Statistics, columns: Tensor | None) -> None:
+        """What takes the log-sum-exps of a whole vocabulary, of which these columns are a part: between the two halves,
+        with `found` holding these. Writes the columns' own share of DIVERGENCE and SLOPE of a dense target into
+        `found`, where wanted, and adds weight * q into `columns` [G, V] where given."""
 
     def chunk_step(self, workspace: W, chunk: Chunk, columns: Tensor | None, backward: Backward) -> Statistics:
         """Both halves, where nothing is reduced over other rows or devices between them. A backend overrides it if one

@@ -15,14 +15,17 @@ from .rows import Operand, RowBackend, RowOperations
 
 class KernelOperations(RowOperations):
     """The row operations by compiled kernels. `kernels` returns the module that has them: Rows, row_statistics,
-    row_gradient, row_step, accumulate_columns and probabilities as in `triton_ops`. Each operation is one
-    launch; this class translates an operand into the kernels' own description of rows."""
+    row_divergence, row_gradient, row_step, accumulate_columns and probabilities as in `triton_ops`. Each operation is
+    one launch; this class translates an operand into the kernels' own description of rows."""
 
     def __init__(self, kernels: Callable[[], Any], **more: Any) -> None:
         self.kernels, self.more = kernels, more  # more: fields of Rows that these kernels have beyond the common ones
 
     def row_statistics(self, x: Operand) -> Tensor:
         return self.kernels().row_statistics(self._rows(x), bits(x.terms.wanted), bits(x.terms.differentiated))
+
+    def row_divergence_(self, x: Operand, statistics: Tensor) -> None:
+        self.kernels().row_divergence(self._rows(x), statistics, bits(x.terms.differentiated))
 
     def row_gradient_(self, x: Operand, statistics: Tensor, cotangents: Cotangents, out: Tensor) -> None:
         rows, live = self._rows(x), bits(x.terms.differentiated)

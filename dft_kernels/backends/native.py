@@ -27,13 +27,11 @@ _LANES = 32  # rows of a chunk are padded to this (csrc/cpu/rows.h)
 
 @dataclass
 class NativeWorkspace:
-    """The C++ step of one call; its scratch returns to the pool when it is freed. outcomes: of the chunk's sparse
-    target."""
+    """The C++ step of one call; its scratch returns to the pool when it is freed."""
 
     rows: int
     terms: Terms
     step: Any
-    outcomes: sparse.Outcomes | None = None
     chunk: Chunk | None = None  # the last one, and the same for the C++ step
     given: Any = None
 
@@ -98,10 +96,14 @@ class NativeBackend(Backend[NativeWorkspace]):
         """Products and two sweeps."""
         terms = workspace.terms
         statistics, features, found, tail = workspace.step.statistics(workspace.of(chunk), columns)
-        workspace.outcomes = None
-        if isinstance(chunk.target, SparseTarget) and Row.DIVERGENCE in terms.wanted:
-            workspace.outcomes = sparse.complete_(statistics, chunk.target, found, (tail[0], tail[1]), terms)
-        return Statistics(statistics, None if terms.features is None else features)
+        outcomes = None
+        if isinstance(chunk.target, SparseTarget) and terms.compared:
+            outcomes = sparse.complete_(statistics, chunk.target, found, (tail[0], tail[1]), terms)
+        return Statistics(statistics, None if terms.features is None else features, outcomes)
+
+    def chunk_sums(self, workspace: NativeWorkspace, chunk: Chunk, found: Statistics, columns: Tensor | None) -> None:
+        """One sweep."""
+        workspace.step.sums(workspace.of(chunk), found.rows, columns)
 
     def chunk_gradient(self, workspace: NativeWorkspace, chunk: Chunk, found: Statistics, backward: Backward) -> None:
         """One sweep and products."""
@@ -136,10 +138,10 @@ def _gradient(
     terms, cotangents, at = workspace.terms, backward.cotangents, None
     settled = cotangents.settled(found.rows)
     if isinstance(chunk.target, SparseTarget) and Row.DIVERGENCE in terms.differentiated:
-        assert workspace.outcomes is not None
+        assert found.outcomes is not None
         index, pull = chunk.target.index, _pull(chunk.target.index, terms, found.features, cotangents)
         vocab = terms.head.weight.shape[0] if terms.head.weight is not None else chunk.hidden.shape[1]
-        at = sparse.gradient_at(workspace.outcomes, index, chunk, terms, found.rows, settled, vocab, pull)
+        at = sparse.gradient_at(found.outcomes, index, chunk, terms, found.rows, settled, vocab, pull)
     workspace.step.gradient(
         workspace.of(chunk),
         found.rows,
@@ -195,5 +197,5 @@ def _pull(index: Tensor, terms: Terms, features: Tensor | None, cotangents: Cota
     out = features.new_empty(index.shape)
     for rows in tiles(kappa, vocab=terms.features.shape[0]):
         potential = (terms.features @ kappa[rows].t()).t()  # [r, V]
-        out[rows] = potential.gather(1, index[rows]) - (kappa[rows] * features[rows]).sum(-1, keepdim=True)
+        out[rows] = potential.gather(1, index[rows].clamp_min(0)) - (kappa[rows] * features[rows]).sum(-1, keepdim=True)
     return out

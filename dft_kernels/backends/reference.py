@@ -62,18 +62,28 @@ class ReferenceOperations(RowOperations):
                     out[Row.POTENTIAL] = (q * tile.potential(terms.potential)).sum(-1)
             if Row.CORRECT in wanted:
                 out[Row.CORRECT] = torch.eq(tile.z.argmax(-1), tile.label_index()[0][:, 0]) & tile.label_index()[1]
+            if Row.CORRECT in wanted or Row.AGREEMENT in wanted:
+                out[Row.TOP] = tile.z.amax(-1)
             if tile.target is not None:
                 if Row.AGREEMENT in wanted:
                     out[Row.AGREEMENT] = torch.eq(tile.z.argmax(-1), tile.target.argmax(-1))
+                    out[Row.TARGET_TOP] = tile.target.amax(-1)
+                if terms.compared:
+                    out[Row.SOFT_LSE], out[Row.SOFT_LSE_LOW] = log_sum_exp(tile.z / terms.temperature)
+                    theirs = log_sum_exp(tile.target / terms.teacher_temperature)
+                    out[Row.TARGET_LSE], out[Row.TARGET_LSE_LOW] = theirs
                 if Row.DIVERGENCE in wanted:
                     self._divergence(tile, terms, out)
         return statistics
 
+    def row_divergence_(self, x: Operand, statistics: Tensor) -> None:
+        """Tile by tile."""
+        for rows, some in x.tiles():
+            self._divergence(_Tile(some), x.terms, statistics[:, rows])
+
     def _divergence(self, tile: _Tile, terms: Terms, out: Tensor) -> None:
         assert tile.target is not None
         pair = PAIRS[terms.divergence.name]
-        out[Row.SOFT_LSE], out[Row.SOFT_LSE_LOW] = log_sum_exp(tile.z / terms.temperature)
-        out[Row.TARGET_LSE], out[Row.TARGET_LSE_LOW] = log_sum_exp(tile.target / terms.teacher_temperature)
         log_q, log_p = self._logs(tile, terms, out[..., None])
         out[Row.DIVERGENCE] = pair.value(log_p, log_q, terms.divergence.parameter).sum(-1)
         if Row.DIVERGENCE in terms.differentiated:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..dtypes import accumulate_dtype
 from ..teachers.contract import DenseTarget, Head, SparseTarget
 from . import formulas, gemm, sparse
-from .contract import DIFFERENTIABLE, Backend, Backward, Chunk, Cotangents, Row, Statistics, Terms
+from .contract import DIFFERENTIABLE, Backend, Backward, Chunk, Cotangents, Outcomes, Row, Statistics, Terms
 
 _ALIGN = 32  # logits: a row of a workspace starts on a cache line, so that products and loads are aligned for any V
 _TILE = {"cpu": 1 << 20}  # logits whose probabilities, or potentials of features, exist at a time
@@ -57,6 +57,11 @@ class RowOperations(ABC):
         """The row quantities [len(Row), R]."""
 
     @abstractmethod
+    def row_divergence_(self, x: Operand, statistics: Tensor) -> None:
+        """DIVERGENCE and, where it is differentiated, SLOPE over the columns of `x`, whose target is dense, into
+        `statistics`, under the log-sum-exps that these hold."""
+
+    @abstractmethod
     def row_gradient_(self, x: Operand, statistics: Tensor, cotangents: Cotangents, out: Tensor) -> None:
         """out [R, V] = d / d(raw logits), in the input dtype; a row of `out` may be the memory of its row of logits, in
         whole or its upper half."""
@@ -93,8 +98,8 @@ class RowWorkspace:
     """logits [rows, V] in the dtype of the terms and dlogits in the input dtype, of one memory: a row of dlogits is its
     row of logits, or the upper half of a wider one. Where dlogits are kept, they are [kept, V], and logits of their
     dtype stand there too. None for logits that the caller holds (dlogits go where `dhidden` points). target: the logits
-    of a teacher's head, allocated by the first chunk that needs them; outcomes: of the chunk's sparse target, from its
-    statistics; waiting: what the kept dlogits are to be multiplied by, (hidden, down) of each chunk."""
+    of a teacher's head, allocated by the first chunk that needs them; waiting: what the kept dlogits are to be
+    multiplied by, (hidden, down) of each chunk."""
 
     rows: int
     terms: Terms
@@ -102,7 +107,6 @@ class RowWorkspace:
     dlogits: Tensor | None = None
     keeps: bool = False
     target: Tensor | None = None
-    outcomes: sparse.Outcomes | None = None
     waiting: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
 
     def rows_of(self, chunk: Chunk) -> slice:
@@ -204,8 +208,8 @@ class RowBackend(Backend[RowWorkspace]):
         """One product (two with a teacher's head) and one row operation, or two."""
         x = workspace.operand(chunk, multiply=True)
         if isinstance(chunk.target, SparseTarget):
-            if Row.DIVERGENCE in x.terms.wanted:
-                return self._sparse_statistics(workspace, x, chunk.target, columns)
+            if x.terms.compared:
+                return self._sparse_statistics(x, chunk.target, columns, workspace.logits is not None)
             x = x._replace(chunk=chunk._replace(target=None))
         return self._dense_statistics(x, columns)
 
@@ -221,15 +225,24 @@ class RowBackend(Backend[RowWorkspace]):
             features[rows] = (x.terms.features.t() @ q.t()).t()
         return Statistics(statistics, features)
 
-    def _sparse_statistics(
-        self, workspace: RowWorkspace, x: Operand, target: SparseTarget, columns: Tensor | None
-    ) -> Statistics:
+    def chunk_sums(self, workspace: RowWorkspace, chunk: Chunk, found: Statistics, columns: Tensor | None) -> None:
+        """One row operation each."""
+        x = workspace.operand(chunk, multiply=False)
+        if isinstance(chunk.target, DenseTarget) and x.terms.compared:
+            self.operations.row_divergence_(x, found.rows)
+        if columns is not None:
+            self.operations.accumulate_columns_(x._replace(chunk=chunk._replace(target=None)), found.rows, columns)
+
+    def _sparse_statistics(self, x: Operand, target: SparseTarget, columns: Tensor | None, own: bool) -> Statistics:
         """The statistics without the target, and the log-sum-exp outside of it by a second sweep over the logits. Where
-        no more is wanted beside it than the label's log-probability, that second sweep is the only one."""
+        no more is wanted beside it than the label's log-probability, that second sweep is the only one. own: the
+        logits are the workspace's."""
         logits, terms = x.logits, x.terms
-        hard = _hard(terms)._replace(wanted=terms.wanted - {Row.DIVERGENCE, Row.AGREEMENT})
+        hard = _hard(terms)._replace(
+            wanted=terms.wanted - {Row.DIVERGENCE, Row.SOFT_LSE, Row.TARGET_LSE, Row.AGREEMENT}
+        )
         plain = Operand(logits, x.chunk._replace(target=None), hard)
-        raw = logits.gather(1, target.index)
+        raw = sparse.gathered(logits, target)
         alone = (
             terms.temperature == 1.0
             and columns is None
@@ -248,9 +261,11 @@ class RowBackend(Backend[RowWorkspace]):
             if Row.AGREEMENT in terms.wanted:
                 asked = hard._replace(wanted=frozenset({Row.CORRECT}), differentiated=frozenset())
                 best = Operand(logits, plain.chunk._replace(label=target.best()), asked)
-                agreement = self.operations.row_statistics(best)[Row.CORRECT]
+                agreement = self.operations.row_statistics(best)
         statistics, z = found.rows, formulas.finished(raw, terms.head)
-        tail = self._log_sum_exp_outside(workspace, plain, target.index)
+        if not target.whole:
+            z = z.masked_fill(target.index < 0, -torch.inf)
+        tail = self._log_sum_exp_outside(x, target, own)
         z_of_target = z if terms.temperature == 1.0 else z / terms.temperature
         soft = sparse.log_add(tail, formulas.log_sum_exp(z_of_target))
         statistics[Row.SOFT_LSE], statistics[Row.SOFT_LSE_LOW] = soft
@@ -260,26 +275,25 @@ class RowBackend(Backend[RowWorkspace]):
                 log_prob = (z_y - soft[0]) - soft[1]
                 statistics[Row.LOG_PROB] = torch.where(inside, log_prob, torch.nan)
         if agreement is not None:
-            statistics[Row.AGREEMENT] = agreement
-        workspace.outcomes = sparse.complete_(statistics, target, z, tail, terms)
-        return found
+            statistics[Row.AGREEMENT], statistics[Row.TOP] = agreement[Row.CORRECT], agreement[Row.TOP]
+        return found._replace(outcomes=sparse.complete_(statistics, target, z, tail, terms))
 
-    def _log_sum_exp_outside(self, workspace: RowWorkspace, x: Operand, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp of z / T outside of a row's `index`, and its rounding error. The workspace's own logits are
+    def _log_sum_exp_outside(self, x: Operand, target: SparseTarget, own: bool) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp of z / T outside of a row's target, and its rounding error. The workspace's own logits are
         overwritten there where nobody reads them after, unless a head would turn -inf into something finite."""
-        terms, logits = workspace.terms, x.logits
+        terms, logits = x.terms, x.logits
         asked = terms._replace(wanted=frozenset({Row.LSE}), differentiated=frozenset(), potential=None, features=None)
-        # the gradient at `index` is written over what is there, or there is none
+        # the gradient at the target's tokens is written over what is there, or there is none
         spent = Row.DIVERGENCE in terms.differentiated or not terms.differentiated
-        if spent and workspace.logits is not None and terms.head.softcap is None and terms.head.logit_scale > 0:
-            logits.scatter_(1, index, -torch.inf)
+        if spent and own and terms.head.softcap is None and terms.head.logit_scale > 0:
+            sparse.hide_(logits, target)
             tempered = asked._replace(head=_tempered(terms))
             found = self.operations.row_statistics(Operand(logits, Chunk(logits), tempered))
         else:
             parts = []
             for rows in tiles(logits):
                 z = formulas.finished(logits[rows], terms.head) / terms.temperature
-                z.scatter_(1, index[rows], -torch.inf)
+                sparse.hide_(z, target.part(rows))
                 parts.append(self.operations.row_statistics(Operand(z, Chunk(z), asked._replace(head=Head()))))
             found = torch.cat(parts, dim=1)
         return found[Row.LSE], found[Row.LSE_LOW]
@@ -289,13 +303,13 @@ class RowBackend(Backend[RowWorkspace]):
         x, out = workspace.operand(chunk, multiply=False), workspace.gradient(chunk, backward)
         cotangents = backward.cotangents
         if found.features is None or cotangents.features is None:
-            self._row_gradient_(workspace.outcomes, x, found.rows, cotangents, out)
+            self._row_gradient_(found.outcomes, x, found.rows, cotangents, out)
         else:
-            self._feature_gradient_(workspace.outcomes, x, found, cotangents, out)
+            self._feature_gradient_(x, found, cotangents, out)
         workspace.products(out, chunk, backward)
 
     def _row_gradient_(
-        self, outcomes: sparse.Outcomes | None, x: Operand, statistics: Tensor, cotangents: Cotangents, out: Tensor
+        self, outcomes: Outcomes | None, x: Operand, statistics: Tensor, cotangents: Cotangents, out: Tensor
     ) -> None:
         """The row operation, and what a sparse target adds. Outside of its tokens that is a cotangent of SOFT_LSE,
         which at T = 1 is LSE; else a head divided by T makes it one, and the other terms take a sweep of their own."""
@@ -328,7 +342,7 @@ class RowBackend(Backend[RowWorkspace]):
                     self.operations.row_gradient_(tile._replace(terms=soft), known[:, rows], pull.part(rows), more)
                     self.operations.row_gradient_(tile, statistics[:, rows], own.part(rows), out[rows])
                     out[rows] += more
-        out.scatter_(1, target.index, at.to(out.dtype))
+        sparse.put_(out, target, at)
 
     def chunk_step(
         self, workspace: RowWorkspace, chunk: Chunk, columns: Tensor | None, backward: Backward
@@ -341,9 +355,7 @@ class RowBackend(Backend[RowWorkspace]):
         workspace.products(out, chunk, backward)
         return Statistics(statistics)
 
-    def _feature_gradient_(
-        self, outcomes: sparse.Outcomes | None, x: Operand, found: Statistics, cotangents: Cotangents, out: Tensor
-    ) -> None:
+    def _feature_gradient_(self, x: Operand, found: Statistics, cotangents: Cotangents, out: Tensor) -> None:
         """q phi k - q <q, phi k> is what a potential phi k [V] of the row's own adds; with c that of POTENTIAL, the two
         are the one potential phi k + c G of cotangent 1."""
         terms = x.terms
@@ -369,5 +381,5 @@ class RowBackend(Backend[RowWorkspace]):
                 tile.chunk._replace(group=each),
                 terms._replace(potential=potential.contiguous(), differentiated=differentiated),
             )
-            part = None if outcomes is None else sparse.Outcomes(*(part[rows] for part in outcomes))
+            part = None if found.outcomes is None else found.outcomes.part(rows)
             self._row_gradient_(part, tile, known, Cotangents(by[:DIFFERENTIABLE], None, own.lse_slope), out[rows])

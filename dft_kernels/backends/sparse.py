@@ -13,23 +13,35 @@ overwrites the first at S. So a backend supplies z at S and the log-sum-exp outs
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..teachers.contract import SparseTarget
-from .contract import DIFFERENTIABLE, Chunk, Row, Terms
+from .contract import DIFFERENTIABLE, Chunk, Outcomes, Row, Terms
 from .formulas import PAIRS, hard_gradient, log_softmax, soft_gradient, unfinished_
 
 
-class Outcomes(NamedTuple):
-    """The part of the outcomes that the gradient needs: z, log qT and g at S [R, k], and the sum of all g [R]."""
+def gathered(rows: Tensor, target: SparseTarget) -> Tensor:
+    """rows [R, V] at the target's tokens [R, k]; anything for those of another part of the vocabulary."""
+    return rows.gather(1, target.index if target.whole else target.index.clamp_min(0))
 
-    z: Tensor
-    log_q: Tensor
-    slope: Tensor
-    total: Tensor
+
+def hide_(logits: Tensor, target: SparseTarget) -> Tensor:
+    """-inf into logits [R, V] at the target's tokens."""
+    if target.whole:
+        return logits.scatter_(1, target.index, -torch.inf)
+    least = torch.where(target.index < 0, torch.inf, -torch.inf).to(logits.dtype)
+    return logits.scatter_reduce_(1, target.index.clamp_min(0), least, "amin")
+
+
+def put_(out: Tensor, target: SparseTarget, values: Tensor) -> Tensor:
+    """values [R, k] into `out` [R, V] at the target's tokens."""
+    values = values.to(out.dtype)
+    if target.whole:
+        return out.scatter_(1, target.index, values)
+    index, absent = target.index.clamp_min(0), target.index < 0
+    out.scatter_reduce_(1, index, absent.to(out.dtype), "prod")  # 0 where a value goes
+    return out.scatter_add_(1, index, torch.where(absent, 0.0, values))
 
 
 def complete_(
@@ -57,7 +69,7 @@ def complete_(
         q = log_q.exp()
         rho = torch.where(q[:, -1:] > 0, slope[:, -1:] / q[:, -1:], 0.0)
         statistics[Row.SLOPE] = (inside - q[:, :-1] * rho).sum(-1)
-    return Outcomes(z, log_q_inside, inside, total)
+    return Outcomes(z, log_q_inside, inside, total, tail)
 
 
 def gradient_at(
@@ -79,7 +91,8 @@ def gradient_at(
     potential = None
     if terms.potential is not None and Row.POTENTIAL in terms.differentiated:
         table = terms.potential.to(z.dtype)
-        potential = table[0][index] if chunk.group is None else table[chunk.group[:, None], index]
+        at = index.clamp_min(0)
+        potential = table[0][at] if chunk.group is None else table[chunk.group[:, None], at]
     dz = hard_gradient(log_q, known, cotangent, terms, potential, vocab)
     if pull is not None:
         dz += torch.where(log_q > -torch.inf, log_q.exp() * pull, 0.0)

@@ -257,6 +257,16 @@ def _check_parent(path: Path, text: str) -> None:
         _refuse("lie in a folder that can be written to", f"{text}, and {above} is none", "Name another")
 
 
+def shard(text: str) -> tuple[int, int]:
+    """(i, n) of i/n: the part i of n, from 0 as ranks and the shards of datasets are counted."""
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    index, of = (int(found[1]), int(found[2])) if found else (0, 0)
+    if index >= of:
+        last = f": of {of} the first is 0/{of}, the last {of - 1}/{of}" if of else ", such as 0/4"
+        _refuse("be I/N with I in 0..N-1, counted from 0 as ranks are", repr(text), f"Write one{last}")
+    return index, of
+
+
 def device(text: str) -> str:
     """A device of torch that is here."""
     try:

@@ -13,7 +13,8 @@ from ..materials.sources import MODEL_HELP, check_model, documents_of, model_of,
 from ..store.manifest import KINDS, SHARD_ROWS
 from ..training.capture import capture
 from ..training.examples import examples_of
-from .arguments import Help, Number, Parser, Whole, device, output_folder
+from ..training.shares import share_range
+from .arguments import Help, Number, Parser, Whole, device, output_folder, shard
 from .flags import add_cache, add_only, add_quiet, add_skip_bad, add_text
 from .printing import console, progress
 from .store import describe
@@ -41,6 +42,13 @@ def parser() -> Parser:
     add("--limit", type=Whole(1), default=None, help="sequences, the first ones, if not all")
     add("--batch-tokens", type=Whole(1), default=4096, help="tokens a batch, padding included")
     add("--shard-rows", type=Whole(1), default=SHARD_ROWS, help="tokens a file: what an interruption costs at most")
+    add(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help="of N machines that run this command, each into its own folder, this is number I, from 0: it captures its "
+        "part alone; dft-kernels store join makes one store of them",
+    )
     add("--vocab-size", type=Whole(1), default=None, help="of a padded head, the ids that are real")
     add("--dtype", choices=tuple(_DTYPES), default="bfloat16", help="the teacher runs in")
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="the teacher runs on")
@@ -63,10 +71,16 @@ def run(options: argparse.Namespace) -> int:
     out = console(quiet=options.quiet)
     for line in tally.said(examples, faults):
         out.print(line, highlight=False, markup=False)
-    model, _ = model_of(options.model, options.cache)
     sequences = [example.ids for example in examples]
+    lengths = [len(ids) for ids in sequences]
+    total = sum(lengths)
+    if options.shard is not None:
+        mine, _ = share_range(lengths, options.shard_rows, options.shard)
+        total = sum(lengths[mine.start : mine.stop])
+        out.print(f"shard {options.shard[0]}/{options.shard[1]}: {len(mine):,} rows, {total:,} tokens", highlight=False)
+    model, _ = model_of(options.model, options.cache)
     model = model.to(options.device, _DTYPES[options.dtype])
-    total, begun, told = sum(map(len, sequences)), time.perf_counter(), []
+    begun, told = time.perf_counter(), []
     with progress("the teacher", total, "tokens", quiet=options.quiet) as advance:
 
         def tick(tokens: int) -> None:
@@ -85,6 +99,7 @@ def run(options: argparse.Namespace) -> int:
             vocab_size=options.vocab_size,
             batch_tokens=options.batch_tokens,
             shard_rows=options.shard_rows,
+            shard=options.shard,
             name=options.model,
             tick=tick,
         )

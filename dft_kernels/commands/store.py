@@ -1,28 +1,45 @@
-"""`dft-kernels store`: what a teacher store holds, and whether it is whole."""
+"""`dft-kernels store`: what a teacher store holds, whether it is whole, and one store of several machines' shards."""
 
 from __future__ import annotations
 
 import argparse
 
+from ..store.join import join
 from ..store.reader import Store
-from .arguments import Parser, input_folder
+from .arguments import Parser, input_folder, output_folder
 from .printing import progress
 
 
 def parser() -> Parser:
     """The options of `dft-kernels store`."""
     made = Parser(prog="dft-kernels store", description="What a teacher store holds.")
-    made.add_argument("what", choices=("info", "verify"), help="info: contents and sizes; verify: read all of it")
-    made.add_argument("folder", type=input_folder, help="what `dft-kernels capture --out` made")
+    commands = made.add_subparsers(dest="what", required=True)
+    for name, text in (("info", "contents and sizes"), ("verify", "contents and sizes, after all of it was read")):
+        one = commands.add_parser(name, help=text, description=text)
+        one.add_argument("folder", type=input_folder, help="what `dft-kernels capture --out` made")
+    text = "one store of all shards of a capture: what one machine would have captured"
+    about = f"{text}. Interrupted, the same command goes on."
+    whole = commands.add_parser("join", help=text, description=about)
+    whole.add_argument("out", type=output_folder, metavar="OUT", help="the store: new, or one to go on with")
+    whole.add_argument(
+        "shards", nargs="+", type=input_folder, metavar="DIR", help="what each `capture --shard I/N --out DIR` made"
+    )
     return made
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what the store holds, after all of it was read where asked for."""
+    """Print what the store holds, after all of it was read or joined where asked for."""
+    if options.what == "join":
+        stores = [Store(folder, verify=False) for folder in options.shards]
+        total = sum(store.bytes for store in stores) + _head_bytes(stores[0])
+        with progress("joined", total, "bytes") as tick:
+            store = join(options.out, options.shards, tick)
+        print(describe(store), end="")
+        print(f"joined of {len(stores)} shards; every checksum is as it was written")
+        return 0
     store = Store(options.folder, verify=False)
     if options.what == "verify":
-        total = store.bytes + (store.head_part.bytes if store.head_part else 0)
-        with progress("checksums", total, "bytes") as tick:
+        with progress("checksums", store.bytes + _head_bytes(store), "bytes") as tick:
             store.check_sums(tick)
         store.check_values()
     print(describe(store), end="")
@@ -31,9 +48,14 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def stopped(options: argparse.Namespace) -> str:
+    """How an interrupted join goes on."""
+    return f"the same command goes on in {options.out}" if options.what == "join" else ""
+
+
 def describe(store: Store) -> str:
     """A few lines, one for each thing there is to know."""
-    held, rows = store.contents, max(1, store.rows)
+    held, rows, share = store.contents, max(1, store.rows), store.share
     what = f"last hidden states, H {held.width}, and the head"
     if held.kind == "topk":
         what = f"the {held.width} likeliest tokens and the rest's mass, at temperature {held.temperature:g}"
@@ -42,8 +64,18 @@ def describe(store: Store) -> str:
         "kind": f"{held.kind}: {what}",
         "teacher": f"{held.model}, sha256 {held.model_sha256[:16]}",
         "tokenizer": f"vocabulary {held.vocab_size}, sha256 {held.tokenizer_sha256[:16]}",
-        "holds": f"{len(store):,} sequences, {store.rows:,} tokens in {len(store.parts)} shards",
+        "holds": f"{len(store):,} sequences, {store.rows:,} tokens in {len(store.parts)} files",
         "size": f"{store.bytes / 1e6:,.1f} MB, {store.bytes / rows:,.0f} bytes a token"
         + (f", head {store.head_part.bytes / 1e6:,.1f} MB" if store.head_part else ""),
     }
+    if share is not None:
+        lack = share.sequences - len(store)
+        lines["shard"] = (
+            f"{share.index}/{share.of}: sequences {share.first:,} to {share.first + share.sequences - 1:,} of "
+            f"{share.whole:,}, {f'of which it lacks {lack:,}' if lack else 'all of them'}"
+        )
     return "".join(f"{name:10} {text}\n" for name, text in lines.items())
+
+
+def _head_bytes(store: Store) -> int:
+    return 0 if store.head_part is None else store.head_part.bytes

@@ -18,8 +18,9 @@ from torch.autograd import forward_ad
 
 from .. import backends
 from ..backends.contract import Backend
+from ..teachers.contract import Source
 from . import operators
-from .checks import has_tangent
+from .checks import has_tangents
 from .gradients import scaled, scaled_
 from .loop import compute_loss, compute_statistics, mean_probability, run_loss
 from .operators import (
@@ -37,7 +38,7 @@ _FIELDS = len(Problem._fields)
 def loss(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Loss, row quantities, features and mean probability, of which the first is differentiable in the first fields of
     the problem; the others may be None or empty where metrics do not want them."""
-    tangents = _has_tangents(problem)
+    tangents = has_tangents(problem.differentiated)
     if _traced(problem.hidden):
         total, _, rows, features, mean, *_ = operators.loss(*problem)
     elif tangents or torch._C._are_functorch_transforms_active():
@@ -51,7 +52,7 @@ def loss(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor
 
 def statistics(problem: Problem) -> tuple[Tensor, ...]:
     """What `compute_statistics` returns, differentiable in the first fields of the problem."""
-    if _has_tangents(problem):
+    if has_tangents(problem.differentiated):
         raise RuntimeError(
             'dft_kernels: forward-mode differentiation must be of a loss with reduction="mean" or "sum", got row '
             'quantities (statistics, or reduction="none"). Use reverse mode (backward, torch.func.grad, vjp), or '
@@ -60,17 +61,6 @@ def statistics(problem: Problem) -> tuple[Tensor, ...]:
     if _traced(problem.hidden):
         return operators.statistics(*problem)  # type: ignore[no-any-return]
     return FusedStatistics.apply(*problem)  # type: ignore[no-any-return]
-
-
-def transformed(problem: Problem) -> bool:
-    """Whether a transform of torch.func, or forward mode, runs over the call."""
-    return torch._C._are_functorch_transforms_active() or _has_tangents(problem)
-
-
-def _has_tangents(problem: Problem) -> bool:
-    if forward_ad._current_level < 0 and not torch.compiler.is_compiling():
-        return False
-    return any(map(has_tangent, problem.differentiated))
 
 
 def _traced(tensor: Tensor) -> bool:
@@ -83,6 +73,18 @@ def _traced(tensor: Tensor) -> bool:
             "traced (torch.compile, export, fake tensors). Keep them outside of what is compiled, or use backward()."
         )
     return traced
+
+
+def outside_graph(function: Any, problem: Problem, teacher: Any = None) -> Any:
+    """`function`, kept out of torch.compile's graph where a teacher calls back into Python, or other processes are
+    waited for."""
+    if isinstance(teacher, Source):
+        reason = f"a {type(teacher).__name__} calls back into Python; pass tensors to compile"
+    elif problem.sharded:
+        reason = "the processes of process_group exchange statistics between chunks"
+    else:
+        return function
+    return torch.compiler.disable(function, reason=reason)
 
 
 def _refuse_second_derivative(*_: Any) -> NoReturn:
@@ -210,7 +212,7 @@ def _statistics_of_one(*fields: Any) -> tuple[Tensor, ...]:
 def _transformed(problem: Problem) -> tuple[Tensor, ...]:
     """One element of a vmap: under what other transforms run."""
     problem = problem.with_needs()
-    return TransformedLoss.apply(*problem, _has_tangents(problem))  # type: ignore[no-any-return]
+    return TransformedLoss.apply(*problem, has_tangents(problem.differentiated))  # type: ignore[no-any-return]
 
 
 class _Scaled(torch.autograd.Function):

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .checks import Fields
-from .inputs import inputs
-from .options import Function, complete
+import torch
+
+from ..distributed.shards import Called, Shards, agree
+from .checks import Checks, Fields, transformed
+from .inputs import Parts, called, inputs, parts
+from .options import Function, LossOptions, complete
 from .planning import check_plan, plan_fields
 from .potentials import potential_fields
 from .problem import NEEDS, Problem, needs_gradient
@@ -34,7 +37,38 @@ def build(
     options = complete(function, given)
     if bias is not None:
         options["bias"] = bias
-    check, fields = inputs(function, hidden, weight, target, options)
+    tensors = parts(function, hidden, weight, options)
+
+    def checked(shards: Shards | None) -> tuple[Checks, Problem]:
+        return _checked(function, tensors, shards, target, teacher, options, given, class_weight, rows)
+
+    def made(shards: Shards) -> tuple[Problem, Called, bool]:
+        check, problem = checked(shards)
+        if transformed(problem.differentiated):
+            remedy = "Use backward(), or the whole vocabulary in each process"
+            check.fail("process_group", "come without transforms of torch.func and forward mode", "one", remedy)
+        looks = tensors.told or problem.compact or problem.hidden.device.type == "cpu"
+        return problem, called(function, problem, teacher, options, looks), looks
+
+    if tensors.group is None:
+        return checked(None)[1]
+    compiling = torch.compiler.is_compiling()
+    together = torch.compiler.disable(agree, reason="processes exchange sizes") if compiling else agree
+    return together(function.name, tensors.group, tensors.size, made)  # type: ignore[no-any-return]
+
+
+def _checked(
+    function: Function,
+    tensors: Parts,
+    shards: Shards | None,
+    target: Any,
+    teacher: Any,
+    options: LossOptions,
+    given: Mapping[str, Any],
+    class_weight: Any,
+    rows: int | None,
+) -> tuple[Checks, Problem]:
+    check, fields = inputs(function, tensors, shards, target, options)
     target = fields["target"]
     fields |= teacher_fields(check, teacher, target is not None, options, given)
     fields |= weight_fields(check, target, teacher is not None, class_weight, options, given)
@@ -54,7 +88,7 @@ def build(
         columns=means or ("mean_probability" in metrics and fields["group"] is not None),
     )
     check_plan(check, problem, teacher, function.statistics or problem.reduction == "none")
-    return problem
+    return check, problem
 
 
 def _asks_nothing(fields: Fields) -> bool:

@@ -6,13 +6,14 @@ FUNCTION: ARGUMENT must RELATION, got VALUE. REMEDY.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..distributed.shards import Shards
 from ..errors import fail
 
 Fields = dict[str, Any]  # some fields of a `Problem`, by name
@@ -32,10 +33,22 @@ def has_tangent(value: Tensor | None) -> bool:
     return forward_ad.unpack_dual(value).tangent is not None
 
 
+def transformed(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a transform of torch.func, or forward mode, runs over a call with these differentiable tensors."""
+    return torch._C._are_functorch_transforms_active() or has_tangents(tensors)
+
+
+def has_tangents(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether forward mode runs through any of them."""
+    if forward_ad._current_level < 0 and not torch.compiler.is_compiling():
+        return False
+    return any(map(has_tangent, tensors))
+
+
 class Checks:
     """The checks of one call: `function` names it in messages, `lead` is hidden's leading shape."""
 
-    def __init__(self, function: str, names: tuple[str, str, str], hidden: Any) -> None:
+    def __init__(self, function: str, names: tuple[str, str, str], hidden: Any, shards: Shards | None = None) -> None:
         self.function = function
         self.names = names  # what this function calls hidden, weight and bias
         self.hidden = self.tensor(names[0], hidden)
@@ -44,7 +57,13 @@ class Checks:
         if hidden.ndim == 0:
             self.fail(names[0], "have shape [..., H]", "a 0-d tensor", "Add the feature dimension")
         self.lead = hidden.shape[:-1]
-        self.vocab = 0  # V, once the head is known
+        self.vocab = 0  # V, once the head is known; of a vocabulary of several processes, this one's part of it
+        self.shards = shards  # of such a vocabulary
+
+    @property
+    def whole_vocab(self) -> int:
+        """V of all processes."""
+        return self.vocab if self.shards is None else self.shards.total
 
     def fail(
         self, argument: str, relation: str, got: object, remedy: str, kind: type[Exception] = ValueError

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..backends.contract import Row
 from ..errors import fail
-from ..teachers.contract import Source
 from . import autograd
-from .autograd import InplaceLoss
+from .autograd import InplaceLoss, outside_graph
 from .build import build
+from .checks import transformed
 from .metrics import Metrics, metrics_of
 from .options import LOSS, OF_LOGITS, STATISTICS, Function, LossOptions, StatisticsOptions, documented
 from .problem import Problem
@@ -104,6 +104,14 @@ def linear_distribution_loss(
             accuracy: on SmolLM2's hidden states in bf16 the gradient of cross-entropy is off by 1.1 % (0.16 % in
             fp32), that of forward_kl by 3 % at a KL of 0.4, 16-20 % at 0.01 and 47 % at 0.001 (0.2 % in fp32),
             because q - p is then the difference of two rounded numbers. It is never chosen by itself.
+        process_group: the vocabulary lies over its processes (a ProcessGroup, or a DeviceMesh of one dimension): each
+            passes all rows of hidden, target and other tensors of rows, and its own part [V_i, ...] of weight, bias,
+            low_rank's up, potential and features, in the order of ranks, of any sizes. A teacher's head or logits are
+            whole, or divided in the same way; ids are of the whole vocabulary. Loss, statistics and dhidden come out
+            whole and alike everywhere, dweight, dbias, dup and mean_probability in parts. A weight that is a DTensor
+            sharded over its rows needs no process_group. See `dft_kernels.distributed`.
+        sum_hidden_gradient: False leaves dhidden (and ddown) as this process's part of a sum over process_group, for
+            what sums it further up, as `dft_kernels.distributed.gather_rows` does.
         compact: leave ignored rows out of every product, at the price of one host synchronisation on a
             device. False: none; labels on a device are then not checked, a wrong one gives NaN.
         backend: "auto" or the name of one that is available.
@@ -180,9 +188,9 @@ def cross_entropy(
     problem = build(CROSS_ENTROPY, logits, None, target, teacher, options, class_weight=weight)
     if not (inplace_gradient and problem.need_hidden):
         return _finish(problem, logits, teacher, options)
-    transformed = autograd.transformed(problem)
-    if problem.reduction == "none" or not logits.is_contiguous() or transformed:
-        got = f"reduction={problem.reduction!r}, contiguous={logits.is_contiguous()}, torch.func={transformed}"
+    transforms = transformed(problem.differentiated)
+    if problem.reduction == "none" or not logits.is_contiguous() or transforms:
+        got = f"reduction={problem.reduction!r}, contiguous={logits.is_contiguous()}, torch.func={transforms}"
         relation = "come with a scalar reduction, contiguous logits and no transform of torch.func"
         fail("cross_entropy", "inplace_gradient=True", relation, got, "Leave inplace_gradient at False")
     reason = "inplace_gradient writes over its argument; leave it at False to compile"
@@ -210,7 +218,7 @@ def linear_distribution_statistics(
     Memory: O(chunk x V) + [num_groups, V]. FLOPs: 1 product forward, 3 backward, each plus the teacher's.
     """
     problem = build(LINEAR_DISTRIBUTION_STATISTICS, hidden, weight, target, teacher, options)
-    result: DistributionStatistics = _outside_graph(_statistics, teacher)(problem, hidden.shape[:-1])
+    result: DistributionStatistics = outside_graph(_statistics, problem, teacher)(problem, hidden.shape[:-1])
     return result
 
 
@@ -234,17 +242,9 @@ def _loss(
     return _finish(build(function, hidden, weight, target, teacher, options, **more), hidden, teacher, options)
 
 
-def _outside_graph(function: Any, teacher: Any) -> Any:
-    """`function`, kept out of torch.compile's graph where the teacher calls back into Python."""
-    if teacher is None or not isinstance(teacher, Source):
-        return function
-    reason = f"a {type(teacher).__name__} calls back into Python; pass tensors to compile"
-    return torch.compiler.disable(function, reason=reason)
-
-
 def _finish(problem: Problem, hidden: Tensor, teacher: Any, options: LossOptions) -> Any:
     """Run what the reduction asks for: the loss, or (loss, metrics)."""
-    run = _outside_graph(_rows_loss if problem.reduction == "none" else _scalar_loss, teacher)
+    run = outside_graph(_rows_loss if problem.reduction == "none" else _scalar_loss, problem, teacher)
     loss, metrics = run(problem, hidden.shape[:-1])
     return (loss, metrics) if options.get("return_metrics") else loss
 

@@ -17,24 +17,31 @@ from .selection import Selection
 
 class RowGradient:
     """The gradient of a tensor of rows [N, .], written chunk by chunk: into the tensor itself, or, where ignored rows
-    make a chunk's rows non-contiguous, into a buffer that is scattered afterwards."""
+    make a chunk's rows non-contiguous, into a buffer that is scattered afterwards: after each chunk, or, where chunks
+    are complete with the last alone (overlaps), once."""
 
-    def __init__(self, whole: Tensor | None, selection: Selection, size: int) -> None:
-        self.whole = whole
+    def __init__(self, whole: Tensor | None, selection: Selection, size: int, overlaps: bool) -> None:
+        self.whole, self.index, self.overlaps = whole, selection.index, overlaps
         self.buffer: Tensor | None = None
         if whole is not None and selection.index is not None:
-            self.buffer = whole.new_empty(size, whole.shape[1])
+            self.buffer = whole.new_empty(selection.count if overlaps else size, whole.shape[1])
 
     def of(self, rows: Rows) -> Tensor | None:
         """Where a chunk writes."""
         if self.buffer is not None:
-            return self.buffer[: rows.stop - rows.start]
+            start = rows.start if self.overlaps else 0
+            return self.buffer[start : start + rows.stop - rows.start]
         return None if self.whole is None else rows.take(self.whole)
 
     def settle(self, rows: Rows) -> None:
         """Scatter a chunk that was written into the buffer."""
-        if self.buffer is not None and self.whole is not None:
+        if self.buffer is not None and self.whole is not None and not self.overlaps:
             rows.put(self.whole, self.buffer[: rows.stop - rows.start])
+
+    def finish(self) -> None:
+        """Scatter what waited for the last chunk."""
+        if self.buffer is not None and self.whole is not None and self.index is not None and self.overlaps:
+            self.whole.index_copy_(0, self.index, self.buffer)
 
 
 def allocate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import backends
 from ..backends.contract import DIFFERENTIABLE, Backend, Backward, Chunk, Cotangents, Row
 from ..backends.formulas import head_logits
+from ..distributed.sharded import ShardedBackend
 from ..teachers.contract import Request, Rows, source_of
 from ..teachers.head import open_head
 from ..teachers.top_k import open_top_k
@@ -46,6 +47,8 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
     hidden, vocab, wide = problem.hidden, problem.vocab, problem.dtype
     selection = select_rows(problem)
     backend = backends.choose(problem.backend, hidden.device, hidden.dtype)
+    if problem.shards is not None:
+        backend = ShardedBackend(backend, problem.shards, problem.sums_hidden)
     terms = problem.terms(differentiated if seed else frozenset())
     planned = plan(problem, backend, selection.count, terms if seed else None)
     blocks = selection.blocks(planned.rows)
@@ -62,7 +65,7 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
         gradients = allocate(problem, selection, planned.products(selection.count), dhidden)
     into, dweight, dbias, ddown, dup = gradients
     workspace = backend.workspace(planned.rows, vocab, hidden, terms, gradient=seed is not None, kept=planned.kept)
-    to_hidden, to_down = RowGradient(into, selection, planned.rows), RowGradient(ddown, selection, planned.rows)
+    to_hidden, to_down = (RowGradient(g, selection, planned.rows, backend.overlaps) for g in (into, ddown))
     with _without_autocast(hidden.device.type), _open_teacher(problem, blocks) as targets:
         for number, rows in enumerate(blocks):
             chunk = Chunk(
@@ -99,6 +102,8 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
                 outcome.rows = statistics[:REPORTED]
             else:
                 rows.put(outcome.rows, statistics[:REPORTED], dim=1)
+        to_hidden.finish()
+        to_down.finish()
         if targets is not None:
             next(targets, None)  # lets a source check that it ended where the rows do
     if selection.ignored is not None:
@@ -120,6 +125,8 @@ def _open_teacher(problem: Problem, blocks: list[Rows]) -> AbstractContextManage
     if problem.source:
         rows, vocab = hidden.shape[0], problem.vocab
         request = Request(blocks, rows, vocab, hidden.device, problem.dtype, temperature, problem.target, head_logits)
+        if (shards := problem.shards) is not None:
+            request = replace(request, start=shards.start, total=shards.total, log_sum_exp=shards.log_sum_exp)
         return source_of(problem.source).open(request)
     if problem.top is not None:
         return open_top_k(problem.top, temperature, problem.dtype, blocks)

@@ -13,6 +13,9 @@ from torch import Tensor
 from ..errors import fail
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
     from ..divergences import Divergence
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -32,6 +35,8 @@ class TokenOptions(TypedDict, total=False):
     logits_dtype: torch.dtype | None
     compact: bool
     backend: str
+    process_group: ProcessGroup | DeviceMesh | None
+    sum_hidden_gradient: bool
 
 
 class StatisticsOptions(TokenOptions, total=False):
@@ -89,6 +94,8 @@ DEFAULTS: LossOptions = {
     "logits_dtype": None,
     "compact": True,
     "backend": "auto",
+    "process_group": None,
+    "sum_hidden_gradient": True,
     "return_metrics": False,
 }
 LOSS = tuple(DEFAULTS)

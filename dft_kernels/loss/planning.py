@@ -68,7 +68,7 @@ def check_plan(check: Checks, problem: Problem, teacher: Any, recomputes: bool) 
     """That a row of logits fits the budget, and that a stream can be read as often as the call needs it.
     recomputes: backward computes the chunks' logits again."""
     if problem.memory_budget is not None and problem.memory_budget < (row := row_bytes(problem)):
-        relation = f"be at least {row} bytes (one row of {problem.vocab} logits)"
+        relation = f"be at least {row} bytes (one row of {problem.widest_vocab} logits)"
         check.fail("memory_budget", relation, problem.memory_budget, "Raise it, or give chunk_size=1")
     if not isinstance(teacher, Source) or teacher.replayable:
         return
@@ -93,7 +93,7 @@ def row_bytes(problem: Problem, backend: Backend[Any] | None = None) -> int:
     """Scratch bytes for the logits of one row. backend: that of the problem, where it is known."""
     projected, target = problem.weight is not None, problem.target_bytes
     chosen = backend or backends.choose(problem.backend, problem.hidden.device, problem.hidden.dtype)
-    return chosen.chunk_bytes(problem.logits_dtype, projected, target) * problem.vocab
+    return chosen.chunk_bytes(problem.logits_dtype, projected, target) * problem.widest_vocab
 
 
 class Plan(NamedTuple):
@@ -109,7 +109,8 @@ class Plan(NamedTuple):
 
 
 def plan(problem: Problem, backend: Backend[Any], count: int, terms: Terms | None = None) -> Plan:
-    """How `count` rows are run by the problem's backend; terms: of a gradient, None: there is none.
+    """How `count` rows are run by the problem's backend; terms: of a gradient, None: there is none. Alike in all
+    processes that a vocabulary lies over.
 
     Chunks are as large as the budget admits, up to where the backend gains no more, and of a number of rows that its
     products like. Where several chunks remain, dlogits of all rows are kept for a single product of dweight, straight
@@ -130,8 +131,8 @@ def plan(problem: Problem, backend: Backend[Any], count: int, terms: Terms | Non
     if count <= alone:
         return Plan(max(1, count))
     if terms is not None and backend.keeps and problem.weight is not None and problem.need_weight and problem.folds:
-        itemsize, vocab = problem.hidden.dtype.itemsize, problem.vocab
-        kept, accumulator = itemsize * vocab * count, problem.dtype.itemsize * problem.weight.numel()
+        itemsize, vocab = problem.hidden.dtype.itemsize, problem.widest_vocab
+        kept, accumulator = itemsize * vocab * count, problem.dtype.itemsize * problem.weight.shape[1] * vocab
         beside = row - itemsize * vocab if problem.narrow else row  # narrow logits are where their dlogits are kept
         free = kept <= accumulator
         rows = most(beside, budget - kept)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Row, Terms
+from ..distributed.shards import Shards, shards_of
 from ..divergences import Divergence
 from ..dtypes import accumulate_dtype, sparse_matrix
 from ..teachers.contract import Head, source_of
@@ -53,6 +54,8 @@ class Problem(NamedTuple):
     num_features: int
     num_groups: int
     source: int  # Source.handle, 0: none
+    sharded: int  # Shards.handle of a vocabulary of several processes, 0: it is of this one
+    sums_hidden: bool  # gradients of hidden and down are summed over these processes
     top_temperature: float
     top_mode: str  # TopK.tail
     teacher_logit_scale: float
@@ -86,8 +89,23 @@ class Problem(NamedTuple):
 
     @property
     def vocab(self) -> int:
-        """V"""
+        """V; of a vocabulary of several processes, what this one has of it."""
         return (self.hidden if self.weight is None else self.weight).shape[1 if self.weight is None else 0]
+
+    @property
+    def shards(self) -> Shards | None:
+        """How the vocabulary is divided over processes, None: it is not."""
+        return shards_of(self.sharded) if self.sharded else None
+
+    @property
+    def whole_vocab(self) -> int:
+        """V of all processes."""
+        return self.vocab if self.shards is None else self.shards.total
+
+    @property
+    def widest_vocab(self) -> int:
+        """The most of V that a process has."""
+        return self.vocab if self.shards is None else self.shards.widest
 
     @property
     def has_teacher(self) -> bool:

@@ -55,7 +55,7 @@ def select_rows(problem: Problem) -> Selection:
     index = ignored = None
     count, weight = rows, None if problem.row_weight is None else problem.row_weight.to(problem.dtype)
     looks = problem.compact or device.type == "cpu"
-    if group is None and problem.top is None and all_labels(problem.target, problem.vocab, problem.ignore_index):
+    if group is None and problem.top is None and all_labels(problem.target, problem.whole_vocab, problem.ignore_index):
         return Selection(None, rows, weight, None, None, _denominator(problem, rows, weight))
     valid = None if problem.target is None else problem.target != problem.ignore_index
     faults = _faults(problem, valid) if looks else []
@@ -92,8 +92,8 @@ def _faults(problem: Problem, valid: Tensor | None) -> list[_Fault]:
     """What may be wrong with values, for every row in play."""
     target, group, faults = problem.target, problem.group, []
     if target is not None:
-        relation = f"hold labels in 0..{problem.vocab - 1} or {problem.ignore_index} (ignore_index)"
-        wrong = (target < 0) | (target >= problem.vocab)
+        relation = f"hold labels in 0..{problem.whole_vocab - 1} or {problem.ignore_index} (ignore_index)"
+        wrong = (target < 0) | (target >= problem.whole_vocab)
         remedy = "Check that labels and head belong to one tokenizer"
         faults.append(_Fault(wrong, "target", relation, lambda row: str(int(target[row])), remedy))
     if group is not None:
@@ -101,7 +101,7 @@ def _faults(problem: Problem, valid: Tensor | None) -> list[_Fault]:
         wrong = (group < 0) | (group >= problem.num_groups)
         faults.append(_Fault(wrong, "group", relation, lambda row: str(int(group[row])), "Check num_groups"))
     if problem.top is not None:
-        faults += _top_faults(problem.top, problem.vocab, problem.dtype)
+        faults += _top_faults(problem.top, problem.whole_vocab, problem.dtype)
     return faults if valid is None else [fault._replace(rows=fault.rows & valid) for fault in faults]
 
 

@@ -77,10 +77,10 @@ def _part(check: Checks, teacher: Any, temperature: float, divergence: Divergenc
         teacher = TeacherLogits(teacher)
     if isinstance(teacher, TeacherLogits):
         logits = check.constant("teacher", teacher.logits)
-        if logits.ndim and _sliced(check, "teacher", logits.shape[-1], teacher.vocab_size):
-            logits = logits[..., : check.vocab]
+        if logits.ndim and (own := _own_ids(check, "teacher", logits.shape[-1], teacher.vocab_size)) is not None:
+            logits = logits[..., own]
         check.shape("teacher", logits, (*check.lead, check.vocab), f"{check.names[0]}'s leading shape and V")
-        return Given(logits.reshape(-1, check.vocab), Head())
+        return Given(flattened(logits), Head())
     if not isinstance(teacher, TeacherHead):
         check.fail(
             "teacher",
@@ -89,16 +89,21 @@ def _part(check: Checks, teacher: Any, temperature: float, divergence: Divergenc
             "Wrap the teacher's hidden states and head as TeacherHead(hidden, weight)",
             TypeError,
         )
-    hidden, weight, bias = autocast(teacher.hidden, teacher.weight, teacher.bias)
+    hidden, weight, bias = teacher.hidden, teacher.weight, teacher.bias
     names = ("teacher.hidden", "teacher.weight", "teacher.bias")
+    if check.shards is not None and hasattr(weight, "placements"):  # a teacher under tensor parallelism too
+        from ..distributed.dtensor import local
+
+        hidden, weight, bias = map(local, [check.function] * 3, names, (hidden, weight, bias), (None, 0, 0))
+    hidden, weight, bias = autocast(hidden, weight, bias)
     for name, value in zip(names, (hidden, weight, bias), strict=True):
         if value is not None:
             check.constant(name, value)
     if hidden.ndim == 0:
         check.fail(names[0], "have shape [..., Ht]", "a 0-d tensor", "Pass the teacher's last hidden states")
-    check_head(check, weight, bias, hidden, names)
-    if _sliced(check, "teacher", weight.shape[0], teacher.vocab_size):
-        weight, bias = weight[: check.vocab], None if bias is None else bias[: check.vocab]
+    check_head(check, weight, bias, hidden, names, parted=check.shards is not None)
+    if (own := _own_ids(check, "teacher", weight.shape[0], teacher.vocab_size)) is not None:
+        weight, bias = weight[own], None if bias is None else bias[own]
     check.shape(names[0], hidden, (*check.lead, hidden.shape[-1]), f"{check.names[0]}'s leading shape, then Ht")
     scale = check.nonzero("teacher.logit_scale", teacher.logit_scale)
     softcap = teacher.softcap
@@ -112,9 +117,9 @@ def _top_k(check: Checks, top: TopK, temperature: float, divergence: Divergence)
     if indices.dtype != torch.int64:
         check.fail("teacher.indices", "be int64", indices.dtype, "Cast it with .long()", TypeError)
     k = indices.shape[-1] if indices.ndim else 0
-    if not 1 <= k <= check.vocab:
+    if not 1 <= k <= check.whole_vocab:
         remedy = "Pass token ids [..., k]"
-        check.fail("teacher.indices", f"hold 1 to {check.vocab} ids a row (V)", list(indices.shape), remedy)
+        check.fail("teacher.indices", f"hold 1 to {check.whole_vocab} ids a row (V)", list(indices.shape), remedy)
     check.shape("teacher.indices", indices, (*check.lead, k), f"{check.names[0]}'s leading shape, then k")
     log_probs = check.constant("teacher.log_probs", top.log_probs)
     check.shape("teacher.log_probs", log_probs, tuple(indices.shape), "one for each of teacher.indices")
@@ -135,7 +140,7 @@ def _top_k(check: Checks, top: TopK, temperature: float, divergence: Divergence)
             f"{divergence.name}, which is infinite there",
             'Use tail="bucket", or jensen_shannon',
         )
-    tail = "ignore" if top.tail == "bucket" and k == check.vocab else top.tail  # there is nothing outside
+    tail = "ignore" if top.tail == "bucket" and k == check.whole_vocab else top.tail  # there is nothing outside
     return TopK(indices.reshape(-1, k), log_probs.reshape(-1, k), tail_log_prob, captured, tail)
 
 
@@ -172,22 +177,27 @@ def _mixture(check: Checks, mixture: Mixture, temperature: float, divergence: Di
     mixture.parts = parts
 
 
-def _sliced(check: Checks, argument: str, theirs: int, vocab_size: Any) -> bool:
-    """Whether the teacher's vocabulary is to be cut to the model's, as its vocab_size says."""
+def _own_ids(check: Checks, argument: str, theirs: int, vocab_size: Any) -> slice | None:
+    """Which of a teacher's `theirs` ids are those of the model's columns here, None: all; as its vocab_size says, where
+    its vocabulary is the larger one. Where the model's lies over several processes, it may be whole, or divided
+    alike."""
+    ours = check.whole_vocab
+    start = 0 if check.shards is None else check.shards.start
+    own = slice(start, start + check.vocab)
     if vocab_size is not None:
         check.positive_int(f"{argument}.vocab_size", vocab_size)
-        if vocab_size != check.vocab or vocab_size > theirs:
-            relation = f"be the model's vocabulary of {check.vocab}, and at most the teacher's of {theirs}"
+        if vocab_size != ours or vocab_size > theirs:
+            relation = f"be the model's vocabulary of {ours}, and at most the teacher's of {theirs}"
             remedy = "A model whose own vocabulary is the padded one is sliced by its weight: weight[:vocab_size]"
             check.fail(f"{argument}.vocab_size", relation, vocab_size, remedy)
-        return theirs > check.vocab
-    if theirs != check.vocab:
-        ours = check.vocab
-        remedy = f"If its first {ours} ids are the model's and the rest is padding, give the teacher vocab_size={ours}"
-        if theirs < ours:
-            remedy = f"If the model's ids from {theirs} on are padding, slice its head: weight[:{theirs}]"
-        check.fail(argument, f"have the model's vocabulary of {ours}", f"a vocabulary of {theirs}", remedy)
-    return False
+        return own if theirs > check.vocab else None
+    if theirs in (ours, check.vocab):
+        return own if theirs > check.vocab else None
+    remedy = f"If its first {ours} ids are the model's and the rest is padding, give the teacher vocab_size={ours}"
+    if theirs < ours:
+        remedy = f"If the model's ids from {theirs} on are padding, slice its head: weight[:{theirs}]"
+    part = "" if check.shards is None else f", or this process's part of it of {check.vocab}"
+    return check.fail(argument, f"have the model's vocabulary of {ours}{part}", f"a vocabulary of {theirs}", remedy)
 
 
 def teacher_fields(check: Checks, teacher: Any, labelled: bool, options: LossOptions, given: Collection[str]) -> Fields:

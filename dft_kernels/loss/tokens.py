@@ -88,7 +88,7 @@ def token_statistics(
         fail("token_statistics", "outputs", relation, repr(unknown[0]), "Pass a tuple of these names")
     wanted = {row for name in outputs for row in OUTPUTS[name]}
     problem = _heated(build(TOKEN_STATISTICS, hidden, weight, target, None, options, rows=_bits(wanted)))
-    rows, lead = autograd.statistics(problem), hidden.shape[:-1]
+    rows, lead = autograd.outside_graph(autograd.statistics, problem)(problem), hidden.shape[:-1]
 
     def row(which: Row) -> Tensor:
         return rows[which.value].reshape(lead)
@@ -129,4 +129,4 @@ def _scaled(problem: Problem, factor: float) -> Problem:
 def _lse_of_twice(problem: Problem) -> Tensor:
     """logsumexp(2 z) [N]"""
     twice = _scaled(problem, 2.0)._replace(reported=_bits({Row.LSE}))
-    return autograd.statistics(twice)[Row.LSE.value]
+    return autograd.outside_graph(autograd.statistics, twice)(twice)[Row.LSE.value]

@@ -88,9 +88,9 @@ def _with_class_weight(
     """Class weights are row weights: w[y_n], which "mean" sums as torch does. With smoothing they are not."""
     if value is None or target is None:
         return row_weight
-    check.shape("weight", check.constant("weight", value), (check.vocab,), "V")
+    check.shape("weight", check.constant("weight", value), (check.whole_vocab,), "V")
     if label_smoothing != 0:
         got = f"label_smoothing={label_smoothing}"
         check.fail("weight", "come without label_smoothing", got, "Use one of the two, or F.cross_entropy")
-    weight: Tensor = value.index_select(0, target.clamp(0, check.vocab - 1))
+    weight: Tensor = value.index_select(0, target.clamp(0, check.whole_vocab - 1))
     return weight if row_weight is None else weight * row_weight

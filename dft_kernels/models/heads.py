@@ -137,10 +137,19 @@ def _base_weight(layer: Any) -> Any:
     return getattr(getattr(layer, "token_adapter", None), "base_layer", layer).weight
 
 
+def of_fsdp(module: Any) -> bool:
+    """Whether the module is a unit of FSDP2, told without importing it."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
 def parted(layer: Any) -> str | None:
-    """How the layer's weight is split over processes; None where this process has all of it."""
+    """How the layer's weight is split over processes in a way that the loss does not take; None where this process has
+    all of it, or its own rows under tensor parallelism, or FSDP2 has it alone, which can be gathered."""
     weight = _base_weight(layer)
-    if hasattr(weight, "full_tensor"):  # a DTensor, told without importing torch.distributed
+    if hasattr(weight, "placements"):  # a DTensor
+        over = [placement for placement in weight.placements if not placement.is_replicate()]
+        if len(over) == 1 and over[0].is_shard(0) and (weight.device_mesh.ndim == 1 or not of_fsdp(layer)):
+            return None
         return f"a {type(weight).__name__} {list(weight.placements)}"
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         return "a parameter that ZeRO-3 has partitioned"
@@ -170,6 +179,8 @@ def projection(layer: Any, hidden: Tensor) -> dict[str, Any]:
         correction = getattr(layer, CORRECTION)
         parts.append((correction.down, correction.up, 1.0, torch.nn.Identity()))
     bias = getattr(layer, "bias", None)
+    if of_fsdp(layer) and hasattr(layer.weight, "placements"):
+        return {"weight": _gathered(layer.weight, hidden), "bias": None if bias is None else _gathered(bias, hidden)}
     if not parts:
         return {"weight": layer.weight, "bias": bias}
     down = torch.cat([a(dropout(hidden.to(a.weight.dtype))).to(hidden.dtype) * s for a, _, s, dropout in parts], dim=-1)
@@ -181,8 +192,20 @@ def projection(layer: Any, hidden: Tensor) -> dict[str, Any]:
     return {"weight": layer.weight, "bias": bias, "low_rank": (down, up)}
 
 
+def _gathered(parameter: Any, hidden: Tensor) -> Tensor:
+    """All of a parameter of an FSDP2 unit whose own forward does not run, in the dtype that its mixed precision gives
+    hidden states; the gradient is reduced as FSDP2 does, to the mean over its processes."""
+    from torch.distributed.tensor import Partial
+
+    whole: Tensor = parameter.to(hidden.dtype).full_tensor(grad_placements=[Partial("avg")])
+    return whole
+
+
 def _check_adapters(model: Any, layer: Any, adapted: bool) -> None:
     foreign = type(layer).__module__.startswith("peft.")
+    if hasattr(_base_weight(layer), "placements") and (foreign or hasattr(layer, CORRECTION)):
+        remedy = "Merge it first, or leave the head out of the tensor parallel plan"
+        _fail(model, "a plain lm_head where that lies over several processes", "one with an adapter", remedy)
     if not adapted and (foreign or hasattr(layer, CORRECTION)):
         _fail(
             model, "a plain lm_head", "one with an adapter", "Merge it first (model.merge_and_unload()) or take it away"
@@ -204,9 +227,13 @@ def head_of(model: Any, adapted: bool = False) -> Head:
     bias through `projection`."""
     layer = output_layer(model)
     weight = getattr(layer, "weight", None)
-    if weight is not None and (found := parted(layer)) is not None:
-        remedy = "Call attach before the model is sharded; a head split by ZeRO-3 or tensor parallelism is not served"
-        _fail(model, "all of its head in this process", found, remedy)
+    if weight is not None:
+        found = parted(layer)
+        if found is None and hasattr(weight, "placements") and any(map(of_fsdp, model.modules())):
+            found = f"a {type(weight).__name__} {list(weight.placements)} of FSDP2"
+        if found is not None:
+            remedy = "Call attach before the model is sharded; a head split by ZeRO-3 is not served"
+            _fail(model, "all of its head in this process, or its own rows of it", found, remedy)
     if weight is None or weight.ndim != 2:
         _fail(
             model, "a linear output embedding", type(layer).__name__, "Models without an lm_head [V, H] are not served"
@@ -293,6 +320,8 @@ def _leaves(tensor: Tensor | None) -> set[int]:
 def _product(layer: Any, hidden: Tensor) -> Tensor:
     given = projection(layer, hidden)
     states = hidden.double()
+    if hasattr(given["weight"], "placements"):
+        return _product_of_parts(given["weight"], given["bias"], states)
     z = torch.cat([states @ some.double().t() for some in given["weight"].split(8192)], dim=-1)  # no second head
     if given["bias"] is not None:
         z += given["bias"].double()
@@ -300,6 +329,21 @@ def _product(layer: Any, hidden: Tensor) -> Tensor:
         down, up = given["low_rank"]
         z += down.double() @ up.double().t()
     return z
+
+
+def _product_of_parts(weight: Any, bias: Any, states: Tensor) -> Tensor:
+    """The same of a DTensor [V, H] whose rows lie over several processes."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    part = states @ weight.to_local().double().t()
+    if bias is not None:
+        part += bias.to_local().double()
+    shape = torch.Size((*states.shape[:-1], weight.shape[0]))
+    over = [Shard(part.ndim - 1) if placement.is_shard() else Replicate() for placement in weight.placements]
+    stride = torch.empty(shape, device="meta").stride()
+    z = DTensor.from_local(part, weight.device_mesh, over, run_check=False, shape=shape, stride=stride)
+    whole: Tensor = z.full_tensor()
+    return whole
 
 
 def _finished(product: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -1,12 +1,14 @@
-"""Hashes that identify a tokenizer or a model."""
+"""Hashes that identify a tokenizer, a model, or a list of sequences."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -25,3 +27,14 @@ def model_fingerprint(model: torch.nn.Module) -> str:
         if flat.numel():
             digest.update(memoryview(flat.view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def sequences_fingerprint(sequences: Sequence[Tensor], counts: Sequence[Tensor] | None = None) -> str:
+    """sha256 of token sequences in their order, and of which of their tokens are labels: lengths, ids, marks."""
+    found = hashlib.sha256(b"all" if counts is None else b"masked")
+    for number, ids in enumerate(sequences):
+        found.update(len(ids).to_bytes(8, "little"))
+        found.update(ids.to("cpu", torch.int32).numpy().tobytes())
+        if counts is not None:
+            found.update(counts[number].to("cpu", torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -11,19 +11,23 @@
 Row t of a sequence is the teacher's distribution over token t + 1. A shard belongs to the store once the manifest
 lists it. Files are written under a temporary name, synced and renamed, and the manifest is then replaced atomically:
 a capture that is killed at any moment resumes after the last complete shard.
+
+A machine's share of a capture over several (`capture --shard`) is a store of its own sequences, whose files have the
+names that they have in the whole store; its manifest says which share, and of what. join.py makes the whole of them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +38,7 @@ FORMAT, VERSION = "dft_kernels teacher store", 1
 KINDS = ("hidden", "topk")
 SHARD_ROWS = 1 << 16  # default size of a shard
 MANIFEST_LIMIT = 1 << 23  # bytes: some 40,000 shards
+_BESIDE = ("format", "version", "share", "head", "shards")  # the contents
 _BLOCK = 1 << 22  # bytes hashed at a time
 _LEAST = math.ulp(0.0)  # above 0
 _BOUNDS = {
@@ -42,6 +47,7 @@ _BOUNDS = {
     "temperature": (_LEAST, math.inf),
     "softcap": (_LEAST, math.inf),
 }
+_ONE = {"of": (1, 1 << 53), "sequences": (1, 1 << 53), "shard_rows": (1, 1 << 53)}
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,50 @@ class Part:
     sequences: int = 0
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of a capture over several machines a store is."""
+
+    index: int  # of `of`, from 0
+    of: int
+    first: int  # its first sequence, of the whole capture's
+    sequences: int  # how many it holds when it is finished
+    file: int  # number of its first file, of the whole capture's
+    whole: int  # sequences of the whole capture
+    shard_rows: int  # of the whole capture: where its files end
+    sha256: str  # of all its sequences: `fingerprint.sequences_fingerprint`
+
+    def __str__(self) -> str:
+        return f"shard {self.index}/{self.of}"
+
+
+class Manifest(NamedTuple):
+    """What a manifest says. share: None of a whole store."""
+
+    contents: Contents
+    head: Part | None
+    parts: list[Part]
+    share: Share | None = None
+
+    def json(self) -> str:
+        """The file's text."""
+        whole = {
+            "format": FORMAT,
+            "version": VERSION,
+            **asdict(self.contents),
+            **({} if self.share is None else {"share": asdict(self.share)}),
+            "head": None if self.head is None else asdict(self.head),
+            "shards": [asdict(part) for part in self.parts],
+        }
+        return json.dumps(whole, indent=1) + "\n"
+
+
+def differences(ours: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
+    """The fields in which two dataclasses of a kind differ: name and both values."""
+    pairs = ((field.name, getattr(ours, field.name), getattr(theirs, field.name)) for field in fields(ours))
+    return [(name, one, other) for name, one, other in pairs if one != other]
+
+
 def source(path: Path) -> Source:
     """A file of a store."""
     return Source("store", path, "Restore it, or capture again")
@@ -120,9 +170,27 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def read_manifest(folder: Path) -> tuple[Contents, Part | None, list[Part]]:
-    """The metadata, the head and the shards. Raises ValueError, by file and field, for a manifest that no capture
-    writes; every file that it lists has a plain name and lies in the folder."""
+def manifest_text(folder: Path, manifest: Manifest) -> str:
+    """What `write_manifest` writes; ValueError for a manifest that no reader takes."""
+    text = manifest.json()
+    if len(text) > MANIFEST_LIMIT:
+        remedy = "Capture in larger shards, or into several stores"
+        source(folder / MANIFEST).fail("bytes", f"be at most {MANIFEST_LIMIT:,}", f"{len(text):,}", remedy)
+    return text
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace the folder's manifest atomically. When it returns the manifest is on the disk."""
+    beside, text = folder / f"{MANIFEST}.part", manifest_text(folder, manifest)
+    beside.write_text(text)
+    sync(beside)
+    beside.replace(folder / MANIFEST)
+    sync(folder)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """A store's manifest. Raises ValueError, by file and field, for one that no capture writes; every file that it
+    lists has a plain name and lies in the folder."""
     file = replace(source(folder / MANIFEST), absent="Name the folder that `dft-kernels capture --out` made")
     whole = file.json(MANIFEST_LIMIT)
     if whole.get("format") != FORMAT:
@@ -130,7 +198,7 @@ def read_manifest(folder: Path) -> tuple[Contents, Part | None, list[Part]]:
     if file.typed("version", whole.get("version"), int) != VERSION:
         file.fail("version", f"be {VERSION}", whole["version"], "Read it with the dft_kernels that wrote it")
     whole.setdefault("masked", False)  # of stores that are older than masks
-    contents = file.record(Contents, whole, bounds=_BOUNDS, beside=("format", "version", "head", "shards"))
+    contents = file.record(Contents, whole, bounds=_BOUNDS, beside=_BESIDE)
     if contents.kind not in KINDS:
         file.fail("kind", f"be one of {', '.join(KINDS)}", shown(contents.kind))
     if contents.kind == "topk" and contents.width > contents.vocab_size:
@@ -150,13 +218,32 @@ def read_manifest(folder: Path) -> tuple[Contents, Part | None, list[Part]]:
             file.fail(f"shards[{number}].file", "be of one shard", f"{part.file} {names[part.file]} times")
         if part.sequences > part.rows:
             file.fail(f"shards[{number}].sequences", f"be at most its rows, {part.rows}", part.sequences)
-    return contents, head, parts
+    share = None if "share" not in whole else _share(file, whole["share"], sum(part.sequences for part in parts))
+    return Manifest(contents, head, parts, share)
+
+
+def _share(file: Source, value: Any, held: int) -> Share:
+    """Which part a store of `held` sequences says that it is."""
+    share = file.record(Share, value, "share", _ONE)
+    if share.index >= share.of:
+        file.fail("share.index", f"be below share.of, {share.of}", share.index)
+    if share.first + share.sequences > share.whole:
+        got = f"{share.first} + {share.sequences}"
+        file.fail("share.first + share.sequences", f"be at most share.whole, {share.whole}", got)
+    if held > share.sequences:
+        file.fail("share.sequences", f"be at least the {held} that shards hold", share.sequences)
+    _check_sha256(file, "share.sha256", share.sha256)
+    return share
 
 
 def _part(file: Source, where: str, value: Any) -> Part:
     """A listed file."""
     part = file.record(Part, value, where)
     file.inside(f"{where}.file", part.file)
-    if not re.fullmatch("[0-9a-f]{64}", part.sha256):
-        file.fail(f"{where}.sha256", "be 64 hexadecimal digits", shown(part.sha256))
+    _check_sha256(file, f"{where}.sha256", part.sha256)
     return part
+
+
+def _check_sha256(file: Source, field: str, value: str) -> None:
+    if not re.fullmatch("[0-9a-f]{64}", value):
+        file.fail(field, "be 64 hexadecimal digits", shown(value))

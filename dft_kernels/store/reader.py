@@ -20,7 +20,8 @@ from .manifest import HEAD, MANIFEST, Part, digest, read_manifest, source
 class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
     """A store, opened for reading: memory-mapped sequences by index, in any order, from any DataLoader worker.
 
-    folder: written by `dft-kernels capture`. tokenizer: the student's; ValueError if the capture had another. verify:
+    folder: written by `dft-kernels capture`; a shard of `capture --shard` is read as the sequences that it has, `share`
+    says which these are. tokenizer: the student's; ValueError if the capture had another. verify:
     compare every file with its checksum (about a second per gigabyte); False: only sizes, shapes and dtypes.
 
         loader = DataLoader(store, batch_size=8, shuffle=True, collate_fn=store.collate, num_workers=2)
@@ -34,7 +35,7 @@ class Store(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __init__(self, folder: str | Path, tokenizer: Any = None, *, verify: bool = True) -> None:
         self.folder = Path(folder)
-        self.contents, self.head_part, self.parts = read_manifest(self.folder)
+        self.contents, self.head_part, self.parts, self.share = read_manifest(self.folder)
         if tokenizer is not None:
             self.check_tokenizer(tokenizer)
         self._files = [*([] if self.head_part is None else [self.head_part]), *self.parts]

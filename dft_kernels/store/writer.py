@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
+from typing import IO
 
 import safetensors.torch
 import torch
@@ -15,30 +14,50 @@ from torch import Tensor
 
 from ..errors import fail
 from .manifest import (
-    FORMAT,
     HEAD,
     KINDS,
     MANIFEST,
-    MANIFEST_LIMIT,
-    VERSION,
     Contents,
+    Manifest,
     Part,
+    Share,
+    differences,
     digest,
     read_manifest,
     source,
     sync,
+    write_manifest,
 )
+
+
+def lock(folder: Path) -> IO[bytes]:
+    """The folder's lock, held until it is closed or the process ends; ValueError where another process has it."""
+    held = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT), "wb")  # without truncating what is there
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        held.close()
+        got = "another process writing"
+        source(folder).fail("the store", "have one writer at a time", got, "Wait for it, or stop it")
+    return held
 
 
 class StoreWriter:
     """Appends shards to a new or existing store. One writer at a time; the folder is consistent at every moment.
 
-    folder: new, empty, or a store of the same `contents`. head: weight [V, H] and bias [V] or None of kind "hidden".
-    Use as a context manager. `sequences`: how many the store holds; the next `append` continues from there.
+    folder: new, empty, or a store of the same `contents` and `share`. head: weight [V, H] and bias [V] or None of kind
+    "hidden". share: which part of a capture over several machines it is, if it is one. Use as a context manager.
+    `sequences`: how many the store holds; the next `append` continues from there.
     """
 
-    def __init__(self, folder: Path, contents: Contents, head: tuple[Tensor, Tensor | None] | None = None) -> None:
-        self.folder, self.contents = folder, contents
+    def __init__(
+        self,
+        folder: Path,
+        contents: Contents,
+        head: tuple[Tensor, Tensor | None] | None = None,
+        share: Share | None = None,
+    ) -> None:
+        self.folder, self.contents, self.share = folder, contents, share
         if contents.kind not in KINDS:
             fail("store", "kind", f"be one of {', '.join(KINDS)}", repr(contents.kind), "Pick one of these")
         if (head is not None) != (contents.kind == "hidden"):
@@ -46,18 +65,11 @@ class StoreWriter:
             fail("store", "head", "be given for kind 'hidden' and only there", got, "Pass (weight, bias)")
         folder.mkdir(parents=True, exist_ok=True)
         manifest = folder / MANIFEST
-        foreign = [path.name for path in folder.iterdir() if path.name != ".lock" and not path.name.endswith(".part")]
+        known = {".lock"} if head is None else {".lock", HEAD}  # a capture that was killed may have come as far as that
+        foreign = [path.name for path in folder.iterdir() if path.name not in known and path.suffix != ".part"]
         if not manifest.exists() and foreign:
             source(folder).fail("the folder", "be new, empty or a store", sorted(foreign)[:3], "Name another folder")
-        self.lock = os.fdopen(
-            os.open(folder / ".lock", os.O_RDWR | os.O_CREAT), "wb"
-        )  # without truncating what is there
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.lock.close()
-            got = "another process writing"
-            source(folder).fail("the store", "have one writer at a time", got, "Wait for it, or stop it")
+        self.lock = lock(folder)
         self.parts: list[Part] = []
         self.head: Part | None = None
         try:
@@ -70,13 +82,17 @@ class StoreWriter:
             raise
 
     def _resume(self, manifest: Path) -> None:
-        """Resume a store of the same contents."""
-        found, self.head, self.parts = read_manifest(self.folder)
-        for field in fields(Contents):
-            ours, theirs = getattr(self.contents, field.name), getattr(found, field.name)
-            if ours != theirs:
-                relation = f"be {ours!r} as in this capture"
-                source(manifest).fail(field.name, relation, repr(theirs), "Name another folder")
+        """Resume a store of the same contents, and the same share."""
+        found, self.head, self.parts, share = read_manifest(self.folder)
+        for name, ours, theirs in differences(self.contents, found):
+            source(manifest).fail(name, f"be {ours!r} as in this capture", repr(theirs), "Name another folder")
+        ours, theirs = (str(one or "a whole store") for one in (self.share, share))
+        if ours != theirs:
+            source(manifest).fail("share", f"be {ours} as in this capture", theirs, "Name another folder")
+        if self.share is not None and share is not None:
+            for name, ours, theirs in differences(self.share, share):
+                remedy = "Give the texts and options that it was begun with, or name another folder"
+                source(manifest).fail(f"share.{name}", f"be {ours} as in this capture", theirs, remedy)
         listed = {part.file for part in self.parts}
         for path in self.folder.glob("shard-*"):  # written by a killed capture, not listed yet
             if path.name not in listed:
@@ -90,7 +106,10 @@ class StoreWriter:
             if bias is not None:
                 tensors["bias"] = bias.detach().to(torch.bfloat16).contiguous()
             self.head = self._write(HEAD, tensors)
-        self._write_manifest()
+        write_manifest(self.folder, self._manifest())
+
+    def _manifest(self) -> Manifest:
+        return Manifest(self.contents, self.head, self.parts, self.share)
 
     @property
     def sequences(self) -> int:
@@ -119,33 +138,21 @@ class StoreWriter:
                 remedy = "Give a row for every token"
                 source(self.folder).fail(name, f"have shape {want}", list(tensor.shape), remedy)
             tensors[name] = tensor.to("cpu", self.contents.dtype(name)).contiguous()
-        part = self._write(f"shard-{len(self.parts):05d}.safetensors", tensors)
+        number = len(self.parts) + (0 if self.share is None else self.share.file)
+        part = self._write(f"shard-{number:05d}.safetensors", tensors)
         counted = Part(part.file, part.bytes, part.sha256, int(lengths.sum()), len(tokens))
         self.parts.append(counted)
-        self._write_manifest()
+        write_manifest(self.folder, self._manifest())
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> Part:
         beside = self.folder / f"{name}.part"
         safetensors.torch.save_file(tensors, beside)
         sync(beside)
         checksum, size = digest(beside), beside.stat().st_size
-        beside.replace(self.folder / name)
+        there = self.folder / name
+        if name == HEAD and there.exists() and digest(there) != checksum:
+            beside.unlink()
+            source(there).fail("the file", "be none, or this capture's head", "another", "Name another folder")
+        beside.replace(there)
         sync(self.folder)
         return Part(name, size, checksum)
-
-    def _write_manifest(self) -> None:
-        whole = {
-            "format": FORMAT,
-            "version": VERSION,
-            **asdict(self.contents),
-            "head": None if self.head is None else asdict(self.head),
-            "shards": [asdict(part) for part in self.parts],
-        }
-        beside, text = self.folder / f"{MANIFEST}.part", json.dumps(whole, indent=1) + "\n"
-        if len(text) > MANIFEST_LIMIT:
-            remedy = "Capture in larger shards, or into several stores"
-            source(self.folder / MANIFEST).fail("bytes", f"be at most {MANIFEST_LIMIT:,}", f"{len(text):,}", remedy)
-        beside.write_text(text)
-        sync(beside)
-        beside.replace(self.folder / MANIFEST)
-        sync(self.folder)

@@ -49,16 +49,18 @@ class DenseTarget(NamedTuple):
 class SparseTarget:
     """The target distribution of a chunk over k tokens of each row and the bucket of all others."""
 
-    index: Tensor  # [R, k] int64, distinct in a row
+    index: Tensor  # [R, k] int64, distinct in a row; below 0: a token of another part of the vocabulary
     log_prob: Tensor  # [R, k] in the accumulation dtype
     tail: Tensor | None  # [R], log p of the bucket; None: no such outcome
+    whole: bool = True  # no index is below 0
 
     def part(self, rows: slice) -> SparseTarget:
         """That of some rows."""
-        return SparseTarget(self.index[rows], self.log_prob[rows], None if self.tail is None else self.tail[rows])
+        tail = None if self.tail is None else self.tail[rows]
+        return SparseTarget(self.index[rows], self.log_prob[rows], tail, self.whole)
 
     def best(self) -> Tensor:
-        """The likeliest token of each row [R]."""
+        """The likeliest token of each row [R]; below 0: of another part of the vocabulary."""
         return self.index.gather(1, self.log_prob.argmax(1, keepdim=True))[:, 0]
 
 
@@ -88,6 +90,10 @@ class Rows:
             tensor.index_copy_(dim, self.index, value)
 
 
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    return logits.logsumexp(-1, keepdim=True)
+
+
 @dataclass(frozen=True)
 class Request:
     """The argument of `Source.open`: targets of `blocks` of a problem of `rows` rows and `vocab` columns."""
@@ -100,6 +106,9 @@ class Request:
     temperature: float  # the target is softmax(logits / temperature)
     target: Tensor | None  # [rows] labels
     logits: Callable[[Tensor, Head, Tensor], Tensor]  # of hidden states [R, H] and their head, into [R, V]
+    start: int = 0  # the id of the first column: the columns are ids start..start + vocab of `total`
+    total: int | None = None  # None: all
+    log_sum_exp: Callable[[Tensor], Tensor] = _log_sum_exp  # of logits [R, V] over the whole vocabulary, [R, 1]
 
 
 class Source(ABC):

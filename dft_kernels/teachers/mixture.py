@@ -100,16 +100,22 @@ def _blended(
 
 def _one_hot_(block: Rows, request: Request, out: Tensor) -> None:
     assert request.target is not None
-    label = block.take(request.target)
+    label = block.take(request.target) - request.start
     out.fill_(-torch.inf)
-    inside = (label >= 0) & (label < request.vocab)  # ignored rows may be visited
-    out.scatter_(1, torch.where(inside, label, 0)[:, None], 0.0)
+    _scatter_(out, label[:, None], out.new_zeros(len(label), 1))
 
 
 def _log_probabilities_(target: DenseTarget | SparseTarget, request: Request, out: Tensor) -> None:
     """log p [R, V] into `out`."""
     if isinstance(target, SparseTarget):
-        out.fill_(-torch.inf).scatter_(1, target.index, target.log_prob)
+        _scatter_(out.fill_(-torch.inf), target.index - request.start, target.log_prob)
         return
     request.logits(target.hidden, target.head, out).div_(request.temperature)
-    out.sub_(out.logsumexp(-1, keepdim=True))
+    out.sub_(request.log_sum_exp(out))
+
+
+def _scatter_(out: Tensor, index: Tensor, log_p: Tensor) -> None:
+    """log_p [R, k] into `out` [R, V] of -inf at the indices that it has: labels may be ignored, ids another part's."""
+    if out.shape[1] > 0:
+        inside = (index >= 0) & (index < out.shape[1])
+        out.scatter_reduce_(1, torch.where(inside, index, 0), torch.where(inside, log_p, -torch.inf), "amax")

@@ -60,6 +60,7 @@ class _Reader:
 
     def __init__(self, stream: LogitStream, request: Request) -> None:
         self.source, self.rows, self.vocab = stream.source, request.rows, request.vocab
+        self.whole, self.own = request.total, slice(request.start, request.start + request.vocab)
         self.device = device = request.device
         self.blocks = [  # original rows of each block, on the host
             torch.arange(b.start, b.stop) if b.index is None else b.index.cpu() for b in request.blocks
@@ -131,8 +132,7 @@ class _Reader:
             first, last = int(block[0]), int(block[-1])
             with _naming_rows(first, last):
                 logits = source(block)
-            self._check(logits, first, last, block)
-            yield logits
+            yield self._checked(logits, first, last, block)
 
     def _gather(self, source: Iterable[Tensor]) -> Generator[Tensor]:
         """An iterator source: its chunks, cut and joined to the blocks; ignored rows are dropped here."""
@@ -171,15 +171,17 @@ class _Reader:
                 f"LogitStream: source must cover all {self.rows} rows, got {first} and then its end. Yield logits "
                 "for every row of hidden in order, ignored rows included."
             )
-        self._check(chunk, first, self.rows - 1, None)
-        return first, chunk
+        return first, self._checked(chunk, first, self.rows - 1, None)
 
-    def _check(self, chunk: object, first: int, last: int, index: Tensor | None) -> None:
-        """Refuse a wrong chunk by row number, before it is copied anywhere. index: the rows asked for, if any."""
+    def _checked(self, chunk: object, first: int, last: int, index: Tensor | None) -> Tensor:
+        """A chunk's own columns; a wrong one is refused by row number, before it is copied anywhere. index: the rows
+        asked for, if any."""
         count = None if index is None else index.numel()
         where = f"LogitStream: the chunk that starts at row {first}"
         if not isinstance(chunk, Tensor):
             raise TypeError(f"{where} must be a tensor of logits, got {type(chunk).__name__}. Return torch tensors.")
+        if chunk.ndim == 2 and chunk.shape[1] == self.whole:
+            chunk = chunk[:, self.own]
         if chunk.ndim != 2 or chunk.shape[1] != self.vocab or (count is not None and chunk.shape[0] != count):
             want = f"[{'r' if count is None else count}, {self.vocab}]"
             raise ValueError(
@@ -193,7 +195,7 @@ class _Reader:
             )
         if not chunk.is_floating_point():
             raise TypeError(f"{where} must have a floating dtype, got {chunk.dtype}. Pass logits, not ids.")
-        if chunk.device.type == "cpu":
+        if chunk.device.type == "cpu" and self.vocab:
             bad = ~torch.isfinite(chunk.amax(dim=-1))  # NaN anywhere, +inf anywhere, or -inf everywhere
             if bool(bad.any()):
                 row = int(bad.nonzero()[0])
@@ -206,6 +208,7 @@ class _Reader:
             raise ValueError(
                 f"{where} must be on the CPU or on {self.device}, got {chunk.device}. Move it before it is yielded."
             )
+        return chunk
 
 
 @contextmanager

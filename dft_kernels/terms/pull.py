@@ -77,6 +77,9 @@ def checked(
             fail(function, name, "be left out", "one", "The terms give it", TypeError)
     if loss.get("reduction", "mean") != "mean":
         fail(function, "reduction", "be mean", repr(loss["reduction"]), "A term is of all rows together")
+    if hasattr(weight, "placements") or loss.get("process_group") is not None:
+        remedy = "Under tensor parallelism leave the head out of the plan, or the terms out of the loss"
+        fail(function, "weight", "be whole in this process", "a part of the vocabulary", remedy)
     vocab = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else None
     if vocab is not None and terms.vocab not in (None, vocab):
         remedy = "Build the terms with the model's vocabulary; padded ids have probability 0"

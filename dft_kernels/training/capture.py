@@ -16,6 +16,7 @@ from ..store.manifest import SHARD_ROWS, Contents
 from ..store.reader import Store
 from ..store.writer import StoreWriter
 from ..teachers.contract import Head
+from .shares import share_of, windows
 
 _LOGITS = 1 << 24  # of a teacher's logits at a time
 
@@ -38,18 +39,6 @@ def _sparse_rows(hidden: Tensor, head: Head, k: int, temperature: float) -> tupl
         found.append(top_k(logits if temperature == 1.0 else logits.div_(temperature), k))
     indices, log_probs, tail = (torch.cat(parts) for parts in zip(*found, strict=True))
     return indices, log_probs, tail
-
-
-def _windows(lengths: Sequence[int], first: int, rows: int) -> Iterator[range]:
-    """Sequences from `first` on, in shards of about `rows` rows."""
-    start, held = first, 0
-    for number in range(first, len(lengths)):
-        held += lengths[number]
-        if held >= rows:
-            yield range(start, number + 1)
-            start, held = number + 1, 0
-    if start < len(lengths):
-        yield range(start, len(lengths))
 
 
 def _batches(lengths: Sequence[int], window: range, tokens: int) -> Iterator[list[int]]:
@@ -78,6 +67,7 @@ def capture(
     vocab_size: int | None = None,
     batch_tokens: int = 4096,
     shard_rows: int = SHARD_ROWS,
+    shard: tuple[int, int] | None = None,
     name: str = "",
     tick: Callable[[int], None] | None = None,
 ) -> Store:
@@ -88,6 +78,8 @@ def capture(
     counts: for each sequence which of its tokens are labels, [L] bool; None: all.
     vocab_size: of a padded head, keep its first ids only; distributions are over these.
     batch_tokens: tokens a batch, padding included; shard_rows: rows a file: what a killed capture may have to redo.
+    shard: (i, n): of n machines that are given the same, this is number i, from 0, and captures its part alone, a
+        range of the sequences with about 1 / n of the tokens; `dft-kernels store join` makes one store of all n.
     tick: told of tokens as they are done, those already stored first.
 
     A folder that holds the beginning of the same capture is continued: every sequence is stored once, in order.
@@ -114,16 +106,19 @@ def capture(
         softcap=head.softcap if kind == "hidden" else None,
         masked=counts is not None,
     )
-    lengths = [len(ids) for ids in sequences]
+    lengths, mine = [len(ids) for ids in sequences], range(len(sequences))
     check_positions(model, max(lengths, default=0), "capture", "sequences", "have", "Cut them: a smaller --max_length")
+    share = None if shard is None else share_of(sequences, counts, shard_rows, shard)
+    if share is not None:
+        mine = range(share.first, share.first + share.sequences)
     kept = None if kind == "topk" or head.weight is None else (head.weight, head.bias)
     model.eval()
-    with StoreWriter(folder, contents, kept) as writer:
-        done = writer.sequences
-        _check_begun(folder, sequences, done)
+    with StoreWriter(folder, contents, kept, share) as writer:
+        done = mine.start + writer.sequences
+        _check_begun(folder, sequences[mine.start : mine.stop], writer.sequences)
         if tick is not None:
-            tick(sum(lengths[:done]))
-        for window in _windows(lengths, done, shard_rows):
+            tick(sum(lengths[mine.start : done]))
+        for window in windows(lengths[: mine.stop], done, shard_rows):
             rows: dict[int, tuple[Tensor, ...]] = {}
             for batch in _batches(lengths, window, batch_tokens):
                 rows |= zip(batch, _run(model, head, [sequences[n] for n in batch], contents), strict=True)

@@ -123,13 +123,10 @@ def run_forward(
 @contextmanager
 def projected(layer: Any, attachment: Attachment, hidden: Tensor) -> Iterator[dict[str, Any]]:
     """Hidden states and head as a loss takes them, for one that is computed inside of the context. ValueError for a
-    head that other processes have parts of."""
+    head that other processes have parts of in a way that it does not take."""
     if (split := parted(layer)) is not None:
-        remedy = (
-            "Under FSDP2 leave it in the root's unit, or group it with the final norm: fully_shard([norm, lm_head])"
-        )
-        remedy += "; in place of ZeRO-3 use ZeRO-2 or FSDP2"
-        fail(attachment.by, "the head", "be whole once the backbone ran", split, remedy)
+        remedy = "In place of ZeRO-3 use ZeRO-2 or FSDP2; under tensor parallelism divide its rows"
+        fail(attachment.by, "the head", "be whole once the backbone ran, or divided by rows", split, remedy)
     constants = {"logit_scale": attachment.head.logit_scale, "softcap": attachment.head.softcap}
     with torch.autocast(hidden.device.type, enabled=False) if attachment.wide else nullcontext():
         hidden = hidden.float() if attachment.wide else hidden

@@ -181,6 +181,11 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
             teacher = Store(str(job.teacher))
         except ValueError as error:
             raise ValueError(f"train: teacher: {str(error).removeprefix('store: ')}") from error
+        if teacher.share is not None:
+            raise ValueError(
+                f"train: teacher must be a whole store, got {job.teacher}, {teacher.share} of one. Join all of its "
+                "shards by dft-kernels store join."
+            )
     elif job.teacher is not None:
         check_model(job.teacher, "teacher")
     target = None if job.target is None else target_file.load(job.target)

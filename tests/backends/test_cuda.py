@@ -110,9 +110,9 @@ def test_the_binding_checks_what_it_is_given() -> None:
     with pytest.raises(RuntimeError, match="target must be given"):
         kernels.row_statistics(rows, 1 << Row.DIVERGENCE, 0)
     with pytest.raises(RuntimeError, match=r"out must be \[R, V\] like logits \[3, 5\], got \[3, 4\]"):
-        kernels.row_gradient(rows, torch.zeros(14, 3), 8, torch.zeros(6, 3), None, torch.empty(3, 4))
+        kernels.row_gradient(rows, torch.zeros(len(Row), 3), 8, torch.zeros(6, 3), None, torch.empty(3, 4))
     with pytest.raises(RuntimeError, match=r"cotangents must be \[6, R\]"):
-        kernels.row_gradient(rows, torch.zeros(14, 3), 8, torch.zeros(6, 2), None, torch.empty(3, 5))
+        kernels.row_gradient(rows, torch.zeros(len(Row), 3), 8, torch.zeros(6, 2), None, torch.empty(3, 5))
     with pytest.raises(RuntimeError, match="divergence must be one of its table, got kl"):
         kernels.row_statistics(kernels.Rows(logits=torch.randn(3, 5), divergence="kl"), 8, 0)
 

@@ -25,7 +25,9 @@ BASES: dict[tuple[str, ...], list[str]] = {  # what each command needs, before a
     ("train",): ["--model", "model", "--text", FILE, "--output_dir", "new", "--use_cpu"],
     ("sample",): ["model", "--prompt", "x"],
     ("capture",): ["--model", "model", "--text", FILE, "--out", "new"],
-    ("store",): ["info", FOLDER],
+    ("store", "info"): [FOLDER],
+    ("store", "verify"): [FOLDER],
+    ("store", "join"): ["new", FOLDER],
     ("target", "build"): ["--text", FILE, "--out", "new"],
     ("target", "list"): [],
     ("target", "show"): ["literary"],
@@ -40,6 +42,7 @@ PATHS: dict[Any, list[str]] = {
     arguments.input_folder: [MISSING, FILE],
     arguments.output_folder: [FILE, f"{FILE}/below"],
     arguments.device: ["nothing", "cpu:x"],
+    arguments.shard: ["4/4", "1", "-1/4", "0/0", "0/4/4", "a/b", "", "0.5/1", "1/99999999999"],
     check_text: [MISSING, FOLDER, BINARY],
     target_file.load: [MISSING, FOLDER, BINARY],
     target._check_against: [MISSING, FOLDER, BINARY, f"{MISSING}.safetensors"],
@@ -184,7 +187,7 @@ def test_what_is_not_given_or_not_known(here: Path, capsys: pytest.CaptureFixtur
         "train --model model --text file.txt --max-length 1": "--max-length must be at least 2, got 1.",
         "train --model model --text file.txt --length 1": "--length must be at least 2, got 1.",
         "store info folder more": "more must follow a flag that takes it, got none.",
-        "store check folder": "what must be one of 'info', 'verify', got 'check'. Pick one of these.",
+        "store check folder": "what must be one of 'info', 'verify', 'join', got 'check'. Pick one of these.",
         "target": "what must be given, got none.",
     }.items():
         assert cli.main(line.split()) == 2

@@ -136,6 +136,20 @@ def test_killed_at_any_moment_it_goes_on_without_losing_or_repeating_a_row(tmp_p
     assert not [path for path in folder.iterdir() if path.name.endswith(".part")]
 
 
+def test_killed_before_its_first_manifest_it_goes_on(tmp_path: Path) -> None:
+    folder = write(tmp_path / "store", "hidden", LENGTHS[:0])
+    (folder / "manifest.json").unlink()
+    assert {path.name for path in folder.iterdir()} == {".lock", "head.safetensors"}
+    with pytest.raises(
+        ValueError, match=r"head.safetensors: the file must be none, or this capture's head, got another"
+    ):
+        write(folder, "hidden")
+    with pytest.raises(ValueError, match=r"must be new, empty or a store, got \['head.safetensors'\]"):
+        write(folder, "topk")
+    torch.manual_seed(0)  # the head of the first
+    assert_holds(Store(write(folder, "hidden")), "hidden")
+
+
 def damage(folder: Path, what: str) -> None:
     shard, manifest = folder / "shard-00001.safetensors", folder / "manifest.json"
     whole = json.loads(manifest.read_text())
@@ -250,6 +264,6 @@ def test_info(tmp_path: Path, capsys: Any) -> None:
     assert cli.main(["store", "verify", str(folder)]) == 0
     said = capsys.readouterr().out
     size = sum(os.path.getsize(path) for path in folder.glob("shard-*")) / sum(LENGTHS)
-    assert f"8 sequences, {sum(LENGTHS)} tokens in 3 shards" in said
+    assert f"8 sequences, {sum(LENGTHS)} tokens in 3 files" in said
     assert f"{size:,.0f} bytes a token" in said
     assert "every checksum" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -163,13 +164,43 @@ def test_a_padded_vocabulary_is_sliced_where_it_is_said(kind: str, tmp_path: Pat
     assert not (tmp_path / "t").exists()
 
 
+def command(folder: Path, tokenizer: Any) -> list[str]:
+    """A capture of a model and a text that are written into a folder, but for --out."""
+    far().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "a.txt").write_text(" ".join(texts()))
+    line = ["capture", "--model", str(folder / "model"), "--text", str(folder / "a.txt"), "--max_length", "16"]
+    return [*line, "--kind", "topk", "--k", "4", "--dtype", "float32", "--device", "cpu", "--out"]
+
+
+def test_the_command_on_several_machines(tmp_path: Path, tokenizer: Any, capsys: Any) -> None:
+    line = command(tmp_path, tokenizer)
+    more, folders = ["--shard-rows", "32"], [str(tmp_path / f"{index}") for index in range(3)]
+    assert cli.main([*line, str(tmp_path / "whole"), *more]) == 0
+    rows = len(Store(tmp_path / "whole"))
+    found = 0
+    for index, folder in enumerate(folders):
+        assert cli.main([*line, folder, *more, "--shard", f"{index}/3"]) == 0
+        said = re.search(rf"^shard {index}/3: (\d+) rows, \d+ tokens$", capsys.readouterr().out, re.M)
+        assert said is not None
+        found += int(said[1])
+    assert found == rows
+    assert cli.main(["store", "join", str(tmp_path / "joined"), *folders]) == 0
+    joined, whole = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("joined", "whole")
+    )
+    assert joined == whole
+    assert cli.main([*line, str(tmp_path / "joined"), *more]) == 0
+    assert "tokens/s" not in capsys.readouterr().out.splitlines()[-1]
+    assert cli.main([*line, str(tmp_path / "new"), *more, "--shard", "0/99"]) == 1
+    said = capsys.readouterr().err
+    assert "--shard must have a file for each of its n parts, got 99 for " in said
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_command(tmp_path: Path, tokenizer: Any, capsys: Any) -> None:
-    far().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "a.txt").write_text(" ".join(texts()))
     out = tmp_path / "store"
-    line = ["capture", "--model", str(tmp_path / "model"), "--text", str(tmp_path / "a.txt"), "--out", str(out)]
-    line += ["--max_length", "16", "--kind", "topk", "--k", "4", "--dtype", "float32", "--device", "cpu"]
+    line = [*command(tmp_path, tokenizer), str(out)]
     assert cli.main(line) == 0
     said = capsys.readouterr().out
     assert "topk: the 4 likeliest tokens" in said

@@ -1,4 +1,5 @@
-"""`capture` and `train` under kill -9 at random places: the same command goes on and ends as an unbroken one."""
+"""`capture`, `store join` and `train` under kill -9 at random places: the same command goes on and ends as an unbroken
+one."""
 
 from __future__ import annotations
 
@@ -50,11 +51,18 @@ def texts(given: Path) -> list[str]:
     return [str(given / f"{number}.txt") for number in range(60)]
 
 
+def capture_line(given: Path, kind: str) -> list[str]:
+    return ["capture", "--model", str(given / "model"), "--text", *texts(given), "--kind", kind, "--k", "5",
+            "--max-length", "16", "--shard-rows", "60", "--batch-tokens", "40", "--device", "cpu"]  # fmt: skip
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 @pytest.fixture(scope="module", params=["hidden", "topk"])
 def captured(given: Path, request: Any) -> Unbroken:
-    line = ["capture", "--model", str(given / "model"), "--text", *texts(given), "--kind", request.param, "--k", "5",
-            "--max_length", "16", "--shard-rows", "60", "--batch-tokens", "40", "--device", "cpu", "--out"]  # fmt: skip
-    return Unbroken.of(line, given / f"whole-{request.param}")
+    return Unbroken.of([*capture_line(given, request.param), "--out"], given / f"whole-{request.param}")
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +79,42 @@ def trained(given: Path) -> Unbroken:
 def test_capture_is_bit_for_bit_the_unbroken_one(captured: Unbroken, place: int, tmp_path: Path) -> None:
     out = tmp_path / "out"
     until_it_ends([*captured.line, str(out)], out, captured.events, place)
-    found, whole = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (out, captured.folder))
-    assert found == whole
+    assert files(out) == files(captured.folder)
     Store(out)  # by its checksums
+
+
+@pytest.fixture(scope="module")
+def shards(given: Path) -> list[Unbroken]:
+    """Of a capture on two machines."""
+    line = [*capture_line(given, "hidden"), "--shard"]
+    return [Unbroken.of([*line, f"{index}/2", "--out"], given / f"shard-{index}") for index in range(2)]
+
+
+@pytest.fixture(scope="module")
+def joined(shards: list[Unbroken], given: Path) -> Unbroken:
+    line, out = ["store", "join"], given / "joined"
+    code, events, said = run([*line, str(out), *(str(one.folder) for one in shards)], out)
+    assert code == 0, said
+    return Unbroken(line, out, events)
+
+
+@KEPT
+@pytest.mark.parametrize("place", range(PLACES))
+def test_a_shard_is_bit_for_bit_the_unbroken_one(shards: list[Unbroken], place: int, tmp_path: Path) -> None:
+    out, unbroken = tmp_path / "out", shards[place % 2]
+    until_it_ends([*unbroken.line, str(out)], out, unbroken.events, place)
+    assert files(out) == files(unbroken.folder)
+
+
+@KEPT
+@pytest.mark.parametrize("place", range(PLACES))
+def test_a_join_is_bit_for_bit_the_unbroken_one(
+    joined: Unbroken, shards: list[Unbroken], place: int, tmp_path: Path
+) -> None:
+    out, before = tmp_path / "out", [files(one.folder) for one in shards]
+    until_it_ends([*joined.line, str(out), *(str(one.folder) for one in shards)], out, joined.events, place)
+    assert files(out) == files(joined.folder)
+    assert [files(one.folder) for one in shards] == before
 
 
 @KEPT

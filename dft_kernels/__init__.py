@@ -23,7 +23,7 @@ from .loss.tokens import TokenStatistics, token_statistics
 from .teachers import Labels, LogitStream, Mixture, TeacherHead, TeacherLogits, TopK
 
 if TYPE_CHECKING:
-    from . import divergences, targets, terms, testing
+    from . import distributed, divergences, targets, terms, testing
     from .models.correction import CorrectionHead, add_correction, load_correction, remove_correction, save_correction
     from .store.reader import Store
     from .training.attach import DistributionOutput, attach, detach
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_PACKAGES = ("divergences", "targets", "terms", "testing")
+_PACKAGES = ("distributed", "divergences", "targets", "terms", "testing")
 _LATER = {  # public names that are imported when first asked for, and where from
     **dict.fromkeys(("attach", "detach", "DistributionOutput"), "training.attach"),
     **dict.fromkeys(("DFTConfig", "DFTTrainer"), "training.trainer"),
@@ -69,6 +69,7 @@ __all__ = [
     "capture",
     "cross_entropy",
     "detach",
+    "distributed",
     "distribution_loss",
     "divergences",
     "linear_cross_entropy",

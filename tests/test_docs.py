@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,10 @@ def names_below(heading: str) -> list[str]:
     return re.findall(r"^\| `(\w+)` \| \S", section, re.M)
 
 
-PUBLIC = ("dft_kernels", *(f"dft_kernels.{name}" for name in ("divergences", "terms", "targets", "testing")))
+PUBLIC = (
+    "dft_kernels",
+    *(f"dft_kernels.{name}" for name in ("divergences", "terms", "targets", "distributed", "testing")),
+)
 
 
 @pytest.mark.parametrize("module", PUBLIC)
@@ -208,11 +212,27 @@ def given() -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(("path", "line", "code"), EXAMPLES)
 def test_an_example_runs(
-    path: Path, line: int, code: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    path: Path,
+    line: int,
+    code: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
+    if "torch.distributed" in code:
+        request.getfixturevalue("one_process")
     for optional in re.findall(r"^from (trl|datasets) import", code, re.M):
         pytest.importorskip(optional)
     monkeypatch.chdir(folder)
@@ -226,6 +246,10 @@ def test_an_example_runs(
     if "loss" in scope:
         assert 0 < float(scope["loss"].detach()) < 100
     if "backward()" in code:
-        gradients = [scope["weight"].grad, *(parameter.grad for parameter in scope["model"].parameters())]
+        gradients = [
+            scope["weight"].grad,
+            getattr(scope.get("head"), "grad", None),
+            *(parameter.grad for parameter in scope["model"].parameters()),
+        ]
         assert any(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients)
     assert scope["teacher"].lm_head.weight.grad is None

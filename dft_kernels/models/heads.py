@@ -142,13 +142,33 @@ def of_fsdp(module: Any) -> bool:
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
+def apart(layer: Any) -> bool:
+    """Whether the layer's weight is here only while the layer is called: it is a unit of FSDP2 of its own, or a module
+    of ZeRO-3."""
+    weight = _base_weight(layer)
+    return (of_fsdp(layer) and hasattr(weight, "placements")) or hasattr(weight, "ds_id")
+
+
+def called_as(layer: Any, forward: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """forward(hidden), within a call of the layer, whose hooks gather its weight and reduce its gradient."""
+    own = layer.__dict__.get("forward")
+    layer.forward = forward
+    try:
+        return layer(hidden)
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
+
+
 def parted(layer: Any) -> str | None:
     """How the layer's weight is split over processes in a way that the loss does not take; None where this process has
-    all of it, or its own rows under tensor parallelism, or FSDP2 has it alone, which can be gathered."""
+    all of it, or its own rows under tensor parallelism."""
     weight = _base_weight(layer)
     if hasattr(weight, "placements"):  # a DTensor
         over = [placement for placement in weight.placements if not placement.is_replicate()]
-        if len(over) == 1 and over[0].is_shard(0) and (weight.device_mesh.ndim == 1 or not of_fsdp(layer)):
+        if len(over) == 1 and over[0].is_shard(0) and not of_fsdp(layer):
             return None
         return f"a {type(weight).__name__} {list(weight.placements)}"
     if hasattr(weight, "ds_id") and weight.numel() == 0:
@@ -179,8 +199,6 @@ def projection(layer: Any, hidden: Tensor) -> dict[str, Any]:
         correction = getattr(layer, CORRECTION)
         parts.append((correction.down, correction.up, 1.0, torch.nn.Identity()))
     bias = getattr(layer, "bias", None)
-    if of_fsdp(layer) and hasattr(layer.weight, "placements"):
-        return {"weight": _gathered(layer.weight, hidden), "bias": None if bias is None else _gathered(bias, hidden)}
     if not parts:
         return {"weight": layer.weight, "bias": bias}
     down = torch.cat([a(dropout(hidden.to(a.weight.dtype))).to(hidden.dtype) * s for a, _, s, dropout in parts], dim=-1)
@@ -190,15 +208,6 @@ def projection(layer: Any, hidden: Tensor) -> dict[str, Any]:
             more = b.bias.to(hidden.dtype) * scale
             bias = more if bias is None else bias + more
     return {"weight": layer.weight, "bias": bias, "low_rank": (down, up)}
-
-
-def _gathered(parameter: Any, hidden: Tensor) -> Tensor:
-    """All of a parameter of an FSDP2 unit whose own forward does not run, in the dtype that its mixed precision gives
-    hidden states; the gradient is reduced as FSDP2 does, to the mean over its processes."""
-    from torch.distributed.tensor import Partial
-
-    whole: Tensor = parameter.to(hidden.dtype).full_tensor(grad_placements=[Partial("avg")])
-    return whole
 
 
 def _check_adapters(model: Any, layer: Any, adapted: bool) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -21,7 +21,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..errors import fail
 from ..loss.functional import linear_distribution_loss, shift_labels
 from ..loss.metrics import Metrics
-from ..models.heads import attempt, in_mode, loss_replaced, output_layer, parted, projection, tapped
+from ..models.heads import (
+    apart,
+    attempt,
+    called_as,
+    in_mode,
+    loss_replaced,
+    output_layer,
+    parted,
+    projection,
+    tapped,
+)
 from ..teachers.contract import Head
 
 WEIGHTS = ("soft_weight", "hard_weight")  # that a call may give for itself
@@ -120,20 +130,23 @@ def run_forward(
     return out, out.loss if calls_loss else loss_of()
 
 
-@contextmanager
-def projected(layer: Any, attachment: Attachment, hidden: Tensor) -> Iterator[dict[str, Any]]:
-    """Hidden states and head as a loss takes them, for one that is computed inside of the context. ValueError for a
-    head that other processes have parts of in a way that it does not take."""
-    if (split := parted(layer)) is not None:
-        remedy = "In place of ZeRO-3 use ZeRO-2 or FSDP2; under tensor parallelism divide its rows"
-        fail(attachment.by, "the head", "be whole once the backbone ran, or divided by rows", split, remedy)
+def projected(layer: Any, attachment: Attachment, hidden: Tensor, compute: Callable[[dict[str, Any]], Any]) -> Any:
+    """compute(hidden states and head as a loss takes them). ValueError for a head that other processes have parts of in
+    a way that the loss does not take."""
     constants = {"logit_scale": attachment.head.logit_scale, "softcap": attachment.head.softcap}
-    with torch.autocast(hidden.device.type, enabled=False) if attachment.wide else nullcontext():
-        hidden = hidden.float() if attachment.wide else hidden
-        head = projection(layer, hidden)
-        if attachment.wide:
-            head = {name: _float(part) for name, part in head.items()}
-        yield {"hidden": hidden, **head, **constants}
+
+    def forward(hidden: Tensor) -> Any:
+        if (split := parted(layer)) is not None:
+            remedy = "Call attach before DeepSpeed or FSDP2 takes the model; use FSDP2 in place of FSDP1"
+            fail(attachment.by, "the head", "be whole where it is called, or divided by rows", split, remedy)
+        with torch.autocast(hidden.device.type, enabled=False) if attachment.wide else nullcontext():
+            hidden = hidden.float() if attachment.wide else hidden
+            head = projection(layer, hidden)
+            if attachment.wide:
+                head = {name: _float(part) for name, part in head.items()}
+            return compute({"hidden": hidden, **head, **constants})
+
+    return called_as(layer, forward, hidden) if apart(layer) else forward(hidden)
 
 
 def _float(part: Any) -> Any:
@@ -152,7 +165,8 @@ def fused_loss(
         relation = f"be given with hard_weight={terms['hard_weight']}"
         fail(attachment.by, "labels", relation, "None", "Pass labels=input_ids, padding -100")
     delayed = ours.get("distribution_terms")
-    with projected(layer, attachment, hidden) as head:
+
+    def loss_of(head: dict[str, Any]) -> tuple[Tensor, Metrics]:
         call: dict[str, Any] = {
             **{"target": target.to(hidden.device), "teacher": teacher, "num_items": ours.get("num_items_in_batch")},
             **{**head, **terms, "return_metrics": True},
@@ -161,6 +175,9 @@ def fused_loss(
             return linear_distribution_loss(**call)
         loss, _, _, metrics = delayed.loss(input_ids=given.get("input_ids"), **call)
         return loss, metrics
+
+    found: tuple[Tensor, Metrics] = projected(layer, attachment, hidden, loss_of)
+    return found
 
 
 def _logits(layer: Any, head: Head, hidden: Tensor, given: dict[str, Any]) -> Tensor:

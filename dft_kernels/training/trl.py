@@ -228,8 +228,11 @@ def _statistics(layer: Any, fused: FusedHead, hidden: Tensor, target: Tensor) ->
     """TRL's outputs [B, T], of the head as it is now."""
     names = ("log_probs", *fused.outputs)
     asked = [_OUTPUTS[name] for name in names]
-    with projected(layer, fused.attachment, hidden) as head:
-        found = token_statistics(target=target.to(hidden.device), temperature=fused.temperature, outputs=asked, **head)
+
+    def statistics_of(head: dict[str, Any]) -> Any:
+        return token_statistics(target=target.to(hidden.device), temperature=fused.temperature, outputs=asked, **head)
+
+    found = projected(layer, fused.attachment, hidden, statistics_of)
     return {name: getattr(found, _OUTPUTS[name]) for name in names}
 
 

@@ -316,12 +316,37 @@ def test_gradients_and_training_are_one_process_s_or_the_call_is_refused(tmp_pat
     on_two(__file__, tmp_path, *functions)
 
 
-def test_zero_3_is_refused() -> None:
+def test_a_weight_that_hooks_gather_and_release() -> None:
+    """As DeepSpeed's ZeRO-3 keeps it: nothing but while its layer is called, and in that call's backward."""
+    plain, model = (attach(tiny(tie_word_embeddings=False), hard_weight=0.3) for _ in range(2))
+    weight = model.lm_head.weight
+    whole, weight.ds_id = weight.data, 7
+
+    def gather(*_: Any) -> None:
+        weight.data = whole
+
+    def release(*_: Any) -> None:
+        weight.data = torch.empty(0)
+
+    model.lm_head.register_forward_pre_hook(gather)
+    model.lm_head.register_forward_hook(release)
+    release()
+    expected, found = (of(**batch(slice(0, 2), True)) for of in (plain, model))
+    assert weight.numel() == 0
+    assert torch.equal(found.loss, expected.loss)
+    gather()
+    found.loss.backward()
+    expected.loss.backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_a_weight_that_nobody_gathers_is_refused() -> None:
     model = attach(tiny(tie_word_embeddings=False))
     weight = model.lm_head.weight
     weight.ds_id, weight.data = 7, torch.empty(0)  # as deepspeed leaves it between a module's calls
     with pytest.raises(
-        ValueError, match=r"the head must be whole .*got a parameter that ZeRO-3 has partitioned\. .*use"
+        ValueError, match=r"the head must be whole where .* ZeRO-3 has partitioned\. Call attach before"
     ):
         model(**batch(slice(0, 2), False))
     with pytest.raises(ValueError, match="its own rows of it, got a parameter that ZeRO-3"):

@@ -113,20 +113,19 @@ def terms_table(rows: Rows) -> str:
 
 
 def trainers_table(rows: Rows) -> str:
-    """Of bench/trainers.py: a row a trainer."""
-    of = {(row["trainer"], row["way"]): row for row in rows}
+    """Of bench/trainers.py: a row a trainer and size of the model."""
+    of = {(row["trainer"], row["layers"], row["way"]): row for row in rows}
     lines = []
-    for name in dict.fromkeys(row["trainer"] for row in rows):
-        own, fused = of[name, "TRL"], of[name, "fuse"]
+    for name, layers in dict.fromkeys((row["trainer"], row["layers"]) for row in rows):
+        own, fused = of[name, layers, "TRL"], of[name, layers, "fuse"]
         mb = [f"{int(row['peak_bytes']) / 1e6:,.0f} MB" for row in (own, fused)]
         spread = f"{float(fused['over_trl']):.2f} ({float(fused['least']):.2f} to {float(fused['most']):.2f})"
         seconds = [f"{float(row['cpu_s']):.1f} s" for row in (own, fused)]
-        lines.append([name, *seconds, spread, *mb])
-    first = rows[0]
+        lines.append([f"{name}, {layers} layers", *seconds, spread, *mb])
     head = ["CPU seconds a step", "TRL", "fused", "fused / TRL (least to most)", "memory, TRL", "memory, fused"]
-    steps = f"medians of {first['rounds']} rounds of {first['steps']} steps"
-    size = f"{first['layers']} layers of SmolLM2 and its head, H 576, V 49152, fp32"
-    return markdown(head, lines, f"{size}; {steps}; trl {first['trl']}; {where(rows)}")
+    rounds = " or ".join(dict.fromkeys(row["rounds"] for row in rows))
+    size = f"SmolLM2, of 30 layers, or its first two, and its head, fp32; medians of {rounds} rounds"
+    return markdown(head, lines, f"{size}; trl {rows[0]['trl']}; {where(rows)}")
 
 
 def target_table(rows: Rows) -> str:

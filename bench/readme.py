@@ -112,6 +112,22 @@ def terms_table(rows: Rows) -> str:
     return markdown(head, lines, caption)
 
 
+def trainers_table(rows: Rows) -> str:
+    """Of bench/trainers.py: a row a trainer and size of the model."""
+    of = {(row["trainer"], row["layers"], row["way"]): row for row in rows}
+    lines = []
+    for name, layers in dict.fromkeys((row["trainer"], row["layers"]) for row in rows):
+        own, fused = of[name, layers, "TRL"], of[name, layers, "fuse"]
+        mb = [f"{int(row['peak_bytes']) / 1e6:,.0f} MB" for row in (own, fused)]
+        spread = f"{float(fused['over_trl']):.2f} ({float(fused['least']):.2f} to {float(fused['most']):.2f})"
+        seconds = [f"{float(row['cpu_s']):.1f} s" for row in (own, fused)]
+        lines.append([f"{name}, {layers} layers", *seconds, spread, *mb])
+    head = ["CPU seconds a step", "TRL", "fused", "fused / TRL (least to most)", "memory, TRL", "memory, fused"]
+    rounds = " or ".join(dict.fromkeys(row["rounds"] for row in rows))
+    size = f"SmolLM2, of 30 layers, or its first two, and its head, fp32; medians of {rounds} rounds"
+    return markdown(head, lines, f"{size}; trl {rows[0]['trl']}; {where(rows)}")
+
+
 def target_table(rows: Rows) -> str:
     """Of bench/targets.py: a row a statistic, a column a model, in units of the floor."""
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -184,6 +200,7 @@ KINDS: dict[str, Callable[[Rows], str]] = {
     "longest": longest_table,  # bench/longest.py
     "terms": terms_table,  # bench/terms.py
     "target": target_table,  # bench/targets.py
+    "trainers": trainers_table,  # bench/trainers.py
     "errors": errors_table,  # dft-kernels bench --inputs
     "every-error": every_error_table,
     "summary": summary_table,  # written by hand from the runs that its last column names

@@ -1,5 +1,5 @@
 """A LightningModule whose training step has the fused loss, from hidden states and the head's weight.
-It needs Lightning, which this package does not bring: pip install lightning.
+It needs Lightning (2.6 was tried): pip install lightning.
 
     python examples/lightning_module.py
     python examples/lightning_module.py --model my-model/ --text my.txt --steps 100

@@ -1,13 +1,16 @@
-"""A loss for torchtitan, `loss_fn(pred, labels)`, whose pred are hidden states and not logits.
+"""A loss for torchtitan: `loss(pred, labels, global_valid_tokens)`, whose pred are last hidden states and not logits.
 
-torchtitan must be told: the model returns its last hidden states. Newer versions have a switch, `_skip_lm_head = True`,
-which their trainer sets for a ChunkedLossWrapper alone: set it for this loss too. In older ones return `self.norm(h)`
-from the model's forward. The head's weight must be whole where the loss runs: not sharded by tensor parallelism, and
-with FSDP in the unit of the final norm or of the root.
+torchtitan's trainer (0.3.0) gives the head to a ChunkedLossWrapper, and has the model leave it out (`_skip_lm_head`),
+so be one. Then name it in the trainer's configuration, `loss=TitanLoss.Config()`:
 
-This has not been run inside of torchtitan, which is not needed here. The function is the `fn` of its losses as of its
-components/loss.py: a sum over shifted labels, which newer versions divide by the tokens of all devices around it
-(BaseLoss.__call__); where yours expects a mean, leave out reduction="sum".
+    class TitanLoss(FusedLoss, ChunkedLossWrapper):
+        @dataclass(kw_only=True, slots=True)
+        class Config(ChunkedLossWrapper.Config):
+            pass
+
+The head's weight must be whole where the loss runs: not sharded by tensor parallelism, and with FSDP in the unit of the
+final norm, as torchtitan has it, or of the root. Beside torchtitan's own classes, value and gradients were found to be
+ChunkedLossWrapper's; a training by its trainer has not been run.
 
     python examples/torchtitan_loss.py    # a training step's shape, with a model of transformers
 """
@@ -15,7 +18,7 @@ components/loss.py: a sum over shifted labels, which newer versions divide by th
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,24 +30,21 @@ from dft_kernels.materials.sources import model_of, texts_of
 from dft_kernels.training.students import pack
 
 
-def fused_loss(lm_head: nn.Linear) -> Callable[[Tensor, Tensor], Tensor]:
-    """torchtitan's `fn` of a loss: hidden states [..., H], labels [...] (-100: ignored), to the sum over them."""
+class FusedLoss:
+    """pred [..., H], labels [...] (-100: ignored): the cross-entropy's sum over the tokens of all devices, {}."""
 
-    def loss_fn(pred: Tensor, labels: Tensor) -> Tensor:
-        return linear_cross_entropy(pred, lm_head.weight, labels, linear_bias=lm_head.bias, reduction="sum")
+    lm_head: nn.Linear
 
-    return loss_fn
+    def set_lm_head(self, lm_head: nn.Linear) -> None:
+        """Before the first call."""
+        self.lm_head = lm_head
 
-
-class Decoder(nn.Module):
-    """A stand-in for torchtitan's model: tokens to hidden states, its head beside them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.layers, self.lm_head = model.model, model.lm_head
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.layers(tokens).last_hidden_state
+    def __call__(
+        self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **_: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        weight, bias = self.lm_head.weight, self.lm_head.bias
+        loss = linear_cross_entropy(pred, weight, labels, linear_bias=bias, reduction="sum")
+        return loss if global_valid_tokens is None else loss / global_valid_tokens, {}
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
@@ -58,14 +58,15 @@ def main(arguments: list[str] | None = None) -> list[float]:
     options = parser.parse_args(arguments)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    causal, tokenizer = model_of(options.model, cache_folder(), torch.float32)
-    model = Decoder(causal.to(device).train())
-    loss_fn = fused_loss(model.lm_head)
+    model, tokenizer = model_of(options.model, cache_folder(), torch.float32)
+    model.to(device).train()
+    loss_fn = FusedLoss()
+    loss_fn.set_lm_head(model.lm_head)
     sequences = pack(texts_of(options.text, cache_folder())[:2000], tokenizer, options.length + 1)
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=options.learning_rate), []
     for _, ids in zip(range(options.steps), DataLoader(sequences, batch_size=4, shuffle=True), strict=False):
         tokens, labels = ids[:, :-1].to(device), ids[:, 1:].to(device)  # as torchtitan's data loader yields them
-        loss = loss_fn(model(tokens), labels) / (labels != -100).sum()  # the trainer's division
+        loss, _ = loss_fn(model.model(tokens).last_hidden_state, labels, (labels != -100).sum())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -319,7 +319,7 @@ def read_csv(folder: Path) -> None:
 
 def make_yaml(folder: Path) -> None:
     (folder / "job.yaml").write_text(
-        "model: smollm2\ntext: [lambada, lambada]\nlength: 99\nlearning_rate: 1e-4\nteacher: null\ntemperature: 2\n"
+        "model: smollm2\ntext: [lambada, lambada]\nmax_length: 99\nlearning_rate: 1e-4\nteacher: null\ntemperature: 2\n"
         "use_cpu: true\nheld_out: 4\ndivergence: reverse_kl\n"
     )
 
@@ -347,7 +347,7 @@ def read_yaml(folder: Path) -> None:
 
 
 def make_about(folder: Path) -> None:
-    (folder / ABOUT).write_text(json.dumps({"base": "smollm2", "held_out": {"kl": 1.0}, "job": {"length": 9}}))
+    (folder / ABOUT).write_text(json.dumps({"base": "smollm2", "held_out": {"kl": 1.0}, "job": {"max_length": 9}}))
 
 
 def read_job(folder: Path) -> None:

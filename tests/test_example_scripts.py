@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-import types
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +72,9 @@ def test_it_is_short(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_flags_have_defaults(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_its_flags_have_defaults(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     if name.startswith("trl"):
         pytest.importorskip("trl")
-    if name.startswith("lightning"):
-        monkeypatch.setitem(sys.modules, "lightning", lightning([]))
     with pytest.raises(SystemExit) as ended:
         script(name).main(["--help"])
     assert not ended.value.code
@@ -109,55 +104,23 @@ def test_accelerate_loop(model: str, texts: list[str]) -> None:
 
 
 def test_torchtitan_loss(model: str, texts: list[str]) -> None:
-    """The function is F.cross_entropy's sum, of flat and of batched rows; torchtitan itself is not there."""
+    """The loss is F.cross_entropy's sum, of flat and of batched rows, over the count. torchtitan is not there."""
     module = script("torchtitan_loss")
     causal, ids = far(), torch.randint(4, 94, (2, 9))
     labels, hidden = shift_labels(ids), hidden_states(causal, ids)
-    loss_fn = module.fused_loss(causal.lm_head)
+    loss_fn = module.FusedLoss()
+    loss_fn.set_lm_head(causal.lm_head)
     whole = torch.nn.functional.cross_entropy(causal.lm_head(hidden).flatten(0, 1), labels.flatten(), reduction="sum")
     for pred, expected in ((hidden, labels), (hidden.flatten(0, 1), labels.flatten())):
-        torch.testing.assert_close(loss_fn(pred, expected), whole, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(loss_fn(pred, expected), (whole, {}), rtol=1e-5, atol=1e-4)
+        found = loss_fn(pred, expected, torch.tensor(16), positions=None)
+        torch.testing.assert_close(found, (whole / 16, {}), rtol=1e-5, atol=1e-4)
     flags = ["--length", "8", "--steps", "6", "--learning-rate", "0.02"]
     assert falls(module.main(["--model", model, "--text", *texts, *flags]))
 
 
-def lightning(logged: list[dict[str, float]]) -> types.ModuleType:
-    """A stand-in for Lightning, which is no dependency: its names that the example has, doing the least that they do in
-    the real one. It shows that the example's module trains, not that Lightning takes it."""
-
-    class LightningModule(torch.nn.Module):
-        def log(self, name: str, value: torch.Tensor, prog_bar: bool = False) -> None:
-            logged.append({name: float(value.detach())})
-
-    class Trainer:
-        def __init__(self, max_steps: int, logger: bool, enable_checkpointing: bool) -> None:
-            self.steps = max_steps
-
-        def fit(self, module: Any, loader: Iterable[torch.Tensor]) -> None:
-            optimizer = module.configure_optimizers()
-            for number, batch in zip(range(self.steps), (b for _ in range(self.steps) for b in loader), strict=False):
-                module.training_step(batch, number).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-
-        def validate(self, module: Any, loader: Iterable[torch.Tensor]) -> list[dict[str, float]]:
-            start = len(logged)
-            with torch.no_grad():
-                for number, batch in enumerate(loader):
-                    module.validation_step(batch, number)
-            values = [line["val_loss"] for line in logged[start:]]
-            return [{"val_loss": sum(values) / len(values)}]
-
-    made = types.ModuleType("lightning")
-    made.LightningModule, made.Trainer = LightningModule, Trainer  # type: ignore[attr-defined]
-    return made
-
-
 def test_lightning_module(model: str, texts: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    logged: list[dict[str, float]] = []
     monkeypatch.chdir(tmp_path)
-    if importlib.util.find_spec("lightning") is None:
-        monkeypatch.setitem(sys.modules, "lightning", lightning(logged))
     module = script("lightning_module")
     flags = ["--length", "12", "--steps", "8", "--learning-rate", "0.02"]
     assert falls(list(module.main(["--model", model, "--text", *texts, *flags])))

@@ -287,12 +287,12 @@ def test_a_configuration_gives_no_flags(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     for text, said in {
         "text: [--model]": "text must hold numbers, and texts that do not begin with '-', got '--model'",
-        "text: lambada\nmodel: smollm2\nlength: many": "length must be a whole number, got 'many'",
+        "text: lambada\nmodel: smollm2\nmax_length: many": "max_length must be a whole number, got 'many'",
         "learning_rate: .nan\nmodel: a\ntext: lambada\nuse_cpu: true": "learning_rate must be",
-        "length: true": "length must be a whole number, got 'True'",
-        "length: 9.5": "length must be a whole number, got '9.5'",
+        "max_length: true": "max_length must be a whole number, got 'True'",
+        "max_length: 9.5": "max_length must be a whole number, got '9.5'",
         "a: &x [1]\nb: *x": "the file must be a readable YAML file, got an anchor, alias or tag",
-        "length: 1\nlength: 2": "got a name twice in a mapping",
+        "max_length: 1\nmax_length: 2": "got a name twice in a mapping",
         "model: !!python/name:os.system ''": "got an anchor, alias or tag",
     }.items():
         file.write_text(text)

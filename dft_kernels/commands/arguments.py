@@ -53,9 +53,20 @@ class Parser(argparse.ArgumentParser):
         return options
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """argparse's; what was typed is kept for messages."""
+        """argparse's, for which a flag may be written with _ or -; what was typed is kept for messages."""
         self.typed = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(self.typed, namespace)
+        end = self.typed.index("--") if "--" in self.typed else len(self.typed)
+        spelled = [*map(self._spelled, self.typed[:end]), *self.typed[end:]]
+        return super().parse_known_args(spelled, namespace)
+
+    def _spelled(self, text: str) -> str:
+        """A flag as argparse knows it."""
+        name, sign, value = text.partition("=")
+        flags = self._option_string_actions
+        other = _hyphened(name)
+        if name.startswith("--") and not any(flag.startswith(name) for flag in flags):
+            return other + sign + value if any(flag.startswith(other) for flag in flags) else text
+        return text
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's message as a `UsageError`."""
@@ -89,18 +100,19 @@ class Parser(argparse.ArgumentParser):
         return typed or next(iter(action.option_strings), None) or str(action.metavar or action.dest)
 
     def _names(self, flag: str, typed: str) -> bool:
+        flag, typed = _hyphened(flag), _hyphened(typed)
         return flag == typed or (self.allow_abbrev and flag.startswith(typed))
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """argparse's with defaults, where there are any, and one spelling of each flag."""
+    """argparse's with defaults, where there are any, and of a flag's long names the first."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         nothing = action.default in (None, []) or action.default is False
         return action.help if nothing else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        if len({flag.replace("_", "-") for flag in action.option_strings}) == 1:
+        if action.option_strings and all(flag.startswith("--") for flag in action.option_strings):
             values = self._format_args(action, self._get_default_metavar_for_optional(action))
             return f"{action.option_strings[0]} {values}".rstrip()
         return super()._format_action_invocation(action)
@@ -108,7 +120,12 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def last_of(flags: Sequence[str], typed: Sequence[str]) -> str | None:
     """The last of what was typed that is one of these flags, without its value."""
-    return next((name for text in reversed(typed) if (name := text.partition("=")[0]) in flags), None)
+    known = {*map(_hyphened, flags)}
+    return next((name for text in reversed(typed) if _hyphened(name := text.partition("=")[0]) in known), None)
+
+
+def _hyphened(flag: str) -> str:
+    return flag.replace("_", "-")
 
 
 def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -265,10 +282,11 @@ def device(text: str) -> str:
 
 def each_of(known: Sequence[str]) -> dict[str, Any]:
     """Keywords of `add_argument` for any number of some names, checked one by one."""
-    return {"nargs": "*", "type": Checked(lambda text: _check_name(text, known)), "metavar": "NAME"}
+    return {"nargs": "*", "type": Checked(lambda text: check_name(text, known)), "metavar": "NAME"}
 
 
-def _check_name(text: str, known: Sequence[str]) -> None:
+def check_name(text: str, known: Sequence[str]) -> None:
+    """ValueError, with the nearest, for a name that is none of these."""
     if text not in known:
         near = difflib.get_close_matches(text, known, 1, 0.0)[0]
         raise ValueError(f"must be one of {', '.join(known)}, got {text!r}. Did you mean {near}?")

@@ -15,7 +15,7 @@ from ..training.capture import capture
 from ..training.examples import examples_of
 from ..training.shares import share_range
 from .arguments import Help, Number, Parser, Whole, device, output_folder, shard
-from .flags import add_cache, add_only, add_quiet, add_text
+from .flags import add_cache, add_only, add_quiet, add_skip_bad, add_text
 from .printing import console, progress
 from .store import describe
 
@@ -36,9 +36,9 @@ def parser() -> Parser:
     add("--kind", choices=KINDS, default="hidden", help="last hidden states and the head, or the likeliest tokens")
     add("--k", type=Whole(1), default=128, help="tokens a row of topk")
     add("--temperature", type=Number(above=0), default=1.0, help="of topk's distributions")
-    add("--length", type=Whole(2), default=1024, help="tokens a sequence at most; longer texts are cut")
+    add("--max-length", "--length", type=Whole(2), default=1024, help="tokens a sequence at most; longer ones are cut")
     add_only(made, "is labels, when training from the store")
-    add("--skip-bad", action="store_true", help="leave out records that cannot be read, and count them")
+    add_skip_bad(made)
     add("--limit", type=Whole(1), default=None, help="sequences, the first ones, if not all")
     add("--batch-tokens", type=Whole(1), default=4096, help="tokens a batch, padding included")
     add("--shard-rows", type=Whole(1), default=SHARD_ROWS, help="tokens a file: what an interruption costs at most")
@@ -63,10 +63,11 @@ def run(options: argparse.Namespace) -> int:
     check_model(options.model)
     tokenizer, faults = tokenizer_of(options.model, options.cache), Faults(options.skip_bad)
     documents = documents_of(options.text, options.cache, faults)
-    examples, tally = examples_of(documents, tokenizer, options.length, faults, options.only)
+    examples, tally = examples_of(documents, tokenizer, options.max_length, faults, options.only)
     examples = examples[: options.limit]
     if not examples:
-        raise ValueError("capture: text must hold at least two tokens, got none. Name texts.")
+        got = "; ".join(["none", *faults.said()])
+        raise ValueError(f"capture: text must hold at least two tokens, got {got}. Name texts.")
     out = console(quiet=options.quiet)
     for line in tally.said(examples, faults):
         out.print(line, highlight=False, markup=False)
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     model, _ = model_of(options.model, options.cache)
     model = model.to(options.device, _DTYPES[options.dtype])
     begun, told = time.perf_counter(), []
-    with progress("the teacher's tokens", total, quiet=options.quiet) as advance:
+    with progress("the teacher", total, "tokens", quiet=options.quiet) as advance:
 
         def tick(tokens: int) -> None:
             told.append(tokens)  # those stored before come first

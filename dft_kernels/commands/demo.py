@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         texts = texts_of(options.text, options.cache)
         teacher, tokenizer = smollm2(options.cache)
     sizes = Sizes(options.steps, options.batch, options.length, options.seed)
-    with progress("the teacher's tokens", sizes.sequences * sizes.length) as tick:
+    with progress("the teacher", sizes.sequences * sizes.length, "tokens") as tick:
         found = compare(teacher, tokenizer, texts, sizes, options.out, say=lambda text: out.print(text), tick=tick)
     facts = about(teacher.device.type)
     write(found, sizes, facts, options.out)

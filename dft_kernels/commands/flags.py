@@ -34,6 +34,11 @@ def add_only(parser: Any, about: str) -> None:
         )
 
 
+def add_skip_bad(parser: Any) -> None:
+    """--skip-bad."""
+    parser.add_argument("--skip-bad", action="store_true", help="leave out records that cannot be read, and count them")
+
+
 def add_quiet(parser: Any) -> None:
     """--quiet."""
     parser.add_argument("--quiet", action="store_true", help="print nothing but what goes wrong")

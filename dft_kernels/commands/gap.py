@@ -11,11 +11,13 @@ import transformers
 from ..benchmarks.tables import write_csv
 from ..evaluation import plots
 from ..evaluation.gap import Gap, human_prefixes, native, own_text, verdict, windows
+from ..materials.records import Faults
 from ..materials.sources import texts_of, trained_model
+from ..models.heads import check_positions
 from ..targets import target_file
 from .arguments import Checked, Help, Number, OutputFile, Parser, Whole
-from .flags import add_cache, add_only, add_quiet, add_sampling, add_seed, add_text, sampled
-from .printing import console
+from .flags import add_cache, add_only, add_quiet, add_sampling, add_seed, add_skip_bad, add_text, sampled
+from .printing import console, progress
 
 
 def parser() -> Parser:
@@ -36,6 +38,7 @@ def parser() -> Parser:
     )
     add_text(made, "human writing of the target's kind, not its own text: ", required=True)
     add_only(made, "is read")
+    add_skip_bad(made)
     add("--count", type=Whole(4), default=64, help="passages of it")
     add("--prompt", type=Whole(1), default=32, help="tokens of each that the model is given")
     add("--length", type=Whole(2), default=128, help="tokens that it goes on for")
@@ -60,18 +63,25 @@ def run(options: argparse.Namespace) -> int:
     transformers.utils.logging.disable_progress_bar()
     chosen = trained_model(options.model, options.base)
     target = target_file.load(options.target)
-    texts = texts_of(options.text, options.cache, options.only)
+    faults = Faults(options.skip_bad)
+    texts = texts_of(options.text, options.cache, options.only, faults)
     out = console(quiet=options.quiet)
+    for line in faults.said():
+        out.print(line, highlight=False)
     model, tokenizer = chosen.load(options.cache)
     target_file.check_tokenizer(options.target, target, tokenizer)
     passages = windows(texts, tokenizer, options.prompt, options.length, options.count, options.seed)
-    with out.status(f"reading {passages.numel():,} tokens, writing {options.count * options.length:,}"):
-        gaps = human_prefixes(model, target, passages)
+    check_positions(
+        model, passages.shape[1], "gap", "length", "be, with the prompt,", "Lower it: the model has no more"
+    )
+    with progress("reading", passages.numel(), "tokens", options.quiet) as bar:
+        gaps = human_prefixes(model, target, passages, tick=lambda count: bar(count * passages.shape[1]))
+    with progress("writing", options.count * options.length, "tokens", options.quiet) as bar:
         own = native(
             model, tokenizer, passages, options.prompt, seed=options.seed,
             name=options.own.stem if options.own is not None else options.model,
             source=f"{options.model}, going on from {', '.join(options.text)}; {sampled(options)}",
-            temperature=options.temperature, top_p=options.top_p,
+            temperature=options.temperature, top_p=options.top_p, tick=lambda count: bar(count * options.length),
         )  # fmt: skip
         gaps += own_text(own, tokenizer, target, passages, options.prompt)
     out.print(render(gaps, options, target.about.name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,33 @@ def console(width: int = 120, quiet: bool = False) -> Any:
     return Console(width=None if sys.stdout.isatty() else width, quiet=quiet)
 
 
+class Bar:
+    """What a command has done: called with how much more that is."""
+
+    def __init__(self, progress: Any, total: int | None, unit: str) -> None:
+        self.progress, self.unit = progress, unit
+        self.task = progress.add_task("", total=total, speed="", said="")
+
+    def begin(self, total: int | None, done: int = 0) -> None:
+        """Anew, with what was done before, which does not count as speed."""
+        self.progress.reset(self.task, total=total, completed=done, speed="", said="")
+
+    def say(self, text: str) -> None:
+        """After everything else."""
+        self.progress.update(self.task, said=text)
+
+    def __call__(self, done: int) -> None:
+        self.progress.advance(self.task, done)
+        speed = self.progress.tasks[0].speed  # of the last half minute; None at first
+        if speed:
+            value, unit = (speed / 1e6, "MB") if self.unit == "bytes" else (speed, self.unit)
+            self.progress.update(self.task, speed=f"{value:,.{0 if value >= 100 else 1}f} {unit}/s")
+
+
 @contextmanager
-def progress(name: str, total: int | None, unit: str = "", quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal's stderr, gone at its end; yields what advances it. unit: "bytes" shows sizes."""
+def progress(name: str, total: int | None, unit: str, quiet: bool = False) -> Iterator[Bar]:
+    """A bar on a terminal's stderr, gone at its end, with the speed and the time that is left. unit: of what is
+    counted; "bytes" are shown as sizes."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -29,10 +53,19 @@ def progress(name: str, total: int | None, unit: str = "", quiet: bool = False) 
         TimeRemainingColumn,
     )
 
-    count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn(name, markup=False), BarColumn(), count, TextColumn(unit if unit != "bytes" else ""))
-    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     hidden = quiet or not sys.stderr.isatty()
-    with Progress(*columns, *times, console=Console(stderr=True), transient=True, disable=hidden) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.advance(task, done)
+    with Progress(
+        TextColumn(name, markup=False),
+        BarColumn(),
+        *((DownloadColumn(),) if unit == "bytes" else (MofNCompleteColumn(), TextColumn(unit))),
+        TextColumn("{task.fields[speed]}", markup=False),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}", markup=False),
+        console=Console(stderr=True),
+        transient=True,
+        disable=hidden,
+        redirect_stdout=sys.stdout.isatty(),  # else what is printed to a file would be on the terminal
+    ) as shown:
+        yield Bar(shown, total, unit)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..materials.records import Faults
 from ..materials.sources import check_text, passages_of, tokenizer_of
 from ..materials.texts import RECIPES, documents_of
 from ..targets import corpus, target_file
@@ -15,8 +17,8 @@ from ..targets.blend import KINDS, blend, style_vector
 from ..targets.comparison import between
 from ..targets.punctuation import CLASSES
 from ..targets.target import Target
-from .arguments import Checked, Number, OutputFile, Parser, each_of, output_folder
-from .flags import add_cache, add_only, add_seed, add_text
+from .arguments import Checked, Number, OutputFile, Parser, Whole, each_of, output_folder
+from .flags import add_cache, add_only, add_seed, add_skip_bad, add_text
 from .printing import console, progress
 
 _TOKENIZER_HELP = "a folder or name for transformers, or smollm2, which pip brings"
@@ -35,6 +37,8 @@ def parser() -> Parser:
     build = command("build", "compute a target from texts, in one pass")
     add_text(build, required=True)
     add_only(build, "is counted")
+    add_skip_bad(build)
+    build.add_argument("--limit", type=Whole(1), default=None, help="passages, the first ones, if not all")
     build.add_argument("--tokenizer", help=_TOKENIZER_HELP + "; without it, text statistics alone")
     build.add_argument("--out", required=True, type=OutputFile(), metavar="FILE")
     build.add_argument("--name", help="of the target; by default that of --out")
@@ -83,8 +87,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _build(options: argparse.Namespace) -> None:
     tokenizer = tokenizer_of(options.tokenizer, options.cache) if options.tokenizer else None
+    faults = Faults(options.skip_bad)
+    passages = passages_of(options.text, options.cache, only=options.only, faults=faults)
     target = _counted(
-        passages_of(options.text, options.cache, only=options.only),
+        itertools.islice(passages, options.limit),
         sum(Path(name).stat().st_size for name in options.text if Path(name).is_file()) or None,
         tokenizer,
         name=options.name or options.out.stem,
@@ -93,6 +99,8 @@ def _build(options: argparse.Namespace) -> None:
         tokenizer_name=options.tokenizer,
         seed=options.seed,
     )
+    for line in faults.said():
+        print(line)
     _write(target, options.out)
 
 

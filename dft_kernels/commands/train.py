@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from transformers.hf_argparser import string_to_bool
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from ..backends import BACKENDS
 from ..evaluation.held_out import HeldOut
@@ -30,6 +31,7 @@ from .arguments import (
     UsageError,
     Whole,
     actions,
+    check_name,
     each_of,
     input_file,
     input_folder,
@@ -37,11 +39,11 @@ from .arguments import (
     output_folder,
 )
 from .flags import add_quiet
-from .printing import console
+from .printing import console, progress
 
 GROUPS = {  # of the help
     "model and data": (
-        "model", "text", "length", "assistant_only", "completion_only", "packing", "limit", "skip_bad", "held_out",
+        "model", "text", "max_length", "assistant_only", "completion_only", "packing", "limit", "skip_bad", "held_out",
         "dtype", "cache",
     ),
     "teacher and loss": (
@@ -67,6 +69,18 @@ DEFAULTS = {  # other than Trainer's, for a command that a person watches
     "save_total_limit": 2,
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
+
+
+def _check_reporter(name: str) -> None:
+    """That transformers knows it, and finds its package."""
+    check_name(name, [*INTEGRATION_TO_CALLBACK, "all", "none"])
+    try:
+        INTEGRATION_TO_CALLBACK.get(name, object)()
+    except (RuntimeError, ImportError) as error:
+        why = str(error).split(". ")[0]
+        raise ValueError(f"must be installed, got {name}: {why}. pip install {name}.") from error
+
+
 _SHARE, _FROM_0, _FROM_1 = Number(least=0, below=1), Number(least=0), Whole(1)
 TYPES: dict[str, Any] = {  # where neither Job nor DFTConfig checks
     "text": Checked(check_text),
@@ -79,6 +93,7 @@ TYPES: dict[str, Any] = {  # where neither Job nor DFTConfig checks
     "terms_decay": _SHARE,
     "rollout_temperature": Number(above=0),
     "max_steps": Whole(-1),
+    "report_to": Checked(_check_reporter),
     "seed": SEED,
     "data_seed": SEED,
     "adam_beta1": _SHARE,
@@ -186,6 +201,7 @@ def parser() -> TrainParser:
     for action in actions(made):
         action.metavar = action.metavar or letters.get(action.type)
         action.type = TYPES.get(action.dest, kinds.get(action.type, action.type))
+        action.nargs = "+" if action.dest == "report_to" else action.nargs
     return made
 
 
@@ -196,12 +212,13 @@ def run(options: argparse.Namespace) -> int:
     out = console(quiet=options.quiet or (training.world_size > 1 and not training.should_log))
     with out.status("model, text, teacher"):
         ready = prepare(job, training, options.command)
-    show(ready.trainer, bars=sys.stderr.isatty() and not options.quiet, logs=not options.quiet)
     for line in ready.about:
         out.print(line, soft_wrap=True, highlight=False, markup=False)
     if ready.resume is not None:
         out.print(f"going on from {ready.resume}", soft_wrap=True)
-    found = ready.train()
+    with progress("training", None, "steps", quiet=out.quiet) as bar:
+        show(ready.trainer, None if options.quiet else bar)
+        found = ready.train()
     if found.stopped:
         out.print(f"stopped at step {found.step}; the same command goes on from its checkpoint", soft_wrap=True)
         return 130

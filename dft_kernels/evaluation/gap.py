@@ -71,7 +71,8 @@ def native(
     **sampling: Any,
 ) -> Target:
     """The statistics of the model's continuations of human prompts [N, prompt + length]: what a style vector leads
-    from. sampling: `generate`'s keywords; plain sampling at temperature 1 by default."""
+    from. sampling: `generate`'s keywords; plain sampling at temperature 1 by default. tick: told of prompts as they
+    are gone on from."""
     length, written = passages.shape[1] - prompt, []
     for number, some in enumerate(passages[:, :prompt].split(batch)):
         written += continuations(model, tokenizer, some.tolist(), length, seed + number, **sampling)
@@ -94,7 +95,9 @@ def _counted(rows: list[list[int]], tokenizer: Any, name: str, source: str) -> T
 
 
 @torch.no_grad()
-def human_prefixes(model: Any, target: Target, passages: Tensor, *, batch: int = 8) -> list[Gap]:
+def human_prefixes(
+    model: Any, target: Target, passages: Tensor, *, batch: int = 8, tick: Callable[[int], None] | None = None
+) -> list[Gap]:
     """What the model expects after human prefixes [N, T] against what stands there, on the same rows: no sampling on
     the model's side. With q_n its distribution after prefix n, y_n the token that follows, means over all rows:
 
@@ -103,7 +106,7 @@ def human_prefixes(model: Any, target: Target, passages: Tensor, *, batch: int =
         calibration    abs(mean H(q_n) - mean -log q_n(y_n)), nats
 
     floor: half of the mean distance between random halves of the passages (of y, for calibration of the difference):
-    what means over as many rows are off by.
+    what means over as many rows are off by. tick: told of passages as they are read.
     """
     head, layer, training = head_of(model, adapted=True), output_layer(model), model.training
     vocab, device = layer.weight.shape[0], layer.weight.device
@@ -124,6 +127,8 @@ def human_prefixes(model: Any, target: Target, passages: Tensor, *, batch: int =
             assert found.log_prob is not None
             seen.append(found.features[:, rows].double().mean(1).cpu())
             differences.append((found.entropy + found.log_prob)[:, rows].double().mean(1).cpu())
+            if tick is not None:
+                tick(len(ids))
     finally:
         model.train(training)
     tokens = passages[:, 1:]

@@ -36,9 +36,13 @@ class Faults:
     def refuse(self, where: str, relation: str, got: object, remedy: str) -> None:
         """Raise, or count and return."""
         if not self.skip:
-            text = " ".join((got if isinstance(got, str) else shown(got)).split())[:300]
+            text = " ".join((got if isinstance(got, str) else shown(got)).split())[:300].rstrip(".")
             raise ValueError(f"materials: {where}: a record must {relation}, got {text}. {remedy}.")
         self.skipped[relation] += 1
+
+    def said(self) -> list[str]:
+        """For a reader."""
+        return [f"{count:,} records are left out: they must {what}" for what, count in self.skipped.items()]
 
 
 class Document(NamedTuple):
@@ -98,7 +102,7 @@ class Unfit(Exception):  # noqa: N818 - becomes a fault of the record
 def documents(names: Iterable[str], faults: Faults) -> Iterator[Document]:
     """The records of sources, in order."""
     for name in names:
-        rows, column = _rows(name, faults)
+        rows, column = _rows(name)
         for where, row in rows:
             try:
                 yield _read(where, row, column)
@@ -111,6 +115,8 @@ _KINDS = (("messages",), ("prompt", "completion"), ("text",))
 
 def _read(where: str, row: object, column: str | None) -> Document:
     """A record, checked. column: the one that is its text."""
+    if isinstance(row, Unfit):
+        raise row
     if not isinstance(row, Mapping):
         raise Unfit("be an object of columns", row, "Write one object a line")
     kinds = _KINDS if column is None else ((column,),)
@@ -122,7 +128,7 @@ def _read(where: str, row: object, column: str | None) -> Document:
         value = row[name]
         if isinstance(value, str) and name != "messages":
             if not value.strip() and name != "prompt":
-                raise Unfit(f"have a {name} that is not empty", value, "Leave it out")
+                raise Unfit(f"have a {name} that is not empty", repr(value), "Leave it out")
         elif len(kind) == 1 and name != "messages":
             raise Unfit(f"have a text as its {name}", value, "Correct it")
         elif not _conversation(value):
@@ -132,7 +138,19 @@ def _read(where: str, row: object, column: str | None) -> Document:
     if len({type(part) for part in whole}) > 1:
         remedy = "Write both as texts, or as messages"
         raise Unfit("have a prompt and a completion of one kind", "a text and messages", remedy)
-    return Document(where, whole[-1], whole[0] if len(whole) > 1 else None, row.get("tools"))
+    return Document(where, whole[-1], whole[0] if len(whole) > 1 else None, _tools(row.get("tools")))
+
+
+def _tools(value: Any) -> list[Any] | None:
+    """A list, or its JSON, as tables keep tools, whose columns have one type."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise Unfit("have tools that are JSON", _why(error), "Correct it") from error
+    if value is not None and not isinstance(value, list):
+        raise Unfit("have a list as its tools", shown(value), "Correct it")
+    return value or None
 
 
 def _plain(value: Any) -> Any:
@@ -143,30 +161,39 @@ def _plain(value: Any) -> Any:
 
 
 def _conversation(value: object) -> bool:
-    if not isinstance(value, list) or not value:
+    """Whether it is a list of messages: each a role and a content, a text or parts of one, or what stands for it, as
+    tool_calls do."""
+    return isinstance(value, list) and bool(value) and all(map(_message, value))
+
+
+def _message(value: object) -> bool:
+    if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
         return False
-    return all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and "content" in {*m, "tool_calls"} for m in value
-    )
+    content = value.get("content")
+    if isinstance(content, list):
+        return all(isinstance(part, Mapping) for part in content)
+    if content is None:
+        return any(part is not None for name, part in value.items() if name != "role")
+    return isinstance(content, str)
 
 
-# ---- where records come from: (place, row) of each
+# ---- where records come from: (place, row) of each, an Unfit for what is no row
 
 
 Rows = Iterator[tuple[str, object]]
 
 
-def _rows(name: str, faults: Faults) -> tuple[Rows, str | None]:
+def _rows(name: str) -> tuple[Rows, str | None]:
     """The rows of a source, and the one column that is asked for."""
     suffix = Path(name).suffix.lower()
     if name.startswith(HUB):
         return _hub(name)
     if suffix in LINES:
-        return _lines(name, faults), None
+        return _lines(name), None
     return (_parquet(name) if suffix in PARQUET else _saved(name)), None
 
 
-def _lines(name: str, faults: Faults) -> Rows:
+def _lines(name: str) -> Rows:
     try:
         if not Path(name).is_fifo():
             regular(Path(name))
@@ -176,15 +203,14 @@ def _lines(name: str, faults: Faults) -> Rows:
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line.decode("utf-8"))
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                     if b"\\u" in line:  # which may name half a character
                         json.dumps(row, ensure_ascii=False).encode("utf-8")
                 except UnicodeError as error:
-                    faults.refuse(where, "be UTF-8 text", str(error), "Convert it")
+                    row = Unfit("be UTF-8 text", str(error), "Convert it")
                 except (ValueError, RecursionError) as error:
-                    faults.refuse(where, "be JSON", str(error), "Correct it")
-                else:
-                    yield where, row
+                    row = Unfit("be JSON", str(error), "Correct it")
+                yield where, row
     except OSError as error:
         raise ValueError(
             f"materials: text must name readable files, got {name}: {error.strerror or error}. Check the name."
@@ -208,13 +234,54 @@ def _parquet(name: str) -> Rows:
         with parquet.ParquetFile(name) as file:
             number = 0
             for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
+                try:
+                    rows = batch.to_pylist()
+                except UnicodeError:
+                    rows = [_decoded(batch.slice(at, 1)) for at in range(len(batch))]
+                for row in rows:
                     number += 1
-                    yield f"{name}, row {number}", row
+                    yield f"{name}, row {number}", _unfilled(row)
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise ValueError(
-            f"materials: text must name readable parquet files, got {name}: {str(error).splitlines()[0]}. Check it."
+            f"materials: text must name readable parquet files, got {name}: {_why(error)}. Check it."
         ) from error
+
+
+def _unfilled(row: Any) -> Any:
+    """A row without the None that a table puts where its messages and tools have no such part."""
+
+    def within(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: within(part) for name, part in value.items() if part is not None}
+        return [within(part) for part in value] if isinstance(value, list) else value
+
+    return {name: within(value) for name, value in row.items()} if isinstance(row, dict) else row
+
+
+def _decoded(row: Any) -> object:
+    """Of a batch of one row."""
+    try:
+        return row.to_pylist()[0]
+    except UnicodeError as error:
+        return Unfit("be UTF-8 text", str(error), "Convert it")
+
+
+def _why(error: Exception) -> str:
+    """A library's reason, in one line without its full stop."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _numbered(name: str, found: Iterable[object]) -> Rows:
+    """The rows of a dataset; ValueError, by the row before, where it cannot go on: it may raise whatever its reader,
+    or its network, does."""
+    number = 0
+    try:
+        for row in found:
+            number += 1
+            yield f"{name}, row {number}", _unfilled(row)
+    except Exception as error:
+        got = f"{name}: after row {number}: {_why(error)}"
+        raise ValueError(f"materials: text must name datasets that can be read, got {got}. Check it.") from error
 
 
 def _saved(name: str) -> Rows:
@@ -224,14 +291,14 @@ def _saved(name: str) -> Rows:
         found = datasets.load_from_disk(name)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"materials: text must name a folder of datasets.save_to_disk, got {name}: {error}. Check it."
+            f"materials: text must name a folder of datasets.save_to_disk, got {name}: {_why(error)}. Check it."
         ) from error
     if isinstance(found, Mapping):
         if "train" not in found:
-            got = ", ".join(found)
-            raise ValueError(f"materials: text: {name} must have a split train, got {got}. Name {name}{os.sep}SPLIT.")
+            relation = f"name a folder with a split train, got {name} with {', '.join(found)}"
+            raise ValueError(f"materials: text must {relation}. Name {name}{os.sep}SPLIT.")
         found = found["train"]
-    return ((f"{name}, row {number}", row) for number, row in enumerate(found, 1))
+    return _numbered(name, found)
 
 
 def _hub(name: str) -> tuple[Rows, str | None]:
@@ -244,12 +311,12 @@ def _hub(name: str) -> tuple[Rows, str | None]:
     split = split or "train"
     try:
         found = datasets.load_dataset(dataset, split=split, streaming=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"materials: text: {HUB}{dataset} must be a dataset that has a split {split!r}, got: {error}. Check the "
-            "name, or that its hub is reachable."
+            f"materials: text: {HUB}{dataset} must be a dataset that has a split {split!r}, got: {_why(error)}. "
+            "Check the name, or that its hub is reachable."
         ) from error
     names = found.column_names
     if column and names is not None and column not in names:
         raise ValueError(f"materials: text: {HUB}{dataset} must have a column {column!r}, got {names}. Name it.")
-    return ((f"{HUB}{dataset}, row {number}", row) for number, row in enumerate(found, 1)), column or None
+    return _numbered(f"{HUB}{dataset}", found), column or None

@@ -15,6 +15,7 @@ from . import records
 from .models import coqa, lambada, read_texts, reading, smollm2, smollm2_folder
 
 ABOUT = "dft_kernels.json"  # beside the result: what it was made of
+_TABLES = (".json", ".csv", ".tsv", ".arrow")  # which would be learned as they are spelled
 SMOLLM2, LAMBADA, COQA = "smollm2", "lambada", "coqa"  # names of what pip brings
 MODEL_HELP = "a folder or name for transformers, or smollm2, which pip brings"
 TEXT_HELP = (
@@ -117,11 +118,11 @@ def tokenizer_of(name: str, cache: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(name)
 
 
-def _listed(name: str, cache: Path, only: str | None) -> Iterable[str] | None:
+def _listed(name: str, cache: Path, only: str | None, faults: records.Faults | None) -> Iterable[str] | None:
     """The texts of a source that is no file of one text, None for that. only: as of `Document.texts`."""
     if name == LAMBADA:
         return lambada(cache)
-    documents = _records(name, cache, records.Faults())
+    documents = _records(name, cache, faults or records.Faults())
     return None if documents is None else (text for document in documents for text in document.texts(only))
 
 
@@ -150,14 +151,25 @@ def check_text(name: str) -> None:
     if records.structured(name):
         records.check(name)
         return
+    if Path(name).suffix.lower() in _TABLES:
+        raise ValueError(
+            f"materials: text must be text or records, got {name}. Write its rows into .jsonl or .parquet."
+        )
     with reading(name) as text:
         text.read(1 << 16)
 
 
-def passages_of(names: list[str], cache: Path, argument: str = "text", only: str | None = None) -> Iterator[str]:
-    """The texts that `--text` names, in passages, read as they are asked for. only: as of `Document.texts`."""
+def passages_of(
+    names: list[str],
+    cache: Path,
+    argument: str = "text",
+    only: str | None = None,
+    faults: records.Faults | None = None,
+) -> Iterator[str]:
+    """The texts that `--text` names, in passages, read as they are asked for. only: as of `Document.texts`. faults: of
+    records; None: the first is raised."""
     for name in names:
-        listed = _listed(name, cache, only)
+        listed = _listed(name, cache, only, faults)
         if listed is None:
             with reading(name, argument) as lines:
                 yield from passages(lines)
@@ -166,11 +178,11 @@ def passages_of(names: list[str], cache: Path, argument: str = "text", only: str
                 yield from passages(text.splitlines(True))
 
 
-def texts_of(names: list[str], cache: Path, only: str | None = None) -> list[str]:
-    """The texts that `--text` names, in order. only: as of `Document.texts`."""
+def texts_of(names: list[str], cache: Path, only: str | None = None, faults: records.Faults | None = None) -> list[str]:
+    """The texts that `--text` names, in order. only, faults: as of `passages_of`."""
     texts: list[str] = []
     for name in names:
-        listed = _listed(name, cache, only)
+        listed = _listed(name, cache, only, faults)
         texts += read_texts([name]) if listed is None else listed
     return texts
 

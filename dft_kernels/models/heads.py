@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..errors import fail
 from ..teachers.contract import Head
 
 _MULTIPLIES = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # names that configurations give the scale
@@ -21,6 +22,19 @@ CORRECTION = "correction"  # the name of a `CorrectionHead` in the head's layer
 def unwrapped(model: Any) -> Any:
     """The causal LM inside a PEFT model; any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_positions(model: Any, longest: int, function: str, argument: str, relation: str, remedy: str) -> None:
+    """ValueError for a sequence of more tokens than the model has positions: "ARGUMENT must RELATION at most ..."."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and longest > most:
+        fail(
+            function,
+            argument,
+            f"{relation} at most {most} tokens, the model's positions",
+            f"a sequence of {longest}",
+            remedy,
+        )
 
 
 class Tap(torch.nn.Module):

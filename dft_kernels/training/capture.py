@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends.formulas import head_logits
-from ..models.heads import head_of, hidden_states
+from ..models.heads import check_positions, head_of, hidden_states
 from ..store.fingerprint import model_fingerprint, tokenizer_fingerprint
 from ..store.manifest import SHARD_ROWS, Contents
 from ..store.reader import Store
@@ -107,6 +107,7 @@ def capture(
         masked=counts is not None,
     )
     lengths, mine = [len(ids) for ids in sequences], range(len(sequences))
+    check_positions(model, max(lengths, default=0), "capture", "sequences", "have", "Cut them: a smaller --max_length")
     share = None if shard is None else share_of(sequences, counts, shard_rows, shard)
     if share is not None:
         mine = range(share.first, share.first + share.sequences)
@@ -163,6 +164,6 @@ def _check_begun(folder: Path, sequences: Sequence[Tensor], done: int) -> None:
         if [len(sequences[n]) for n in numbers] != stored["attention_mask"].sum(1).tolist():
             raise ValueError(
                 f"capture: {folder} must hold the beginning of these sequences, got others (sequences {numbers[0]} to "
-                f"{numbers[-1]} differ in length). Give the texts and --length that it was begun with."
+                f"{numbers[-1]} differ in length). Give the texts and --max-length that it was begun with."
             )
         store.check_tokens(stored, given)

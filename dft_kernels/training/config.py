@@ -45,7 +45,9 @@ class Job:
         default=None,
         metadata={"help": "the same of text that the model writes; reference_kl=WEIGHT keeps it near where it started"},
     )
-    length: int = field(default=512, metadata={"help": "tokens a sequence at most; longer ones are cut"})
+    max_length: int = field(
+        default=512, metadata={"help": "tokens a sequence at most; longer ones are cut", "aliases": ["--length"]}
+    )
     assistant_only: bool = field(
         default=False, metadata={"help": "of conversations, the assistant's tokens alone count"}
     )
@@ -53,7 +55,7 @@ class Job:
         default=False, metadata={"help": "of prompts and completions, the latter alone count"}
     )
     packing: bool = field(
-        default=False, metadata={"help": "several sequences a row of `length` tokens; attention does not cross"}
+        default=False, metadata={"help": "several sequences a row of `max_length` tokens; attention does not cross"}
     )
     limit: int | None = field(default=None, metadata={"help": "documents, the first ones, if not all"})
     skip_bad: bool = field(default=False, metadata={"help": "leave out records that cannot be read, and count them"})
@@ -65,7 +67,7 @@ class Job:
 
     def __post_init__(self) -> None:
         _need(self.model is not None, "model", "be given", None, "Name a folder, or smollm2")
-        for name, least in (("length", 2), ("held_out", 0), ("lora_rank", 0), ("correction_rank", 0)):
+        for name, least in (("max_length", 2), ("held_out", 0), ("lora_rank", 0), ("correction_rank", 0)):
             _need(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name), "Raise it")
         one = not (self.lora_rank and self.correction_rank)
         _need(one, "correction_rank", "be 0 with lora_rank", self.correction_rank, "Give one of the two")

@@ -44,8 +44,7 @@ class Tally:
             lines.append(f"{self.cut:,} rows were too long: {self.lost:,} tokens are left out")
         if self.empty:
             lines.append(f"{self.empty:,} rows are left out: none of their tokens counts")
-        lines += [f"{count:,} records are left out: they must {what}" for what, count in faults.skipped.items()]
-        return lines
+        return lines + faults.said()
 
 
 def examples_of(
@@ -134,7 +133,8 @@ def _conversation(document: Document, tokenizer: Any, only: str | None) -> tuple
                 messages[:count], tools=tools, tokenize=False, add_generation_prompt=asked
             )
         except Exception as error:  # of the template's own language, or raised by it
-            raise Unfit("fit the chat template", f"{type(error).__name__}: {error}", "Correct the messages") from error
+            why = f"{type(error).__name__}: {error}"
+            raise Unfit("fit the chat template", why, "Correct the messages, or the template") from error
         return text
 
     whole = shown(len(messages))
@@ -159,7 +159,7 @@ def _conversation(document: Document, tokenizer: Any, only: str | None) -> tuple
         if only == "completion" or messages[number]["role"] == "assistant":
             before, after = shown(number, asked=messages[number]["role"] == "assistant"), shown(number + 1)
             if not whole.startswith(before) or not whole.startswith(after):
-                remedy = "Use a template that does, or leave out the option"
+                remedy = "Use one that marks its {% generation %}, or leave out the option"
                 raise Unfit(f"have a template that adds to what it has shown, for {only}_only", "another", remedy)
             spans.append((len(before), len(after)))
     if not spans:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -18,22 +18,7 @@ SHOWN = ("loss", "soft_loss", "hard_loss", "teacher_agreement")
 
 
 class ProgressCallback(transformers.ProgressCallback):  # type: ignore[misc]
-    """Trainer's progress bar, followed by the last logged values of SHOWN. bars: False: its log lines alone."""
-
-    bars = True
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Begin the bar, or one that shows nothing."""
-        if self.bars:
-            super().on_train_begin(args, state, control, **more)
-            return
-        self.training_bar = tqdm(disable=True) if state.is_world_process_zero else None
-        self.current_step = 0
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Trainer's bar of an evaluation."""
-        if self.bars:
-            super().on_prediction_step(args, state, control, **more)
+    """Trainer's progress bar, followed by the last logged values of SHOWN."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
         """Print Trainer's log line and update the end of the bar."""
@@ -41,6 +26,45 @@ class ProgressCallback(transformers.ProgressCallback):  # type: ignore[misc]
         shown = {name: f"{logs[name]:.4g}" for name in SHOWN if name in (logs or {})}
         if shown and self.training_bar is not None:  # which the first process alone has
             self.training_bar.set_postfix(shown)
+
+
+class Bar(Protocol):
+    """What shows a command's progress."""
+
+    def begin(self, total: int | None, done: int = 0) -> None:
+        """At its beginning."""
+
+    def say(self, text: str) -> None:
+        """Beside it."""
+
+    def __call__(self, done: int) -> None:
+        """So much more is done."""
+
+
+class BarCallback(ProgressCallback):
+    """Trainer's log lines, and a bar of one's own for its steps, with tokens a second and the values of SHOWN."""
+
+    def __init__(self, bar: Bar, max_str_len: int = 100) -> None:
+        super().__init__(max_str_len)
+        self.bar = bar
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Begin, or go on."""
+        self.training_bar = tqdm(disable=True) if state.is_world_process_zero else None  # which writes lines
+        self.current_step = state.global_step
+        self.bar.begin(state.max_steps, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """A step more."""
+        self.bar(state.global_step - self.current_step)
+        self.current_step = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        """Print Trainer's log line, and say its values."""
+        super().on_log(args, state, control, logs=logs, **more)
+        if "tokens_per_second" in (logs or {}):
+            shown = [f"{name} {logs[name]:.4g}" for name in SHOWN if name in logs]
+            self.bar.say(", ".join([f"{logs['tokens_per_second']:,.0f} tokens/s", *shown]))
 
 
 class TermsCallback(transformers.TrainerCallback):  # type: ignore[misc]
@@ -122,10 +146,11 @@ def show_metrics(trainer: Any) -> None:
             trainer.add_callback(ProgressCallback(callback.max_str_len))
 
 
-def show(trainer: Any, bars: bool, logs: bool) -> None:
-    """Have a trainer of `show_metrics` without bars, or without lines for what it logs, which come with them."""
+def show(trainer: Any, bar: Bar | None) -> None:
+    """Have a trainer of `show_metrics` with this bar in the place of its own; None: with nothing for what it logs."""
     for callback in list(trainer.callback_handler.callbacks):
-        if isinstance(callback, ProgressCallback):
-            callback.bars = bars
-        if not logs and isinstance(callback, (transformers.ProgressCallback, transformers.PrinterCallback)):
+        if bar is None and isinstance(callback, (transformers.ProgressCallback, transformers.PrinterCallback)):
             trainer.remove_callback(callback)
+        elif bar is not None and isinstance(callback, ProgressCallback):
+            trainer.remove_callback(callback)
+            trainer.add_callback(BarCallback(bar, callback.max_str_len))

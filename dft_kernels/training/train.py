@@ -25,7 +25,7 @@ from ..materials.models import read_texts
 from ..materials.records import Faults
 from ..materials.sources import ABOUT, check_model, documents_of, model_of, read_about, tokenizer_of
 from ..models.correction import CORRECTION_FILE, add_correction, save_correction
-from ..models.heads import output_layer
+from ..models.heads import check_positions, output_layer
 from ..store.reader import Store
 from ..targets import target_file
 from ..targets.target import Target
@@ -169,6 +169,11 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
     assert job.model is not None
     cache = Path(job.cache)
     resume = options.resume_from_checkpoint or _resumable(job, Path(options.output_dir or ""))
+    if job.correction_rank and options.push_to_hub:
+        raise ValueError(
+            "train: push_to_hub must be false with correction_rank, got true, which would push the whole model. Upload "
+            f"{options.output_dir} when it is done."
+        )
     check_model(job.model)
     teacher: Any = None
     if job.stored:
@@ -194,35 +199,45 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
     data: Any = teacher
     collate: Any = transformers.DataCollatorForSeq2Seq(tokenizer)
     examples: list[Example] = []
-    about: list[str] = []
     counted: list[str] = []
+    left_out: list[str] = []
     if job.stored:
         teacher.check_tokenizer(tokenizer)
         collate = teacher.collate
+        first = [_stored(teacher, number) for number in range(min(3, len(teacher)))]
+        counted = [f"{len(teacher):,} rows, {teacher.rows:,} tokens, of the store"]
     else:
         faults = Faults(job.skip_bad)
         documents = itertools.islice(documents_of(job.text or [], cache, faults), job.limit)
-        examples, tally = examples_of(documents, tokenizer, job.length, faults, job.only)
-        counted = tally.said(examples, faults)
+        examples, tally = examples_of(documents, tokenizer, job.max_length, faults, job.only)
+        counted, left_out = tally.said(examples, faults), faults.said()
         data = Sequences(examples)
         if job.packing:
-            data, collate = Packs(examples, job.length), PackCollator(tokenizer.pad_token_id or 0)
-            counted.insert(1, f"packed into {len(data):,} rows of up to {job.length:,} tokens")
+            data, collate = Packs(examples, job.max_length), PackCollator(tokenizer.pad_token_id or 0)
+            counted.insert(1, f"packed into {len(data):,} rows of up to {job.max_length:,} tokens")
         elif principles is not None:
             collate = PrinciplesCollator.from_text(principles, tokenizer)
-        about = [*counted, *(f"{n}. {shown(e, tokenizer)}" for n, e in enumerate(examples[:3], 1))]
+        first = examples[:3]
+    about = [*counted, *(f"{n}. {shown(e, tokenizer)}" for n, e in enumerate(first, 1))]
     if len(data) <= job.held_out:
+        got = "; ".join([f"{len(data)}", *left_out])
         raise ValueError(
-            f"train: text must hold more than the {job.held_out} sequences that are held out, got {len(data)}. "
-            "Give more text, or a smaller --held_out or --length."
+            f"train: text must hold more than the {job.held_out} sequences that are held out, got {got}. Give more "
+            "text, or a smaller --held_out or --max_length."
         )
     model, _ = model_of(job.model, cache, getattr(torch, job.dtype))
-    _check_positions(model, job.length, examples)
+    if job.stored:
+        longest = max(int(starts.diff().max()) for starts in teacher.starts)
+        check_positions(model, longest, "train", "teacher", "hold sequences of", "Capture with a smaller --max_length")
+    longest = max((len(one.ids) for one in examples), default=0)
+    check_positions(model, longest, "train", "max_length", "be", "Lower it: longer ones are cut")
     if isinstance(data, Packs):
         for number in range(min(8, len(data))):
             check_packing(model, data[number])
     if not job.stored and job.teacher is not None:
         teacher, _ = model_of(job.teacher, cache, argument="teacher")
+        told = len(collate.principles) if isinstance(collate, PrinciplesCollator) else 0
+        check_positions(teacher, told + longest, "train", "teacher", "take", "Lower --max_length: longer ones are cut")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()  # the same when resumed
     training, kept = Subset(data, order[job.held_out :]), Subset(data, order[: job.held_out])
     terms = {} if target is None else _terms(target, job, options, model, training)
@@ -234,15 +249,12 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
     return Run(job, trainer, kept, teacher, resume, stop, about, card)
 
 
-def _check_positions(model: Any, length: int, examples: list[Example]) -> None:
-    """ValueError where sequences are longer than the model has positions."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max((len(one.ids) for one in examples), default=0)
-    if most is not None and longest > most:
-        raise ValueError(
-            f"train: length must be at most {most}, the model's positions, got {length} and a sequence of {longest} "
-            "tokens. Lower it: longer ones are cut."
-        )
+def _stored(store: Store, number: int) -> Example:
+    """A sequence of a store, for a reader."""
+    batch = store.batch([number])
+    counts = batch["labels"][0] != -100
+    counts[:1] = False  # nothing predicts the first
+    return Example(batch["input_ids"][0], counts)
 
 
 def _terms(target: Target, job: Job, options: DFTConfig, model: Any, training: Any) -> dict[str, Any]:

@@ -55,10 +55,11 @@ WORDS: dict[str, list[str]] = {  # what is a text for argparse
     "principles": [MISSING, FOLDER, BINARY], "terms": ["nothing=1", "token_l2=much", "token_l2=nan", "token_l2"],
     "rollout_terms": ["nothing=1", "calibration=1", "reference_kl=inf"],
     "divergence": ["nothing"], "temperature_scaling": ["nothing"], "dtype": ["nothing", "int8"],
-    "loss_backend": ["nothing"], "names": ["nothing"], "peer": ["nothing"], "shape": ["1,2", "0,1,1", "a,b,c"],
+    "loss_backend": ["nothing"], "report_to": ["nothing"],
+    "names": ["nothing"], "peer": ["nothing"], "shape": ["1,2", "0,1,1", "a,b,c"],
 }  # fmt: skip
 OUTSIDE = {  # of ranges that Job and DFTConfig check
-    "length": "1", "held_out": "-1", "lora_rank": "-1", "correction_rank": "-1", "temperature": "0",
+    "max_length": "1", "held_out": "-1", "lora_rank": "-1", "correction_rank": "-1", "temperature": "0",
     "teacher_temperature": "-1", "matching_every": "0", "matching_from": "-1", "matching_ramp": "-1",
     "rollout_every": "0", "rollout_prompt": "0", "rollout_length": "1", "rollout_samples": "0",
     "label_smoothing_factor": "0.1",
@@ -179,6 +180,12 @@ def test_what_is_not_given_or_not_known(here: Path, capsys: pytest.CaptureFixtur
         "Did you mean --target?",
         "target build --text": "--text must have at least one value, got none. Add it.",
         "target blend literary --weigths 1": "Did you mean --weights?",
+        "target build --out b --assistant_only --completion_only": "--completion_only must not be given with "
+        "--assistant-only, got both.",
+        "capture --model model --text file.txt --out new --max_length 1": "--max_length must be at least 2, got 1.",
+        "capture --model model --text file.txt --out new --length=1": "--length must be at least 2, got 1.",
+        "train --model model --text file.txt --max-length 1": "--max-length must be at least 2, got 1.",
+        "train --model model --text file.txt --length 1": "--length must be at least 2, got 1.",
         "store info folder more": "more must follow a flag that takes it, got none.",
         "store check folder": "what must be one of 'info', 'verify', 'join', got 'check'. Pick one of these.",
         "target": "what must be given, got none.",

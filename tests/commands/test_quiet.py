@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
+import re
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,6 @@ from tiny_models import WORDS, far, tokenizer  # noqa: F401 - a fixture
 from dft_kernels.commands import main as cli
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Trainer's own
-BAR = "it/s]"
 
 
 @pytest.fixture
@@ -33,16 +37,44 @@ def lines(tmp_path: Path, tokenizer: Any) -> dict[str, list[str]]:  # noqa: F811
     }  # fmt: skip
 
 
+class Terminal:
+    """A pseudo-terminal in the place of stdout and stderr, and what was written to it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reader, writer = pty.openpty()
+        self.file = os.fdopen(writer, "w", buffering=1)
+        self.parts: list[bytes] = []
+        self.thread = threading.Thread(target=self.read)
+        self.thread.start()
+        for name, value in {"TERM": "xterm", "COLUMNS": "160"}.items():
+            monkeypatch.setenv(name, value)
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, self.file)
+
+    def read(self) -> None:
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while part := os.read(self.reader, 1 << 16):
+                self.parts.append(part)
+
+    def said(self) -> str:
+        self.file.close()
+        self.thread.join()
+        os.close(self.reader)
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", b"".join(self.parts).decode())
+
+
 @pytest.mark.parametrize("name", ["capture", "train", "gap"])
 def test_quiet(
     lines: dict[str, list[str]], name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    for stream in (sys.stdout, sys.stderr):
-        monkeypatch.setattr(stream, "isatty", lambda: True)  # where there would be bars
-    assert cli.main([*lines[name], "--quiet"]) == 0
-    said = capsys.readouterr()
-    assert (said.out, said.err) == ("", "")
+    with monkeypatch.context() as patch:
+        terminal = Terminal(patch)
+        try:
+            assert cli.main([*lines[name], "--quiet"]) == 0
+        finally:
+            said = terminal.said()
+    assert said == ""
     assert cli.main([*lines[name], "--quiet", "--text", "nofile"]) in (1, 2)
     assert "nofile" in capsys.readouterr().err
 
@@ -57,9 +89,25 @@ def test_no_terminal_no_bars(lines: dict[str, list[str]], name: str, capsys: pyt
     assert name != "train" or "'loss'" in said.out  # its lines stay
 
 
-def test_a_terminal_has_bars(
-    lines: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert cli.main(lines["train"]) == 0
-    assert BAR in capsys.readouterr().err
+TIMES = r"0:\d\d:\d\d left 0:00:00"
+BARS = {
+    "capture": [rf"the teacher .* 901/901 tokens [\d,.]+ tokens/s {TIMES}"],
+    "train": [rf"training .* 3/3 steps [\d,.]+ steps/s {TIMES} [\d,]+ tokens/s, loss [\d.]+", "'loss': '"],
+    "gap": [
+        rf"{what} .* {count} tokens [\d,.]+ tokens/s {TIMES}"
+        for what, count in (("reading", "400/400"), ("writing", "320/320"))
+    ],
+}
+
+
+@pytest.mark.parametrize("name", BARS)
+def test_a_terminal_has_bars(lines: dict[str, list[str]], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the speed and the time that is left."""
+    more = {"capture": ["--batch-tokens", "99"], "gap": ["--count", "20"]}.get(name, [])
+    terminal = Terminal(monkeypatch)
+    try:
+        assert cli.main([*lines[name], *more]) == 0
+    finally:
+        said = terminal.said()
+    for words in BARS[name]:
+        assert re.search(words, said), said

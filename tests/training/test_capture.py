@@ -169,7 +169,7 @@ def command(folder: Path, tokenizer: Any) -> list[str]:
     far().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "a.txt").write_text(" ".join(texts()))
-    line = ["capture", "--model", str(folder / "model"), "--text", str(folder / "a.txt"), "--length", "16"]
+    line = ["capture", "--model", str(folder / "model"), "--text", str(folder / "a.txt"), "--max_length", "16"]
     return [*line, "--kind", "topk", "--k", "4", "--dtype", "float32", "--device", "cpu", "--out"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,13 @@ def test_a_run_and_its_card(folder: Path, adapted: str, capsys: pytest.CaptureFi
 
 
 def test_a_store_a_file_and_terms(folder: Path) -> None:  # noqa: F811
-    line = ["capture", "--model", str(folder / "teacher"), "--out", str(folder / "store"), "--length", "16"]
+    line = ["capture", "--model", str(folder / "teacher"), "--out", str(folder / "store"), "--max_length", "16"]
     assert cli.main([*line, "--text", *texts(folder)]) == 0
     target = ["target", "build", "--tokenizer", str(folder / "student"), "--out", str(folder / "t.safetensors")]
     assert cli.main([*target, "--text", *texts(folder)]) == 0
     (folder / "job.yaml").write_text(
         f"model: {folder / 'student'}\nteacher: {folder / 'store'}\ntarget: {folder / 't.safetensors'}\n"
-        f"terms: [token_l2=floor, unigram_kl=0.5]\nlength: 16\noutput_dir: {folder / 'out'}\n"
+        f"terms: [token_l2=floor, unigram_kl=0.5]\nmax_length: 16\noutput_dir: {folder / 'out'}\n"
     )
     assert cli.main(["train", str(folder / "job.yaml"), *FAST]) == 0
     said = (folder / "out" / "README.md").read_text()
@@ -134,29 +135,37 @@ def test_names_of_a_hub_are_metadata(folder: Path) -> None:  # noqa: F811
     assert "## Again" not in said  # not from the command line
 
 
-@pytest.mark.parametrize("adapted", ["whole", "lora"])
+@pytest.mark.parametrize(("adapted", "strategy"), [("whole", "end"), ("lora", "end"), ("whole", "every_save")])
 def test_push_to_hub_takes_it_along(
     folder: Path,  # noqa: F811
     adapted: str,
+    strategy: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One push at the end, of Trainer's own, whose README.md is the finished card."""
+    """Trainer's own pushes, whose README.md is the finished card at the end; the checkpoints before have none."""
     from transformers import trainer
 
-    pushed: list[str] = []
+    pushed: list[str | None] = []
+    done: Future[Any] = Future()
+    done.set_result(None)
 
     class Hub:
         def create_repo(self, name: str, **_: Any) -> Any:
             return type("Url", (), {"repo_id": f"me/{name}"})
 
-        def upload_folder(self, folder_path: str, **_: Any) -> None:
-            pushed.append((Path(folder_path) / "README.md").read_text())
+        def upload_folder(self, folder_path: str, **_: Any) -> Any:
+            card = Path(folder_path) / "README.md"
+            pushed.append(card.read_text() if card.exists() else None)
+            return done
 
     monkeypatch.setattr(trainer, "hf_api", Hub)
     more = ["--lora_rank", "2"] if adapted == "lora" else []
-    given = ["--push_to_hub", "true", "--hub_strategy", "end", *more]
+    given = ["--push_to_hub", "true", "--hub_strategy", strategy, "--save_steps", "3", *more]
     assert run(folder, "--text", *texts(folder), *given)[0] == 0
-    (card,) = pushed
+    *before, card = pushed
+    assert before == ([] if strategy == "end" else [None] * len(before))
+    assert bool(before) == (strategy == "every_save")
+    assert card is not None
     assert MARK in card
     assert "| cross-entropy | " in card
     assert len(card.split("| cross-entropy | ")[1].split("\n")[0].split(" | ")) == 2  # before and after

@@ -175,7 +175,7 @@ def folder(tmp_path: Path, chat: Any) -> Path:
 
 def train(folder: Path, *more: str) -> int:
     return cli.main([
-        "train", "--model", str(folder / "student"), "--output_dir", str(folder / "out"), "--length", "32",
+        "train", "--model", str(folder / "student"), "--output_dir", str(folder / "out"), "--max_length", "32",
         "--use_cpu", "--max_steps", "4", "--learning_rate", "3e-2", "--logging_steps", "2", "--held_out", "4", *more,
     ])  # fmt: skip
 
@@ -204,7 +204,9 @@ def test_a_masked_store(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert int((batch["labels"] != -100).sum()) == 270
     assert "counts" not in batch
     assert train(folder, "--teacher", str(store)) == 0
-    capsys.readouterr()
+    said = capsys.readouterr().out
+    assert "30 rows, 480 tokens, of the store" in said
+    assert "1. [user word0 word3 word6 word9 </s> assistant]word12 word15" in said
     assert cli.main(capture) == 1
     assert "masked must be False as in this capture, got True" in capsys.readouterr().err
     assert train(folder, "--teacher", str(store), "--assistant_only") == 2
@@ -225,8 +227,51 @@ def test_mistakes(more: tuple[str, ...], said: str, folder: Path, capsys: pytest
     assert not (folder / "out").exists()
 
 
+def test_bad_records_of_those_who_count_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (folder / "chat.jsonl").open("a") as file:
+        file.write('\n{"story": "x"}\n')
+    text, student, target = str(folder / "chat.jsonl"), str(folder / "student"), str(folder / "t.safetensors")
+    why = "1 records are left out: they must have messages, prompt and completion, or text"
+    for line in (
+        ["target", "build", "--tokenizer", student, "--out", target],
+        ["gap", student, "--target", target, "--count", "8", "--prompt", "2", "--length", "3"],
+    ):
+        assert cli.main([*line, "--text", text]) == 1
+        assert "line 41: a record must have messages, prompt and completion, or text" in capsys.readouterr().err
+        assert cli.main([*line, "--text", text, "--skip_bad"]) == 0
+        assert why in capsys.readouterr().out
+    build = ["target", "build", "--tokenizer", student, "--out", target, "--text", text]
+    assert cli.main([*build, "--limit", "7"]) == 0  # passages before the bad one
+    assert "40 words, 7 sentences" in capsys.readouterr().out
+
+
+def test_why_nothing_is_left(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "none.jsonl").write_text('{"story": "x"}\n' * 3)
+    why = "got %s; 3 records are left out: they must have messages, prompt and completion, or text. "
+    assert train(folder, "--text", str(folder / "none.jsonl"), "--skip_bad") == 1
+    assert why % 0 in capsys.readouterr().err
+    line = ["capture", "--model", str(folder / "teacher"), "--out", str(folder / "store"), "--skip_bad"]
+    assert cli.main([*line, "--text", str(folder / "none.jsonl")]) == 1
+    assert why % "none" in capsys.readouterr().err
+    assert not (folder / "out").exists()
+    assert not (folder / "store").exists()
+
+
 def test_sequences_longer_than_the_models_positions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     far(vocab_size=104, max_position_embeddings=12).save_pretrained(folder / "student")
     assert train(folder, "--text", str(folder / "chat.jsonl")) == 1
-    said = "length must be at most 12, the model's positions, got 32 and a sequence of 16 tokens. Lower it"
+    said = "max_length must be at most 12 tokens, the model's positions, got a sequence of 16. Lower it"
     assert said in capsys.readouterr().err
+    line = ["capture", "--text", str(folder / "chat.jsonl"), "--out", str(folder / "store")]
+    assert cli.main([*line, "--model", str(folder / "student")]) == 1
+    said = "sequences must have at most 12 tokens, the model's positions, got a sequence of 16. Cut them"
+    assert said in capsys.readouterr().err
+    assert not (folder / "store").exists()
+    assert cli.main([*line, "--model", str(folder / "teacher")]) == 0
+    assert train(folder, "--teacher", str(folder / "store")) == 1
+    said = "--teacher must hold sequences of at most 12 tokens, the model's positions, got a sequence of 16. Capture"
+    assert said in capsys.readouterr().err
+    assert train(folder, "--text", str(folder / "chat.jsonl"), "--model", str(folder / "teacher"), "--teacher",
+                 str(folder / "student")) == 1  # fmt: skip
+    assert "--teacher must take at most 12 tokens, the model's positions, got a sequence" in capsys.readouterr().err
+    assert not (folder / "out").exists()

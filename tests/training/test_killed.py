@@ -53,7 +53,7 @@ def texts(given: Path) -> list[str]:
 
 def capture_line(given: Path, kind: str) -> list[str]:
     return ["capture", "--model", str(given / "model"), "--text", *texts(given), "--kind", kind, "--k", "5",
-            "--length", "16", "--shard-rows", "60", "--batch-tokens", "40", "--device", "cpu"]  # fmt: skip
+            "--max-length", "16", "--shard-rows", "60", "--batch-tokens", "40", "--device", "cpu"]  # fmt: skip
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -67,7 +67,7 @@ def captured(given: Path, request: Any) -> Unbroken:
 
 @pytest.fixture(scope="module")
 def trained(given: Path) -> Unbroken:
-    line = ["train", "--model", str(given / "model"), "--text", *texts(given), "--length", "16", "--use_cpu",
+    line = ["train", "--model", str(given / "model"), "--text", *texts(given), "--max_length", "16", "--use_cpu",
             "--max_steps", "12", "--save_steps", "2", "--save_total_limit", "2", "--logging_steps", "1",
             "--held_out", "4", "--learning_rate", "1e-2", "--target", str(given / "t.safetensors"),
             "--terms", "token_l2=1", "--output_dir"]  # fmt: skip

@@ -59,15 +59,16 @@ def run(folder: Path, *more: str) -> tuple[int, dict[str, Any]]:
 def test_a_file_and_flags_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "job.yaml"
     file.write_text(
-        "model: smollm2\ntext: [a.txt, b.txt]\nlength: 99\nlearning_rate: 1e-4\nbf16: true\nteacher: null\n"
+        "model: smollm2\ntext: [a.txt, b.txt]\nmax_length: 99\nlearning_rate: 1e-4\nbf16: true\nteacher: null\n"
         "divergence: reverse_kl\ntemperature: 2\nuse_cpu: true\nmax_steps: -1\n"
     )
     (tmp_path / "a.txt").touch()
     (tmp_path / "b.txt").touch()
     monkeypatch.chdir(tmp_path)
-    found = parser().parse_args(["job.yaml", "--length", "77", "--matching-every=3", f"--output_dir={tmp_path / 'o'}"])
+    flags = ["--max-length", "77", "--matching-every=3", f"--output_dir={tmp_path / 'o'}"]
+    found = parser().parse_args(["job.yaml", *flags])
     job, options = found.job, found.training
-    assert (job.model, job.text, job.length, job.teacher) == ("smollm2", ["a.txt", "b.txt"], 77, None)
+    assert (job.model, job.text, job.max_length, job.teacher) == ("smollm2", ["a.txt", "b.txt"], 77, None)
     assert (options.learning_rate, options.bf16, options.divergence) == (1e-4, True, "reverse_kl")
     assert (options.temperature, options.matching_every, options.num_train_epochs) == (2.0, 3, 1.0)
 
@@ -208,7 +209,7 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     text, student = texts(folder)[0], str(folder / "student")
     known = f"model: {student}\ntext: [{text}]\n"
     files = {
-        "bad": "model: x\nlerning_rate: 1\n", "list": "- model\n", "short": f"{known}length: 1\n",
+        "bad": "model: x\nlerning_rate: 1\n", "list": "- model\n", "short": f"{known}max_length: 1\n",
         "many": f"{known}max_steps: many\n", "weight": f"{known}target: literary\nterms: [token_l2=much]\n",
         "away": f"{known}teacher: nowhere\nheld_out: 0\n", "kl": f"{known}divergence: kl\n", "none": "text: [nofile]\n",
     }  # fmt: skip
@@ -223,7 +224,7 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (file["missing"],): "missing.yaml: the file must be there, got none",
         (str(folder),): f"{folder}: the file must be a readable regular file, got a folder",
         (file["binary"],): "binary.yaml: the file must be UTF-8 text",
-        (file["short"],): "short.yaml: length must be at least 2, got 1",
+        (file["short"],): "short.yaml: max_length must be at least 2, got 1",
         (file["short"], "--length", "0"): " --length must be at least 2, got 0",
         (file["many"],): "many.yaml: max_steps must be a whole number, got 'many'",
         (file["weight"],): "weight.yaml: terms: token_l2 must come as",
@@ -235,6 +236,7 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("--model", student): "--text must be given, but not with a store",
         (*given, "--principles", text): "--principles must come with a teacher that is run",
         (*given, "--lora_rank", "2", "--correction-rank", "2"): "--correction-rank must be 0 with lora_rank",
+        (*given, "--correction_rank", "2", "--push_to_hub", "true"): "--push_to_hub must be false with correction_rank",
         (*given, "--target", "literary"): "--target must be given together with terms",
         given: "--text must hold more than the 16 sequences that are held out, got 1",
         (*given, "--teacher", "nowhere", "--held_out", "0"): "--teacher must be a folder",

@@ -67,9 +67,14 @@ FEATURES: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]], bool]] =
 @pytest.mark.parametrize("feature", FEATURES)
 def test_the_numbers_are_the_models_own(feature: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     more, given, fused = FEATURES[feature]
-    calls = []
-    loss = fused_forward.linear_distribution_loss
-    monkeypatch.setattr(fused_forward, "linear_distribution_loss", lambda *a, **k: calls.append(1) or loss(*a, **k))
+    calls: list[torch.dtype] = []  # in which products are, of each
+    own = fused_forward.linear_distribution_loss
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return own(*arguments, **named)
+
+    monkeypatch.setattr(fused_forward, "linear_distribution_loss", counted)
     rows = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in random_rows(5, 9, 7, 12, 3, 8, 6, 4)]
     pad = tiny().config.pad_token_id or 0
 
@@ -90,6 +95,10 @@ def test_the_numbers_are_the_models_own(feature: str, tmp_path: Path, monkeypatc
         model = tiny()
         if attached:
             dft_kernels.attach(model)
+        layers: list[int] = []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, layers=layers: layers.append(1))
+        torch._dynamo.reset()
+        traced = torch._dynamo.utils.counters["frames"]["ok"]
         options = transformers.TrainingArguments(
             str(tmp_path / str(attached)), use_cpu=True, max_steps=3, per_device_train_batch_size=2, optim="sgd",
             learning_rate=0.2, logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, seed=3, **more,
@@ -107,11 +116,17 @@ def test_the_numbers_are_the_models_own(feature: str, tmp_path: Path, monkeypatc
             {k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k}
             for entry in trainer.state.log_history
         ]
-        found.append((logs, moved, len(calls)))
+        found.append((logs, moved, list(calls)))
+        batches = 7 if "gradient_accumulation_steps" in more else 3  # three, the fourth and last, and three
+        if "gradient_checkpointing" in more:
+            assert len(layers) == 2 * batches  # once more in backward
+        assert (torch._dynamo.utils.counters["frames"]["ok"] > traced) == ("torch_compile" in more)
     (logs, moved, none), (ours, steps, taken) = found
-    assert none == 0
-    assert (taken > 0) == fused
+    assert not none
     rough = more.get("bf16") is True
+    if "torch_compile" not in more:  # whose graphs call it where they are traced
+        assert taken == ([torch.bfloat16 if rough else torch.float32] * batches if fused else [])
+    assert bool(taken) == fused
     assert [entry.keys() for entry in logs] == [entry.keys() for entry in ours]
     for one, other in zip(logs, ours, strict=True):
         assert other == pytest.approx(one, rel=2e-2 if rough else 1e-4)
@@ -121,3 +136,23 @@ def test_the_numbers_are_the_models_own(feature: str, tmp_path: Path, monkeypatc
         assert gap <= (3e-2 if rough else 1e-3) * float(step.norm()) + 1e-6, name
     if feature == "metrics":
         assert any("eval_right" in entry for entry in logs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_and_a_scaled_loss(dtype: torch.dtype) -> None:
+    """What Trainer does with fp16=True on a GPU; on a CPU it leaves fp16 out."""
+    ids = torch.tensor(random_rows(9, 9))
+    found = []
+    for attached in (False, True):
+        model = dft_kernels.attach(tiny()) if attached else tiny()
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        optimizer = torch.optim.SGD(model.parameters(), 0.2)
+        with torch.autocast("cpu", dtype):
+            loss = model(input_ids=ids, labels=ids).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        found.append((float(loss), [p.grad for p in model.parameters()]))
+    (loss, gradients), (fused, ours) = found
+    assert fused == pytest.approx(loss, rel=2e-3)
+    for mine, own in zip(ours, gradients, strict=True):
+        assert 0 < float((mine - own).norm()) <= 3e-2 * float(own.norm())

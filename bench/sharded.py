@@ -8,7 +8,7 @@ case, medians of interleaved rounds in which all processes run, in ms:
     exchange   the collectives of a call alone, of its sizes, none of them overlapped
     divided    the call with process_group
     ratio      divided over half + exchange, median of the rounds' ratios, and their quartiles
-    *_mib      peak of what a call allocates beside its arguments, and the bytes of the head here
+    *_mib      peak of what a call allocates beside its arguments, scratch included, and the bytes of the head here
     sent       bytes that leave a process in a call, counted, and by the formula of bench/scale.py
 """
 
@@ -29,6 +29,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from dft_kernels import TeacherHead, linear_distribution_loss, release_scratch
+from dft_kernels.backends.extension import MODULE
 from dft_kernels.benchmarks.runs import about
 from dft_kernels.benchmarks.tables import write_csv
 from dft_kernels.distributed import shards, sums
@@ -123,7 +124,7 @@ def measured(name: str, shape: tuple[int, int, int], rounds: int, traffic: Traff
         release_scratch()  # else it is there before the call
         with record_allocations() as found:
             call()
-        peaks[kind] = found.peak
+        peaks[kind] = found.peak + MODULE.pool_bytes()
     traffic.bytes, traffic.calls = 0, []
     runs["divided"]()
     sent, calls = traffic.bytes, list(traffic.calls)

@@ -56,8 +56,8 @@ class ServedTeacher:
     Called with input_ids [B, T] and optionally attention_mask [B, T] (tokens of 0 are left out) and position_ids [B, T]
     (0 begins another sequence: a pack). Returns a `TopK` of indices, log_probs [B, T, top_k], tail_log_prob [B, T] on
     the ids' device. Row t is the distribution over the sequence's token t + 1; the last row of a sequence and those of
-    padding, which no label has, are uniform. served_rows.py has the rule of the tail; `rows` and `flagged` count the
-    rows so far, and those whose tail is known to worse than 10 %.
+    padding are uniform, and refused where labels or shift_labels of the batch count them. served_rows.py has the rule
+    of the tail; `rows` and `flagged` count the rows so far, and those whose tail is known to worse than 10 %.
 
     Temperature: these servers give prompt log-probabilities at temperature 1 only, so with a bucket the loss's
     teacher_temperature is 1. A server that computes in bf16 rounds its logits: log-probabilities are then off by up to
@@ -176,6 +176,7 @@ class ServedTeacher:
         """The batch's distributions: those asked for ahead, the others now."""
         ids = inputs["input_ids"]
         pieces = _pieces(inputs)
+        _check_labels(inputs, pieces)
         own: list[Future[Distributions]] = []
         futures = []
         for piece in pieces:
@@ -202,9 +203,12 @@ class ServedTeacher:
         indices, log_probs, tail = (one.to(ids.device, non_blocking=True) for one in (indices, log_probs, tail))
         return TopK(indices, log_probs, tail, 1.0, self.tail)
 
-    def ahead(self, batches: Iterable[Batch], wanted: Callable[[int], bool] | None = None) -> Iterator[Batch]:
+    def ahead(
+        self, batches: Iterable[Batch], asked: Callable[[int, Batch], dict[str, Any] | None] | None = None
+    ) -> Iterator[Batch]:
         """The same batches; the next `prefetch` ones are asked for before each is handed out, and are found by their
-        tokens when the teacher is called with them. wanted: by a batch's number, whether it will be; None: all."""
+        tokens when the teacher is called with them. asked: of a batch's number and the batch, the inputs that the
+        teacher will be called with, or None where it will not be; without it, those of every batch."""
         held: deque[tuple[Batch, list[tuple[int, ...]]]] = deque()
         coming = enumerate(batches)
         current: list[tuple[int, ...]] = []
@@ -212,7 +216,8 @@ class ServedTeacher:
             while True:
                 while len(held) <= self.prefetch and (item := next(coming, None)) is not None:
                     number, batch = item
-                    held.append((batch, self._begin(batch) if wanted is None or wanted(number) else []))
+                    inputs = batch if asked is None else asked(number, batch)
+                    held.append((batch, [] if inputs is None else self._begin(inputs)))
                 if not held:
                     return
                 batch, current = held.popleft()
@@ -223,8 +228,8 @@ class ServedTeacher:
             for tokens in (current, *(tokens for _, tokens in held)):
                 self._end(tokens)
 
-    def _begin(self, batch: dict[str, Any]) -> list[tuple[int, ...]]:
-        found = [piece.tokens for piece in _pieces(batch)]
+    def _begin(self, inputs: dict[str, Any]) -> list[tuple[int, ...]]:
+        found = [piece.tokens for piece in _pieces(inputs)]
         for tokens in found:
             future, count = self._pending.get(tokens) or (self._submit(tokens), 0)
             self._pending[tokens] = (future, count + 1)
@@ -293,6 +298,23 @@ def _pieces(inputs: dict[str, Any]) -> list[_Piece]:
             if len(part) > 1:
                 found.append(_Piece(row, part, tuple(ids[row, part].tolist())))
     return found
+
+
+def _check_labels(inputs: dict[str, Any], pieces: list[_Piece]) -> None:
+    """Refuse a label whose row no server has: a sequence's first token, after padding or another sequence."""
+    target = inputs.get("shift_labels")
+    if target is None:
+        if inputs.get("labels") is None:
+            return
+        target = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    left = target.detach().cpu() != -100
+    for piece in pieces:
+        left[piece.row, piece.columns[:-1]] = False
+    if bool(left.any()):
+        row, column = left.nonzero()[0].tolist()
+        relation = "be -100 for the first token of each sequence, which no distribution of its own stands before"
+        remedy = "Pad on the right (tokenizer.padding_side), or mask it"
+        _fail("labels", relation, f"{int(target[row, column])} at [{row}, {column + 1}]", remedy)
 
 
 def _warn(said: str) -> None:

@@ -199,7 +199,5 @@ def _httpx() -> Any:
         import httpx
     except ModuleNotFoundError as error:
         remedy = "Run pip install 'dft-kernels[served]'"
-        raise ModuleNotFoundError(
-            f"ServedTeacher: httpx must be installed, got none. {remedy}.", name="httpx"
-        ) from error
+        raise ValueError(f"ServedTeacher: httpx must be installed, got none. {remedy}.") from error
     return httpx

@@ -55,16 +55,15 @@ def distributions(rows: list[Row], tokens: Sequence[int], k: int, vocab: int | N
 
 
 def _part(rows: list[Row], own: Tensor, k: int, vocab: int | None, first: int) -> Distributions:
-    index, log_p = _padded(rows, k, first)
+    index, log_p, there = _padded(rows, k, first)
 
     def refuse(wrong: Tensor, relation: str, got: Callable[[int], object]) -> None:
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0, 0])
             raise WrongReplyError(f"row {first + row}", relation, got(row))
 
-    there = index != _NONE
     outside = there & ((index < 0) | (index >= (vocab or torch.iinfo(torch.int64).max)))
-    below = "" if vocab is None else f" and below {vocab}"
+    below = "" if vocab is None else f" and below {vocab} (vocab_size)"
     refuse(outside.any(-1), f"hold ids of at least 0{below}", lambda row: int(index[row][outside[row]][0]))
     ordered = index.sort(-1).values
     refuse((ordered[:, 1:] == ordered[:, :-1]).any(-1), "hold distinct ids", lambda row: f"{ordered[row].tolist()[:8]}")
@@ -88,11 +87,8 @@ def _part(rows: list[Row], own: Tensor, k: int, vocab: int | None, first: int) -
     return Distributions(index, (log_p - scale[:, None]).float(), (tail.log() - scale).float(), flagged)
 
 
-_NONE = -1  # the id of a place that a row does not fill
-
-
-def _padded(rows: list[Row], k: int, first: int) -> tuple[Tensor, Tensor]:
-    """Ids and log-probabilities [R, k + 1]; rows have k entries or one more."""
+def _padded(rows: list[Row], k: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, log-probabilities and which of them there are [R, k + 1]; rows have k entries or one more."""
     ids: list[list[int]] = []
     log_probs: list[list[float]] = []
     for number, (own_ids, own_log_probs) in enumerate(rows, first):
@@ -100,10 +96,12 @@ def _padded(rows: list[Row], k: int, first: int) -> tuple[Tensor, Tensor]:
         if count not in (k, k + 1) or len(own_log_probs) != count:
             got = f"{count} ids and {len(own_log_probs)} log-probabilities"
             raise WrongReplyError(f"row {number}", f"hold the {k} likeliest tokens and its own", got)
-        ids.append(own_ids if count > k else [*own_ids, _NONE])
+        ids.append(own_ids if count > k else [*own_ids, -1])
         log_probs.append(own_log_probs if count > k else [*own_log_probs, -torch.inf])
     try:
-        return torch.tensor(ids), torch.tensor(log_probs, dtype=torch.float64)
+        there = torch.ones(len(rows), k + 1, dtype=torch.bool)
+        there[:, k] = torch.tensor([len(own_ids) > k for own_ids, _ in rows])
+        return torch.tensor(ids), torch.tensor(log_probs, dtype=torch.float64), there
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise _not_numbers(rows, first) from None
 

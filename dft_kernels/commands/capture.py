@@ -11,9 +11,11 @@ import transformers
 from ..materials.records import Faults
 from ..materials.sources import MODEL_HELP, check_model, documents_of, model_of, tokenizer_of
 from ..store.manifest import KINDS, SHARD_ROWS
+from ..teachers.served import ServedTeacher
+from ..teachers.served_client import checked_url
 from ..training.capture import capture
 from ..training.examples import examples_of
-from .arguments import Help, Number, Parser, Whole, device, output_folder
+from .arguments import Checked, Help, Number, Parser, Whole, device, output_folder
 from .flags import add_cache, add_only, add_quiet, add_text
 from .printing import console, progress
 from .store import describe
@@ -29,10 +31,22 @@ def parser() -> Parser:
         formatter_class=Help,
     )
     add = made.add_argument
-    add("--model", required=True, help=MODEL_HELP)
+    add("--model", required=True, help=f"{MODEL_HELP}; with --served its tokenizer alone is read, which must be theirs")
+    add(
+        "--served",
+        type=Checked(checked_url),
+        metavar="URL",
+        help="ask a server of the teacher: vLLM, SGLang, TRL's; its key, if it has one, in DFT_KERNELS_API_KEY",
+    )
+    add("--served-model", metavar="NAME", help="which of the server's models, if it has several")
     add_text(made, required=True)
     add("--out", required=True, type=output_folder, metavar="DIR", help="the store: new, or one to go on with")
-    add("--kind", choices=KINDS, default="hidden", help="last hidden states and the head, or the likeliest tokens")
+    add(
+        "--kind",
+        choices=KINDS,
+        help="hidden: last hidden states and the head; topk: the likeliest tokens (default: hidden, or topk "
+        "of a server)",
+    )
     add("--k", type=Whole(1), default=128, help="tokens a row of topk")
     add("--temperature", type=Number(above=0), default=1.0, help="of topk's distributions")
     add("--length", type=Whole(2), default=1024, help="tokens a sequence at most; longer texts are cut")
@@ -62,9 +76,11 @@ def run(options: argparse.Namespace) -> int:
     out = console(quiet=options.quiet)
     for line in tally.said(examples, faults):
         out.print(line, highlight=False, markup=False)
-    model, _ = model_of(options.model, options.cache)
     sequences = [example.ids for example in examples]
-    model = model.to(options.device, _DTYPES[options.dtype])
+    if options.served is None:
+        model = model_of(options.model, options.cache)[0].to(options.device, _DTYPES[options.dtype])
+    else:
+        model = ServedTeacher(options.served, options.k, model=options.served_model, vocab_size=options.vocab_size)
     total, begun, told = sum(map(len, sequences)), time.perf_counter(), []
     with progress("the teacher's tokens", total, quiet=options.quiet) as advance:
 
@@ -77,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
             tokenizer,
             sequences,
             options.out,
-            options.kind,
+            options.kind or ("hidden" if options.served is None else "topk"),
             counts=None if options.only is None else [example.counts for example in examples],
             k=options.k,
             temperature=options.temperature,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..store.manifest import Contents
 from ..store.reader import Store
 from .arguments import Parser, input_folder
 from .printing import progress
@@ -31,6 +32,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def of_model(held: Contents) -> str:
+    """What tells a store's model from another of its name."""
+    return f"served by {held.server}" if held.model_sha256 is None else f"sha256 {held.model_sha256[:16]}"
+
+
 def describe(store: Store) -> str:
     """A few lines, one for each thing there is to know."""
     held, rows = store.contents, max(1, store.rows)
@@ -40,7 +46,7 @@ def describe(store: Store) -> str:
     lines = {
         "store": store.folder,
         "kind": f"{held.kind}: {what}",
-        "teacher": f"{held.model}, sha256 {held.model_sha256[:16]}",
+        "teacher": f"{held.model}, {of_model(held)}",
         "tokenizer": f"vocabulary {held.vocab_size}, sha256 {held.tokenizer_sha256[:16]}",
         "holds": f"{len(store):,} sequences, {store.rows:,} tokens in {len(store.parts)} shards",
         "size": f"{store.bytes / 1e6:,.1f} MB, {store.bytes / rows:,.0f} bytes a token"

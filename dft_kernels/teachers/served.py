@@ -204,29 +204,32 @@ class ServedTeacher:
         return TopK(indices, log_probs, tail, 1.0, self.tail)
 
     def ahead(
-        self, batches: Iterable[Batch], asked: Callable[[int, Batch], dict[str, Any] | None] | None = None
+        self,
+        batches: Iterable[Batch],
+        asked: Callable[[int, Batch], dict[str, Any] | None] | None = None,
+        together: int = 1,
     ) -> Iterator[Batch]:
         """The same batches; the next `prefetch` ones are asked for before each is handed out, and are found by their
         tokens when the teacher is called with them. asked: of a batch's number and the batch, the inputs that the
-        teacher will be called with, or None where it will not be; without it, those of every batch."""
-        held: deque[tuple[Batch, list[tuple[int, ...]]]] = deque()
-        coming = enumerate(batches)
-        current: list[tuple[int, ...]] = []
+        teacher will be called with, or None where it will not be; without it, those of every batch. together: so many
+        are taken before the first of them is used, as the batches of an accumulated step are."""
+        coming, wanted = enumerate(batches), asked or (lambda number, batch: batch)
+        held: deque[Batch] = deque()
+        begun: deque[list[tuple[int, ...]]] = deque()  # what each batch of `held` asked for, and the `together` before
         try:
             while True:
                 while len(held) <= self.prefetch and (item := next(coming, None)) is not None:
-                    number, batch = item
-                    inputs = batch if asked is None else asked(number, batch)
-                    held.append((batch, [] if inputs is None else self._begin(inputs)))
+                    held.append(item[1])
+                    inputs = wanted(*item)
+                    begun.append([] if inputs is None else self._begin(inputs))
                 if not held:
                     return
-                batch, current = held.popleft()
-                yield batch
-                self._end(current)
-                current = []
+                yield held.popleft()
+                if len(begun) - len(held) >= together:
+                    self._end(begun.popleft())
         finally:
-            for tokens in (current, *(tokens for _, tokens in held)):
-                self._end(tokens)
+            for sequences in begun:
+                self._end(sequences)
 
     def _begin(self, inputs: dict[str, Any]) -> list[tuple[int, ...]]:
         found = [piece.tokens for piece in _pieces(inputs)]

@@ -37,7 +37,7 @@ class Client:
     """
 
     def __init__(self, url: str, key: str | None, deadline: float, connections: int) -> None:
-        self.url, self.deadline = _checked(url), deadline
+        self.url, self.deadline = checked_url(url), deadline
         self._key = os.environ.get(KEY, "") if key is None else key
         if not (self._key.isascii() and self._key.isprintable()):
             fail("ServedTeacher", "api_key", "be printable ASCII", "another text", f"Check it, or {KEY}")
@@ -179,7 +179,7 @@ def _refuse(name: str, relation: str, got: object, remedy: str) -> NoReturn:
     fail("ServedTeacher", name, relation, got, remedy)
 
 
-def _checked(url: str) -> str:
+def checked_url(url: str) -> str:
     """A server's address without the slash at its end."""
     try:
         parts = urlsplit(url)

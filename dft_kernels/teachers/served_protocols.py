@@ -69,12 +69,10 @@ class VLLM(Protocol):
         listed = client.ask("/v1/models", what="its models")
         names = [one["id"] for one in listed["data"]] if _has_models(listed) else []
         if model not in (names if model is not None or len(names) != 1 else [None]):
-            remedy = "Name one as model"
             got = f"{model!r} of {', '.join(map(shown, names))}" if names else "none"
-            fail("ServedTeacher", "model", f"be one that {client.url} serves", got, remedy)
+            fail("ServedTeacher", f"model of {client.url}", "be one that it serves", got, "Name one as model")
         version = client.ask("/version", what="its version", optional=True)
-        number = version.get("version") if isinstance(version, dict) else None
-        return About(model or names[0], f"vllm {number}" if isinstance(number, str) else "vllm")
+        return About(model or names[0], " ".join(["vllm", *_named(version, "version")]))
 
     def request(self, tokens: Sequence[int], k: int, model: str | None) -> dict[str, Any]:
         """The body of the request: one token is generated, since none is refused."""
@@ -118,16 +116,13 @@ class SGLang(Protocol):
 
     def about(self, client: Client, model: str | None) -> About:
         found = client.ask("/get_model_info", what="its model")
-        served = found.get("model_path") if isinstance(found, dict) else None
+        served = next(iter(_named(found, "model_path")), None)
         if model not in (None, served):
-            fail(
-                "ServedTeacher", "model", f"be the one that {client.url} serves", f"{model!r} of {served!r}", "Name it"
-            )
+            got = f"{model!r} of {served!r}"
+            fail("ServedTeacher", f"model of {client.url}", "be the one that it serves", got, "Name that one")
         info = client.ask("/get_server_info", what="its version", optional=True)
-        number = info.get("version") if isinstance(info, dict) else None
-        weights = found.get("weight_version") if isinstance(found, dict) else None
-        server = f"sglang {number}" if isinstance(number, str) else "sglang"
-        return About(served, f"{server}, weights {weights}" if isinstance(weights, str) else server)
+        weights = [f"weights {name}" for name in _named(found, "weight_version")]
+        return About(served, ", ".join([" ".join(["sglang", *_named(info, "version")]), *weights]))
 
     def request(self, tokens: Sequence[int], k: int, model: str | None) -> dict[str, Any]:
         """The body of the request."""
@@ -188,8 +183,13 @@ def protocol_of(client: Client) -> Protocol:
 
 def _has_models(listed: Any) -> bool:
     data = listed.get("data") if isinstance(listed, dict) else None
-    return isinstance(data, list) and bool(data) and all(isinstance(one, dict) and isinstance(one.get("id"), str)
-                                                         for one in data)  # fmt: skip
+    return isinstance(data, list) and bool(data) and all(_named(one, "id") for one in data)
+
+
+def _named(said: Any, field: str) -> list[str]:
+    """A name that a server gives, if it is one that can be printed."""
+    name = said.get(field) if isinstance(said, dict) else None
+    return [name] if isinstance(name, str) and name.isprintable() and 0 < len(name) <= 500 else []
 
 
 def _same(where: str, wanted: object, got: object) -> None:

@@ -51,8 +51,9 @@ class _Ahead(transformers.TrainerCallback):
             def asked(number: int, batch: dict[str, Any]) -> dict[str, Any] | None:
                 return request_of(batch)[0] if self.matches(first + number // each) else None
 
+            together = each + sum(one.prefetch + 1 for one in self.served[1:])  # each reads from the one before
             for teacher in self.served:
-                self.ahead.append(teacher.ahead(self.ahead[-1] if self.ahead else epoch_iterator, asked))
+                self.ahead.append(teacher.ahead(self.ahead[-1] if self.ahead else epoch_iterator, asked, together))
         return self.get(self.ahead[-1], num_batches, device)
 
     def _close(self) -> None:

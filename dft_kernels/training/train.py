@@ -29,11 +29,13 @@ from ..models.heads import output_layer
 from ..store.reader import Store
 from ..targets import target_file
 from ..targets.target import Target
+from ..teachers.served import ServedTeacher
 from .card import Card
 from .collators import PrinciplesCollator
 from .config import Job
 from .examples import Example, PackCollator, Packs, Sequences, check_packing, examples_of, shown
 from .progress import TERMS_FILE
+from .serving import naming
 from .target_terms import HumanText, asks_for_text, terms_of
 from .teaching import asked
 from .trainer import DFTConfig, DFTTrainer
@@ -176,6 +178,10 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
             teacher = Store(str(job.teacher))
         except ValueError as error:
             raise ValueError(f"train: teacher: {str(error).removeprefix('store: ')}") from error
+    elif job.served:
+        with naming("train", "teacher"):
+            teacher = ServedTeacher(str(job.teacher), job.served_k, model=job.served_model)
+            _ = teacher.about
     elif job.teacher is not None:
         check_model(job.teacher, "teacher")
     target = None if job.target is None else target_file.load(job.target)
@@ -216,7 +222,10 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
     if isinstance(data, Packs):
         for number in range(min(8, len(data))):
             check_packing(model, data[number])
-    if not job.stored and job.teacher is not None:
+    if job.served:
+        with naming("train", "teacher"):
+            teacher.check(tokenizer, output_layer(model).weight.shape[0])
+    elif not job.stored and job.teacher is not None:
         teacher, _ = model_of(job.teacher, cache, argument="teacher")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()  # the same when resumed
     training, kept = Subset(data, order[job.held_out :]), Subset(data, order[: job.held_out])

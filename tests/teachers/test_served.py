@@ -79,7 +79,7 @@ def test_the_token_in_interface_gives_the_same() -> None:
 
 REFUSED = {
     "Requested prompt logprobs of 129, which is greater than max allowed: 128": (129, "smollm2", None),
-    "model must be one that http://.* serves, got 'other' of 'smollm2'. Name one as model.": (8, "other", None),
+    "model of http://.* must be one that it serves, got 'other' of 'smollm2'. Name one as model.": (8, "other", None),
     "Token id 49152 is out of vocabulary": (8, None, [49152, 1]),
     "This model's maximum context length is 1024 tokens": (8, None, [1] * 1100),
 }

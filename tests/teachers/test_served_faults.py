@@ -362,7 +362,7 @@ def test_wrong_batches(server: StandIn) -> None:
 def test_another_server_is_named() -> None:
     for answer, said in (
         (lambda path, body: (200, {"hello": "there"}), "url must be of vLLM, SGLang or trl vllm-serve, got neither"),
-        (TinyModel(far(), kind="sglang"), r"model must be the one that http://\S+ serves, got 'other' of 'tiny'"),
+        (TinyModel(far(), kind="sglang"), r"model of http://\S+ must be the one that it serves, got 'other' of 'tiny'"),
     ):
         with (
             StandIn(answer) as server,

@@ -60,8 +60,8 @@ class ServedTeacher:
     of the tail; `rows` and `flagged` count the rows so far, and those whose tail is known to worse than 10 %.
 
     Temperature: these servers give prompt log-probabilities at temperature 1 only, so with a bucket the loss's
-    teacher_temperature is 1. A server that computes in bf16 rounds its logits: log-probabilities are then off by up to
-    half a step of bf16 at the logits' size (0.06 at 16 to 32), one that computes in fp32 is not.
+    teacher_temperature is 1. Precision: the server's dtype. Of vLLM in fp32 SmolLM2's log-probabilities were off by
+    1e-5 in the mean, in bf16 by 0.045, a KL of 9e-4 nats.
 
     Cost: about 4.5 KB of JSON a token at top_k 64, read on threads beside training: about 0.1 ms of one core a token.
 
@@ -142,7 +142,7 @@ class ServedTeacher:
         or a student that comes without one, is warned of.
 
         vocab_size: of the student's head, unless one was given before; else the tokenizer's."""
-        if self._checked is not None and tokenizer in (None, self._checked):
+        if self._checked is not None and (tokenizer is None or tokenizer is self._checked):
             return
         trial: Sequence[int] = (1, 2, 3)
         if tokenizer is None:
@@ -247,6 +247,7 @@ class ServedTeacher:
                 future.cancel()
 
     def _submit(self, tokens: tuple[int, ...]) -> Future[Distributions]:
+        self._client.check_open()
         self.about  # noqa: B018 - asked on this thread, before there are others that would
         return self._workers.submit(lambda: self._score(tokens))
 

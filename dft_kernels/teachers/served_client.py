@@ -64,18 +64,24 @@ class Client:
         self._closed.set()
         self._http.close()
 
+    def check_open(self) -> None:
+        """Refuse to ask after `close`."""
+        if self._closed.is_set():
+            fail("ServedTeacher", self.url, "be asked before close()", "a request after it", "Make another")
+
     def ask(self, path: str, body: Any = None, *, what: str = "", limit: int = _SMALL, optional: bool = False) -> Any:
         """The JSON of the answer to a GET, or to a POST of `body`. what: the request, for errors; limit: bytes of the
         reply; optional: None where the server has no such path."""
         method = "GET" if body is None else "POST"
         name = f"{method} {self.url}{path}{what and f' for {what}'}"
         content = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-        until, tries, pause, refusal = time.monotonic() + self.deadline, 0, BACKOFF[0], (OSError, ConnectionError)
+        until, tries, pause = time.monotonic() + self.deadline, 0, BACKOFF[0]
         while True:
+            self.check_open()
             tries += 1
             try:
                 status, data, after = self._once(name, method, path, content, until, limit)
-            except self._httpx.TransportError as error:
+            except self._httpx.RequestError as error:
                 why, after = f"{type(error).__name__} ({self._plain(str(error))})", 0.0
                 if "CERTIFICATE_VERIFY_FAILED" in str(error):
                     remedy = "Give the host that the certificate is of, or its authority by SSL_CERT_FILE"
@@ -88,10 +94,11 @@ class Client:
                 why = f"{status} ({self._plain(data)})"
             wait = max(after, pause * self._random.uniform(0.5, 1.0))
             pause = min(2 * pause, BACKOFF[1])
-            if time.monotonic() + wait >= until or self._closed.wait(wait):
-                got = "its end by close()" if self._closed.is_set() else f"{why} at the last of {tries} tries"
+            if time.monotonic() + wait >= until:
+                got = f"{why} at the last of {tries} tries"
                 remedy = "Nothing was trained on it: start the server, or raise deadline, and go on from the last step"
-                fail("ServedTeacher", name, f"be answered within {self.deadline:g} s", got, remedy, refusal[1])
+                fail("ServedTeacher", name, f"be answered within {self.deadline:g} s", got, remedy, ConnectionError)
+            self._closed.wait(wait)
 
     def _once(
         self, name: str, method: str, path: str, content: bytes | None, until: float, limit: int

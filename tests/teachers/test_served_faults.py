@@ -43,6 +43,11 @@ def dropped(handler: Any, reply: Any) -> None:
     handler.close_connection = True
 
 
+def packed(handler: Any, reply: Any) -> None:
+    """A reply that says it is compressed, and is not."""
+    handler.send(200, b"plain", {"Content-Encoding": "gzip"})
+
+
 PASSING = {
     "429": [(429, {})],
     "429 with a time": [(429, {"Retry-After": "0"})],
@@ -50,6 +55,7 @@ PASSING = {
     "500, 502, 503": [(500, {}), (502, {}), (503, {})],
     "cut off": [cut, cut],
     "no answer": [dropped],
+    "not what it says": [packed],
     "all": [(503, {}), cut, dropped, (429, {})],
 }
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 from stand_in_server import StandIn, TinyModel
 from tiny_models import WORDS, far, tiny, word_tokenizer
-from training_runs import batch_of, config, curve, random_rows, teacher
+from training_runs import batch_of, config, curve, locally, random_rows, teacher
 
 from dft_kernels import Labels, Mixture, ServedTeacher, TopK
 from dft_kernels.teachers import served_client
@@ -41,22 +41,6 @@ def server() -> Iterator[StandIn]:
 
 def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return batch_of([item["input_ids"] for item in items], "right")
-
-
-def locally(model: Any, k: int = 5) -> Any:
-    """The k tokens of each row that a served teacher keeps."""
-
-    def top(inputs: dict[str, Any]) -> TopK:
-        with torch.no_grad():
-            told = {name: inputs[name] for name in ("attention_mask", "position_ids") if inputs.get(name) is not None}
-            logits = model(input_ids=inputs["input_ids"], use_cache=False, **told).logits
-            log_p = logits.double().log_softmax(-1).float()
-        kept = log_p.topk(k).indices
-        own = inputs["input_ids"].roll(-1, 1)[..., None]
-        kept[..., -1:] = torch.where((kept == own).any(-1, keepdim=True), kept[..., -1:], own)
-        return TopK(kept, log_p.gather(-1, kept), log_p.scatter(-1, kept, -torch.inf).logsumexp(-1))
-
-    return top
 
 
 def trained(tmp_path: Path, given: Any, collator: Any = collate, **options: Any) -> DFTTrainer:

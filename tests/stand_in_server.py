@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +23,8 @@ class StandIn:
     """Serves `answer` in threads. faults: what happens to requests for log-probabilities, one each, None: nothing; a
     fault is a status with headers, or a function of the handler and its reply, which sends what it likes."""
 
-    def __init__(self, answer: Answer) -> None:
-        self.answer = answer
+    def __init__(self, answer: Answer, certificate: Path | None = None) -> None:
+        self.answer, self.certificate = answer, certificate
         self.faults: list[Any] = []
         self.requests: list[tuple[str, Any, dict[str, str]]] = []  # path, body, headers
         self.busy = self.most_busy = 0
@@ -35,7 +37,7 @@ class StandIn:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.certificate else 'http'}://127.0.0.1:{self.port}"
 
     @property
     def scored(self) -> list[Any]:
@@ -57,6 +59,10 @@ class StandIn:
 
         self._server = Server(("127.0.0.1", self.port), Handler)
         self.port = self._server.server_address[1]
+        if self.certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def kill(self) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -315,16 +316,19 @@ def test_the_key_of_a_plain_address_is_warned_of() -> None:
         ServedTeacher("http://teacher.invalid").close()
 
 
-def test_a_certificate_that_does_not_verify_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    import httpx
-
-    def unverified(*_: Any, **__: Any) -> Any:
-        raise httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate")
-
-    with ServedTeacher("https://teacher.invalid", 4) as teacher:
-        monkeypatch.setattr(teacher._client._http, "stream", unverified)
-        with pytest.raises(ValueError, match=r"must have a certificate that verifies, got .*self-signed"):
-            teacher(BATCH)
+def test_a_certificate_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that no authority has signed is refused at once, without the key, unless SSL_CERT_FILE says that it is one."""
+    certificate = Path(__file__).parent / "recorded" / "loopback.pem"  # of 127.0.0.1, by itself
+    with StandIn(TinyModel(far()), certificate) as server:
+        with ServedTeacher(server.url, 4, api_key=SECRET) as teacher:
+            with pytest.raises(
+                ValueError, match=r"GET https://\S+ .* must have a certificate that verifies, got .*self"
+            ):
+                teacher(BATCH)
+            assert not server.requests
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        with ServedTeacher(server.url, 4, api_key=SECRET) as teacher:
+            assert teacher(BATCH).log_probs.shape == (1, 6, 4)
 
 
 # ---- arguments

@@ -263,7 +263,6 @@ def kills(server: Server, folder: Path, count: int, seed: int = 0) -> None:
 
         thread = threading.Thread(target=disturb)
         thread.start()
-        _, disturbed = [], []
         try:
             while times < count:
                 _, disturbed = trained(folder, teacher, data, len(data), processing_class=tokenizer)

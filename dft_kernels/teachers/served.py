@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import fail
+from ..files import shown
 from .served_client import Client, Workers
 from .served_protocols import ENTRY_BYTES, PROTOCOLS, About, Protocol, Row, WrongReplyError, protocol_of
 from .served_rows import Distributions, distributions
@@ -165,7 +166,8 @@ class ServedTeacher:
             at = next((n for n, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
             got = f"{len(theirs)} ids for {len(ours)}"
             if at is not None:
-                got = f"id {theirs[at]} for {ours[at]}, {tokenizer.decode([ours[at]])!r}, at {at} of the probe text"
+                text = tokenizer.decode([ours[at]])
+                got = f"id {shown(theirs[at])} for {ours[at]}, {text!r}, at {at} of the probe text"
             remedy = "Serve a teacher of the student's tokenizer"
             _fail(f"the tokenizer of {self.url}", "be the student's", got, remedy)
         return ours

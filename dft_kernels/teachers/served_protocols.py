@@ -56,7 +56,8 @@ class Protocol(ABC):
         """The server's token ids of a text, special tokens in it read as such and none added; None: it does not say."""
         body = {"prompt": text, "add_special_tokens": False, **({} if model is None else {"model": model})}
         reply = client.ask("/tokenize", body, what="the probe text", optional=True)
-        return reply.get("tokens") if isinstance(reply, dict) else None
+        found = reply.get("tokens") if isinstance(reply, dict) else None
+        return found if isinstance(found, list) else None
 
 
 class VLLM(Protocol):

@@ -5,6 +5,7 @@
 # make test-oldest: the tests with the oldest versions that are supported, in a copy with a .venv of its own
 #   OLDEST_PYTHON=python3.12 makes that .venv
 # make sanitize: the C++ code under ASan and UBSan
+# make served: a real vLLM with SmolLM2 on the CPU, in build/served, as a teacher; SERVED=--kills=10, --record: see there
 TORCH ?= torch==2.13.0
 ifdef PYTHON
 PY := $(PYTHON)
@@ -17,7 +18,7 @@ PYTEST := -m pytest -n auto --dist worksteal -p no:benchmark
 COPY := tar -c --exclude=./build --exclude=./.venv --exclude=./.git --exclude='*.so' --exclude=_build.json . | tar -x -C
 STAMP := build/installed-$(subst /,_,$(subst =,_,$(PY)-$(TORCH)))
 
-.PHONY: test test-all test-oldest demo install lint sanitize clean
+.PHONY: test test-all test-oldest demo install lint sanitize served clean
 
 test: $(STAMP) lint
 	$(PY) $(PYTEST) -m 'not full'
@@ -51,6 +52,9 @@ sanitize: $(STAMP)
 	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		$(abspath $(PY)) -m pytest tests/backends/test_native.py tests/backends/test_contract.py -k "native and not other_processors"
+
+served: $(STAMP)
+	$(PY) bench/served.py $(SERVED)
 
 .venv/bin/python:
 	python3 -m venv .venv || { echo "make: python3 needs its venv module (Debian: apt-get install python3-venv)"; exit 1; }

@@ -20,7 +20,7 @@ from .loss.functional import (
 from .loss.metrics import Metrics
 from .loss.modules import LinearCrossEntropyLoss, LinearDistributionLoss
 from .loss.tokens import TokenStatistics, token_statistics
-from .teachers import Labels, LogitStream, Mixture, TeacherHead, TeacherLogits, TopK
+from .teachers import Labels, LogitStream, Mixture, ServedTeacher, TeacherHead, TeacherLogits, TopK
 
 if TYPE_CHECKING:
     from . import distributed, divergences, targets, terms, testing
@@ -59,6 +59,7 @@ __all__ = [
     "Metrics",
     "Mixture",
     "PrinciplesCollator",
+    "ServedTeacher",
     "Store",
     "TeacherHead",
     "TeacherLogits",

@@ -27,6 +27,15 @@ if not torch.cuda.is_available():
     cuda_on_host.install()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--served", metavar="URL", help="a vLLM with SmolLM2, for tests/teachers/test_real_server.py")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Without a server there is nothing to test it with: `make served` starts one."""
+    return True if collection_path.name == "test_real_server.py" and config.getoption("--served") is None else None
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """`@pytest.mark.kept(where=lambda backend, dtype: ...)`: of a product's cells the others are `full`."""
     for mark in item.iter_markers("kept"):

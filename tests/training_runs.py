@@ -9,6 +9,7 @@ import torch
 from tiny_models import tiny
 
 import dft_kernels
+from dft_kernels import TopK
 from dft_kernels.models.heads import head_of, hidden_states
 from dft_kernels.store.manifest import Contents
 from dft_kernels.store.reader import Store
@@ -50,6 +51,22 @@ def top_k_store(folder: Path) -> Store:
         columns = dict(zip(("indices", "log_probs", "tail"), map(list, zip(*kept, strict=True)), strict=True))
         writer.append(ids, **columns)
     return Store(folder)
+
+
+def locally(model: Any, k: int = 5) -> Any:
+    """The k tokens of each row that a served teacher keeps."""
+
+    def top(inputs: dict[str, Any]) -> TopK:
+        with torch.no_grad():
+            told = {name: inputs[name] for name in ("attention_mask", "position_ids") if inputs.get(name) is not None}
+            logits = model(input_ids=inputs["input_ids"], use_cache=False, **told).logits
+            log_p = logits.double().log_softmax(-1).float()
+        kept = log_p.topk(k).indices
+        own = inputs["input_ids"].roll(-1, 1)[..., None]
+        kept[..., -1:] = torch.where((kept == own).any(-1, keepdim=True), kept[..., -1:], own)
+        return TopK(kept, log_p.gather(-1, kept), log_p.scatter(-1, kept, -torch.inf).logsumexp(-1))
+
+    return top
 
 
 def config(tmp_path: Path, **changes: Any) -> DFTConfig:

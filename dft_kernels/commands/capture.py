@@ -11,10 +11,12 @@ import transformers
 from ..materials.records import Faults
 from ..materials.sources import MODEL_HELP, check_model, documents_of, model_of, tokenizer_of
 from ..store.manifest import KINDS, SHARD_ROWS
+from ..teachers.served import ServedTeacher
+from ..teachers.served_client import checked_url
 from ..training.capture import capture
 from ..training.examples import examples_of
 from ..training.shares import share_range
-from .arguments import Help, Number, Parser, Whole, device, output_folder, shard
+from .arguments import Checked, Help, Number, Parser, Whole, device, output_folder, shard
 from .flags import add_cache, add_only, add_quiet, add_skip_bad, add_text
 from .printing import console, progress
 from .store import describe
@@ -30,10 +32,22 @@ def parser() -> Parser:
         formatter_class=Help,
     )
     add = made.add_argument
-    add("--model", required=True, help=MODEL_HELP)
+    add("--model", required=True, help=f"{MODEL_HELP}; with --served its tokenizer alone is read, which must be theirs")
+    add(
+        "--served",
+        type=Checked(checked_url),
+        metavar="URL",
+        help="ask a server of the teacher: vLLM, SGLang, TRL's; its key, if it has one, in DFT_KERNELS_API_KEY",
+    )
+    add("--served-model", metavar="NAME", help="which of the server's models, if it has several")
     add_text(made, required=True)
     add("--out", required=True, type=output_folder, metavar="DIR", help="the store: new, or one to go on with")
-    add("--kind", choices=KINDS, default="hidden", help="last hidden states and the head, or the likeliest tokens")
+    add(
+        "--kind",
+        choices=KINDS,
+        help="hidden: last hidden states and the head; topk: the likeliest tokens (default: hidden, or topk "
+        "of a server)",
+    )
     add("--k", type=Whole(1), default=128, help="tokens a row of topk")
     add("--temperature", type=Number(above=0), default=1.0, help="of topk's distributions")
     add("--max-length", "--length", type=Whole(2), default=1024, help="tokens a sequence at most; longer ones are cut")
@@ -78,8 +92,10 @@ def run(options: argparse.Namespace) -> int:
         mine, _ = share_range(lengths, options.shard_rows, options.shard)
         total = sum(lengths[mine.start : mine.stop])
         out.print(f"shard {options.shard[0]}/{options.shard[1]}: {len(mine):,} rows, {total:,} tokens", highlight=False)
-    model, _ = model_of(options.model, options.cache)
-    model = model.to(options.device, _DTYPES[options.dtype])
+    if options.served is None:
+        model = model_of(options.model, options.cache)[0].to(options.device, _DTYPES[options.dtype])
+    else:
+        model = ServedTeacher(options.served, options.k, model=options.served_model, vocab_size=options.vocab_size)
     begun, told = time.perf_counter(), []
     with progress("the teacher", total, "tokens", quiet=options.quiet) as advance:
 
@@ -92,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
             tokenizer,
             sequences,
             options.out,
-            options.kind,
+            options.kind or ("hidden" if options.served is None else "topk"),
             counts=None if options.only is None else [example.counts for example in examples],
             k=options.k,
             temperature=options.temperature,

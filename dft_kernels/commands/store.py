@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..store.join import join
+from ..store.manifest import Contents
 from ..store.reader import Store
 from .arguments import Parser, input_folder, output_folder
 from .printing import progress
@@ -53,6 +54,11 @@ def stopped(options: argparse.Namespace) -> str:
     return f"the same command goes on in {options.out}" if options.what == "join" else ""
 
 
+def of_model(held: Contents) -> str:
+    """What tells a store's model from another of its name."""
+    return f"served by {held.server}" if held.model_sha256 is None else f"sha256 {held.model_sha256[:16]}"
+
+
 def describe(store: Store) -> str:
     """A few lines, one for each thing there is to know."""
     held, rows, share = store.contents, max(1, store.rows), store.share
@@ -62,7 +68,7 @@ def describe(store: Store) -> str:
     lines = {
         "store": store.folder,
         "kind": f"{held.kind}: {what}",
-        "teacher": f"{held.model}, sha256 {held.model_sha256[:16]}",
+        "teacher": f"{held.model}, {of_model(held)}",
         "tokenizer": f"vocabulary {held.vocab_size}, sha256 {held.tokenizer_sha256[:16]}",
         "holds": f"{len(store):,} sequences, {store.rows:,} tokens in {len(store.parts)} files",
         "size": f"{store.bytes / 1e6:,.1f} MB, {store.bytes / rows:,.0f} bytes a token"

@@ -47,8 +47,9 @@ GROUPS = {  # of the help
         "dtype", "cache",
     ),
     "teacher and loss": (
-        "teacher", "principles", "divergence", "soft_weight", "hard_weight", "temperature", "teacher_temperature",
-        "temperature_scaling", "matching_every", "matching_from", "matching_ramp", "loss_memory_budget", "loss_backend",
+        "teacher", "served_model", "served_k", "principles", "divergence", "soft_weight", "hard_weight", "temperature",
+        "teacher_temperature", "temperature_scaling", "matching_every", "matching_from", "matching_ramp",
+        "loss_memory_budget", "loss_backend",
     ),
     "distribution terms": (
         "target", "terms", "terms_decay", "stop_at_floor", "rollout_terms", "rollout_every", "rollout_prompt",
@@ -186,7 +187,7 @@ def parser() -> TrainParser:
     made = TrainParser(  # type: ignore[misc]
         [Job, DFTConfig],  # type: ignore[arg-type]
         prog="dft-kernels train",
-        usage="dft-kernels train [CONFIG.yaml] [--model NAME] [--text FILE ...] [--teacher STORE|MODEL] [options]",
+        usage="dft-kernels train [CONFIG.yaml] [--model NAME] [--text FILE ...] [--teacher STORE|MODEL|URL] [options]",
         description="Train a causal LM towards a teacher's distributions, or by cross-entropy alone. CONFIG.yaml holds "
         "the same names; a flag, written with _ or -, goes before it. Stopped at any moment, the same command goes on "
         "from its checkpoint.",

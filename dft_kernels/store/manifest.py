@@ -58,12 +58,13 @@ class Contents:
     vocab_size: int  # of the distributions
     width: int  # H of hidden, k of topk
     model: str
-    model_sha256: str
+    model_sha256: str | None  # None of a served model, whose weights nobody here has seen
     tokenizer_sha256: str
     temperature: float = 1.0  # of log_probs; hidden states serve any temperature
     logit_scale: float = 1.0  # of the head; see TeacherHead
     softcap: float | None = None
     masked: bool = False  # some tokens are no labels: those of prompts
+    server: str | None = None  # program and version, of a served model; `model` is its name there
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -198,6 +199,7 @@ def read_manifest(folder: Path) -> Manifest:
     if file.typed("version", whole.get("version"), int) != VERSION:
         file.fail("version", f"be {VERSION}", whole["version"], "Read it with the dft_kernels that wrote it")
     whole.setdefault("masked", False)  # of stores that are older than masks
+    whole.setdefault("server", None)  # of stores that are older than served teachers
     contents = file.record(Contents, whole, bounds=_BOUNDS, beside=_BESIDE)
     if contents.kind not in KINDS:
         file.fail("kind", f"be one of {', '.join(KINDS)}", shown(contents.kind))

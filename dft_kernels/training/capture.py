@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from ..store.manifest import SHARD_ROWS, Contents
 from ..store.reader import Store
 from ..store.writer import StoreWriter
 from ..teachers.contract import Head
+from ..teachers.served import ServedTeacher
+from .capture_served import served_contents, served_rows
 from .shares import share_of, windows
 
 _LOGITS = 1 << 24  # of a teacher's logits at a time
@@ -73,6 +75,7 @@ def capture(
 ) -> Store:
     """Run `model` over `sequences` (token ids [L] each) and store, for every token, its distribution over the next.
 
+    model: a causal LM, or a `ServedTeacher`: kind "topk" with its top_k at temperature 1, its own vocab_size.
     kind: "hidden": last hidden states in bf16 and the head once: exact but for bf16, 2 H bytes a token, any
         temperature; "topk": the k likeliest tokens and the mass of all others, at `temperature`.
     counts: for each sequence which of its tokens are labels, [L] bool; None: all.
@@ -84,6 +87,45 @@ def capture(
 
     A folder that holds the beginning of the same capture is continued: every sequence is stored once, in order.
     """
+    lengths, mine = [len(ids) for ids in sequences], range(len(sequences))
+    if isinstance(model, ServedTeacher):
+        head = None
+        contents = served_contents(model, tokenizer, kind, temperature, counts is not None, name)
+    else:
+        head, contents = _running(model, tokenizer, kind, k, temperature, vocab_size, counts is not None, name)
+        check_positions(
+            model, max(lengths, default=0), "capture", "sequences", "have", "Cut them: a smaller --max_length"
+        )
+    share = None if shard is None else share_of(sequences, counts, shard_rows, shard)
+    if share is not None:
+        mine = range(share.first, share.first + share.sequences)
+    kept = None if head is None or kind == "topk" or head.weight is None else (head.weight, head.bias)
+    with StoreWriter(folder, contents, kept, share) as writer:
+        done = mine.start + writer.sequences
+        _check_begun(folder, sequences[mine.start : mine.stop], writer.sequences)
+        if tick is not None:
+            tick(sum(lengths[mine.start : done]))
+        for window in windows(lengths[: mine.stop], done, shard_rows):
+            rows: dict[int, tuple[Tensor, ...]] = {}
+            batches = list(_batches(lengths, window, batch_tokens))
+            asked = ([sequences[n] for n in batch] for batch in batches)
+            found = served_rows(model, asked, contents) if head is None else _runs(model, head, asked, contents)
+            for batch, their_rows in zip(batches, found, strict=True):
+                rows |= zip(batch, their_rows, strict=True)
+                if tick is not None:
+                    tick(sum(lengths[n] for n in batch))
+            stored = map(list, zip(*(rows[number] for number in window), strict=True))
+            columns = dict(zip(contents.names, stored, strict=True))
+            if counts is not None:
+                columns["counts"] = [counts[number] for number in window]
+            writer.append([sequences[number] for number in window], **columns)
+    return Store(folder, tokenizer, verify=False)
+
+
+def _running(
+    model: Any, tokenizer: Any, kind: str, k: int, temperature: float, vocab_size: int | None, masked: bool, name: str
+) -> tuple[Head, Contents]:
+    """The head of a model that is run here, cut to vocab_size, and the metadata of a store of it."""
     head = head_of(model)
     assert head.weight is not None
     vocab, width = head.weight.shape
@@ -104,32 +146,16 @@ def capture(
         temperature=temperature if kind == "topk" else 1.0,
         logit_scale=head.logit_scale if kind == "hidden" else 1.0,
         softcap=head.softcap if kind == "hidden" else None,
-        masked=counts is not None,
+        masked=masked,
     )
-    lengths, mine = [len(ids) for ids in sequences], range(len(sequences))
-    check_positions(model, max(lengths, default=0), "capture", "sequences", "have", "Cut them: a smaller --max_length")
-    share = None if shard is None else share_of(sequences, counts, shard_rows, shard)
-    if share is not None:
-        mine = range(share.first, share.first + share.sequences)
-    kept = None if kind == "topk" or head.weight is None else (head.weight, head.bias)
     model.eval()
-    with StoreWriter(folder, contents, kept, share) as writer:
-        done = mine.start + writer.sequences
-        _check_begun(folder, sequences[mine.start : mine.stop], writer.sequences)
-        if tick is not None:
-            tick(sum(lengths[mine.start : done]))
-        for window in windows(lengths[: mine.stop], done, shard_rows):
-            rows: dict[int, tuple[Tensor, ...]] = {}
-            for batch in _batches(lengths, window, batch_tokens):
-                rows |= zip(batch, _run(model, head, [sequences[n] for n in batch], contents), strict=True)
-                if tick is not None:
-                    tick(sum(lengths[n] for n in batch))
-            found = map(list, zip(*(rows[number] for number in window), strict=True))
-            columns = dict(zip(contents.names, found, strict=True))
-            if counts is not None:
-                columns["counts"] = [counts[number] for number in window]
-            writer.append([sequences[number] for number in window], **columns)
-    return Store(folder, tokenizer, verify=False)
+    return head, contents
+
+
+def _runs(
+    model: Any, head: Head, batches: Iterable[list[Tensor]], contents: Contents
+) -> Iterator[list[tuple[Tensor, ...]]]:
+    return (_run(model, head, batch, contents) for batch in batches)
 
 
 def _run(model: Any, head: Head, sequences: list[Tensor], contents: Contents) -> list[tuple[Tensor, ...]]:

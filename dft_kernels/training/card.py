@@ -18,6 +18,7 @@ from ..evaluation.held_out import HeldOut
 from ..files import replace_text
 from ..materials.sources import SMOLLM2
 from ..store.reader import Store
+from ..teachers.served import ServedTeacher
 from .config import Job
 from .markdown import code, plain, table, ticks
 from .progress import term_logs
@@ -110,12 +111,15 @@ class Card:
         return ", ".join(map(code, texts[:20])) + more
 
     def _teacher(self) -> str:
+        if isinstance(self.teacher, ServedTeacher):
+            about, rows = self.teacher.about, max(1, self.teacher.rows)
+            flagged = f"tail below rounding in {100 * self.teacher.flagged / rows:.1f} % of rows"
+            return f"{code(about.model)} served by {code(about.server)}, top {self.teacher.top_k}, {flagged}"
         if not isinstance(self.teacher, Store):
             return code(self.job.teacher) if self.job.teacher else "none: cross-entropy alone"
         held, what = self.teacher.contents, f"{len(self.teacher):,} sequences, {self.teacher.rows:,} rows"
-        return (
-            f"store {code(self.job.teacher)} ({held.kind}) of {code(held.model)}, sha256 `{held.model_sha256}`: {what}"
-        )
+        which = f"served by {code(held.server)}" if held.model_sha256 is None else f"sha256 `{held.model_sha256}`"
+        return f"store {code(self.job.teacher)} ({held.kind}) of {code(held.model)}, {which}: {what}"
 
     def _loss(self, args: DFTConfig) -> str:
         if self.teacher is None:

@@ -13,6 +13,8 @@ from typing import Any
 from ..files import Source, shown
 from ..materials.models import cache_folder
 from ..materials.sources import MODEL_HELP, TEXT_HELP
+from ..teachers.served_client import checked_url
+from .serving import naming
 from .target_terms import TERMS, read_terms
 
 
@@ -24,8 +26,15 @@ class Job:
     text: list[str] | None = field(default=None, metadata={"help": f"{TEXT_HELP}; not with a store, which has its own"})
     teacher: str | None = field(
         default=None,
-        metadata={"help": "a store of dft-kernels capture, or a model as above; none: cross-entropy alone"},
+        metadata={
+            "help": "a store of dft-kernels capture, a model as above, or http(s)://HOST[:PORT] of a server of one; "
+            "none: cross-entropy alone"
+        },
     )
+    served_model: str | None = field(
+        default=None, metadata={"help": "which of a server's models is the teacher, if it has several"}
+    )
+    served_k: int = field(default=64, metadata={"help": "tokens a row of a served teacher"})
     principles: str | None = field(
         default=None,
         metadata={"help": "a UTF-8 file that a running teacher reads before every text, and not the model"},
@@ -67,13 +76,19 @@ class Job:
 
     def __post_init__(self) -> None:
         _need(self.model is not None, "model", "be given", None, "Name a folder, or smollm2")
-        for name, least in (("max_length", 2), ("held_out", 0), ("lora_rank", 0), ("correction_rank", 0)):
+        least_of = {"max_length": 2, "held_out": 0, "served_k": 1, "lora_rank": 0, "correction_rank": 0}
+        for name, least in least_of.items():
             _need(getattr(self, name) >= least, name, f"be at least {least}", getattr(self, name), "Raise it")
         one = not (self.lora_rank and self.correction_rank)
         _need(one, "correction_rank", "be 0 with lora_rank", self.correction_rank, "Give one of the two")
         dtypes = ("float32", "bfloat16", "float16")
         _need(self.dtype in dtypes, "dtype", f"be one of {', '.join(dtypes)}", self.dtype, "Pick one of these")
-        stored = self.stored
+        stored, served = self.stored, self.served
+        if served:
+            with naming("train", "teacher"):
+                checked_url(str(self.teacher))
+        other, relation = self.served_model, "come with a server's address as teacher"
+        _need(served or other is None, "served_model", relation, other, "Leave it")
         _need(bool(self.text) != stored, "text", "be given, but not with a store", self.text, "Name texts, or a store")
         only = not (self.assistant_only and self.completion_only)
         _need(only, "completion_only", "come without assistant_only", True, "Give one of the two")
@@ -99,6 +114,11 @@ class Job:
     def only(self) -> str | None:
         """Whose tokens alone count."""
         return "assistant" if self.assistant_only else "completion" if self.completion_only else None
+
+    @property
+    def served(self) -> bool:
+        """Whether the teacher is a server's address."""
+        return self.teacher is not None and self.teacher.startswith(("http://", "https://"))
 
     @property
     def stored(self) -> bool:

@@ -13,6 +13,7 @@ from ..models.heads import head_of, hidden_states, unwrapped
 from ..store.reader import Store
 from ..teachers.head import TeacherHead
 from ..teachers.mixture import Labels, Mixture
+from ..teachers.served import ServedTeacher
 from ..teachers.top_k import TopK
 from .collators import PROMPTED
 
@@ -45,20 +46,29 @@ class Running:
     def _prompted(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Row P + t of P + T: padded on the right, as principles of P tokens stand before; on the left, as both end
         together."""
-        ids, whole = inputs["input_ids"], inputs[PROMPTED[0]]
-        mask = inputs.get(PROMPTED[1], torch.ones_like(whole))
-        before = whole.shape[1] - ids.shape[1]
+        asked, before = request_of(inputs)
+        whole, mask = asked["input_ids"], asked["attention_mask"]
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if most is not None and whole.shape[1] > most:
-            got = f"{before} of principles + {ids.shape[1]} of the sequence = {whole.shape[1]} tokens"
+            got = f"{before} of principles + {whole.shape[1] - before} of the sequence = {whole.shape[1]} tokens"
             _fail(PROMPTED[0], f"fit into the teacher's {most} positions", got, "Shorten one of the two")
-        own = inputs.get("attention_mask", torch.ones_like(ids)) != 0
-        if before < 0 or bool(((whole[:, before:] != ids) & own).any()):
-            got = f"{list(whole.shape)} for {list(ids.shape)}, other tokens"
-            _fail(PROMPTED[0], "end with the columns of input_ids", got, "Pad both on one side, as PrinciplesCollator")
         # of learned positions: those of a sequence that nothing pads
         more = {"position_ids": (mask.long().cumsum(-1) - 1).clamp_min(0)} if self.positions else {}
         return hidden_states(self.model, whole, mask, **more)[:, before:]
+
+
+def request_of(inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The inputs that a teacher is asked for, with principles where the batch has them, and how many columns stand
+    before those of input_ids."""
+    if PROMPTED[0] not in inputs:
+        return inputs, 0
+    ids, whole = inputs["input_ids"], inputs[PROMPTED[0]]
+    before = whole.shape[1] - ids.shape[1]
+    own = inputs.get("attention_mask", torch.ones_like(ids)) != 0
+    if before < 0 or bool(((whole[:, before:] != ids) & own).any()):
+        got = f"{list(whole.shape)} for {list(ids.shape)}, other tokens"
+        _fail(PROMPTED[0], "end with the columns of input_ids", got, "Pad both on one side, as PrinciplesCollator")
+    return {"input_ids": whole, "attention_mask": inputs.get(PROMPTED[1], torch.ones_like(whole))}, before
 
 
 def parts_of(teacher: Any, by: str = "DFTTrainer") -> list[Any]:
@@ -85,6 +95,9 @@ def parts_of(teacher: Any, by: str = "DFTTrainer") -> list[Any]:
                 'tail="renormalise") in its place, with train_dataset=store and data_collator=store.collate'
             )
             refuse("hold no store of a top k as such in a Mixture, which has no bucket", "one", remedy)
+        if mixed and isinstance(part, ServedTeacher) and part.tail != "renormalise":
+            relation = "hold served teachers without a bucket in a Mixture, which weighs single tokens"
+            refuse(relation, f"tail={part.tail!r}", 'Give ServedTeacher tail="renormalise"')
     if sum(isinstance(part, Store) for part in parts) > 1:
         refuse("hold one Store at most, which gives the batches", "more", "Run the other teachers")
     return parts
@@ -95,10 +108,12 @@ def stand_in(teacher: Any, device: torch.device) -> Any:
     if isinstance(teacher, Mixture):
         parts = [part if isinstance(part, Labels) else stand_in(part, device) for part in teacher.teachers]
         return Mixture(parts, teacher.weights, teacher.kind)
-    if isinstance(teacher, Store) and teacher.contents.kind == "topk":
+    served = isinstance(teacher, ServedTeacher)
+    if served or (isinstance(teacher, Store) and teacher.contents.kind == "topk"):
         half = torch.tensor([0.5], device=device).log()
         index = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        return TopK(index, half[None], half, teacher.contents.temperature)
+        temperature, tail = (1.0, teacher.tail) if served else (teacher.contents.temperature, "bucket")
+        return TopK(index, half[None], half, temperature, tail)
     return None if teacher is None else torch.zeros(1, 2, device=device)
 
 
@@ -110,6 +125,8 @@ def asked(teacher: Any, device: torch.device, by: str = "DFTTrainer") -> Callabl
         return _stored(teacher, by)
     if isinstance(teacher, torch.nn.Module):
         return Running(teacher, device)
+    if isinstance(teacher, ServedTeacher):
+        return _served(teacher)
     if not isinstance(teacher, Mixture):
         return teacher  # type: ignore[no-any-return]
     parts = [part if isinstance(part, Labels) else asked(part, device, by) for part in teacher.teachers]
@@ -122,6 +139,17 @@ def asked(teacher: Any, device: torch.device, by: str = "DFTTrainer") -> Callabl
         )
 
     return mixed
+
+
+def _served(teacher: ServedTeacher) -> Callable[[dict[str, Any]], TopK]:
+    def rows(inputs: dict[str, Any]) -> TopK:
+        asked, before = request_of(inputs)
+        top = teacher(asked)
+        assert top.tail_log_prob is not None
+        own = (top.indices[:, before:], top.log_probs[:, before:], top.tail_log_prob[:, before:])
+        return TopK(*own, top.temperature, top.tail)
+
+    return rows
 
 
 def _stored(store: Store, by: str) -> Callable[[dict[str, Any]], Any]:

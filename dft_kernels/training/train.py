@@ -29,11 +29,13 @@ from ..models.heads import check_positions, output_layer
 from ..store.reader import Store
 from ..targets import target_file
 from ..targets.target import Target
+from ..teachers.served import ServedTeacher
 from .card import Card
 from .collators import PrinciplesCollator
 from .config import Job
 from .examples import Example, PackCollator, Packs, Sequences, check_packing, examples_of, shown
 from .progress import TERMS_FILE
+from .serving import naming
 from .target_terms import HumanText, asks_for_text, terms_of
 from .teaching import asked
 from .trainer import DFTConfig, DFTTrainer
@@ -186,6 +188,10 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
                 f"train: teacher must be a whole store, got {job.teacher}, {teacher.share} of one. Join all of its "
                 "shards by dft-kernels store join."
             )
+    elif job.served:
+        with naming("train", "teacher"):
+            teacher = ServedTeacher(str(job.teacher), job.served_k, model=job.served_model)
+            _ = teacher.about
     elif job.teacher is not None:
         check_model(job.teacher, "teacher")
     target = None if job.target is None else target_file.load(job.target)
@@ -234,7 +240,10 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
     if isinstance(data, Packs):
         for number in range(min(8, len(data))):
             check_packing(model, data[number])
-    if not job.stored and job.teacher is not None:
+    if job.served:
+        with naming("train", "teacher"):
+            teacher.check(tokenizer, output_layer(model).weight.shape[0])
+    elif not job.stored and job.teacher is not None:
         teacher, _ = model_of(job.teacher, cache, argument="teacher")
         told = len(collate.principles) if isinstance(collate, PrinciplesCollator) else 0
         check_positions(teacher, told + longest, "train", "teacher", "take", "Lower --max_length: longer ones are cut")

@@ -22,6 +22,7 @@ from .attach import Held, attach, targets_of
 from .collators import PROMPTED, PrinciplesCollator
 from .progress import TermsCallback, load_terms, peak_memory_gb, show_metrics, term_logs
 from .rollouts import OwnText
+from .serving import serve
 from .teaching import STORED, asked, check_prompted, parts_of, stand_in
 
 METRICS = ("hard_loss", "soft_loss", "entropy", "accuracy", "teacher_agreement")
@@ -98,7 +99,8 @@ class DFTTrainer(transformers.Trainer):
     """Trainer whose model carries the fused loss (`attach`), and whose batches have a teacher.
 
     teacher: a `Store` (its sequences are the training set unless one is given, its collate the collator), a causal LM
-    of the model's vocabulary (run without gradient on every batch), a callable `inputs -> teacher` of
+    of the model's vocabulary (run without gradient on every batch), a `ServedTeacher` (compared with the model and its
+    processing_class before the first step, and asked ahead of each), a callable `inputs -> teacher` of
     `linear_distribution_loss`, a `Mixture` of these and of `Labels()`, each asked for every batch, or None:
     cross-entropy alone. terms: `dft_kernels.terms`, which steps of matching have beside their loss, delayed: running
     statistics (args.terms_decay) over all processes and accumulated batches, kept in checkpoints, logged as term_NAME.
@@ -170,6 +172,7 @@ class DFTTrainer(transformers.Trainer):
                 "DFTTrainer: rollout_terms must be trained with a whole model in each process, got FSDP or DeepSpeed. "
                 "Use DDP, or leave them out."
             )
+        serve(self, teacher, "DFTTrainer", self._matches)
         if self.delayed:
             self.add_callback(TermsCallback(self.delayed))
         show_metrics(self)
@@ -248,9 +251,8 @@ class DFTTrainer(transformers.Trainer):
             self.sums, self.since = {}, time.perf_counter()
         super().log(logs, start_time)
 
-    def _matches(self) -> bool:
-        step = self.state.global_step
-        args = self.args
+    def _matches(self, step: int | None = None) -> bool:
+        args, step = self.args, self.state.global_step if step is None else step
         return step >= args.matching_from and (step - args.matching_from + 1) % args.matching_every == 0
 
     def _weights(self) -> dict[str, float]:

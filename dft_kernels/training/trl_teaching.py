@@ -19,6 +19,7 @@ from ..loss.options import Function
 from ..terms import Delayed, DistributionTerm
 from .fused_forward import Attachment, fused_loss
 from .progress import TermsCallback
+from .serving import serve
 from .teaching import STORED, asked, parts_of, stand_in
 
 _OPTIONS = ("divergence", "soft_weight", "hard_weight", "temperature", "teacher_temperature", "temperature_scaling",
@@ -34,9 +35,11 @@ class Lesson:
     terms: Delayed | None
     options: dict[str, Any]  # of linear_distribution_loss
     metrics: Any  # of the trainer: name -> values since the last log
+    teacher: Any
 
     def follow(self, trainer: Any) -> None:
-        """Update the terms with the trainer's steps."""
+        """Update the terms with the trainer's steps, and ask a served teacher ahead of them."""
+        serve(trainer, self.teacher, "fuse")
         if self.terms is not None:
             trainer.add_callback(TermsCallback({"term": self.terms}))
 
@@ -44,7 +47,7 @@ class Lesson:
         self, layer: Any, attachment: Attachment, hidden: Tensor, target: Tensor, given: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of hidden states [B, T, H], and what the trainer reads of each of their labels [B, T]."""
-        teacher = None if self.asked is None else self.asked(given)
+        teacher = None if self.asked is None else self.asked({"shift_labels": target, **given})
         ours = {"teacher": teacher, "distribution_terms": self.terms}
         loss, found = fused_loss(layer, attachment, hidden, target, given, ours)
         valid = (target != -100).to(hidden.device)
@@ -81,7 +84,7 @@ def lesson_of(trainer: Any, teacher: Any, terms: Any, decay: float, options: dic
     hidden, label = torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     build(Function("fuse", _OPTIONS), hidden, hidden.new_zeros(2, 1), label, stand_in(teacher, device), options)
     delayed = Delayed(terms, decay) if isinstance(terms, DistributionTerm) else terms
-    return Lesson(asked(teacher, device, "fuse"), delayed, options, trainer._metrics["train"])
+    return Lesson(asked(teacher, device, "fuse"), delayed, options, trainer._metrics["train"], teacher)
 
 
 def without_store(given: dict[str, Any]) -> dict[str, Any]:

@@ -51,20 +51,22 @@ PATHS: dict[Any, list[str]] = {
 }
 MODELS = [MISSING, FOLDER, BINARY]
 WORDS: dict[str, list[str]] = {  # what is a text for argparse
-    "model": MODELS, "base": MODELS, "teacher": MODELS, "tokenizer": MODELS, "target": [MISSING, FOLDER, BINARY],
+    "model": MODELS, "base": MODELS, "teacher": [*MODELS, "http://me:key@host", "https://"], "tokenizer": MODELS,
+    "target": [MISSING, FOLDER, BINARY],
     "principles": [MISSING, FOLDER, BINARY], "terms": ["nothing=1", "token_l2=much", "token_l2=nan", "token_l2"],
     "rollout_terms": ["nothing=1", "calibration=1", "reference_kl=inf"],
     "divergence": ["nothing"], "temperature_scaling": ["nothing"], "dtype": ["nothing", "int8"],
+    "served": ["host:8000", "ftp://host", "http://me:key@host", "http://host?key=1"],
     "loss_backend": ["nothing"], "report_to": ["nothing"],
     "names": ["nothing"], "peer": ["nothing"], "shape": ["1,2", "0,1,1", "a,b,c"],
 }  # fmt: skip
 OUTSIDE = {  # of ranges that Job and DFTConfig check
     "max_length": "1", "held_out": "-1", "lora_rank": "-1", "correction_rank": "-1", "temperature": "0",
     "teacher_temperature": "-1", "matching_every": "0", "matching_from": "-1", "matching_ramp": "-1",
-    "rollout_every": "0", "rollout_prompt": "0", "rollout_length": "1", "rollout_samples": "0",
+    "rollout_every": "0", "served_k": "0", "rollout_prompt": "0", "rollout_length": "1", "rollout_samples": "0",
     "label_smoothing_factor": "0.1",
 }  # fmt: skip
-FREE = {"name", "source", "licence", "commit", "prompt"}  # any text is right
+FREE = {"name", "source", "licence", "commit", "prompt", "served_model"}  # any text is right
 BESIDE = {  # what a flag of train does not come without
     "principles": ["--teacher", "model"],
     "target": ["--terms", "token_l2=1"],

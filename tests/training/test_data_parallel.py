@@ -13,8 +13,9 @@ import accelerate
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from stand_in_server import StandIn, TinyModel
 from tiny_models import tiny
-from training_runs import config, curve, written
+from training_runs import config, curve, locally, teacher, written
 from two_processes import on_two
 
 import dft_kernels as dk
@@ -271,6 +272,25 @@ def trainer_rollouts(folder: Path) -> None:
         DFTTrainer(tiny(), of_fsdp2(folder), None, rollout_terms=term, **data)
 
 
+def trainer_served(folder: Path) -> None:
+    """Each process asks for its own rows, once; the steps are those of a local teacher."""
+    forget()
+    store, curves = Store(folder / "store"), []
+    args = options(folder, 2, max_steps=2, gradient_accumulation_steps=1)
+    with StandIn(TinyModel(teacher())) as server, dk.ServedTeacher(server.url, 5) as served:
+        for given in (served, locally(teacher())):
+            data = {"train_dataset": store, "data_collator": store.collate}
+            trainer = DFTTrainer(tiny(), args, given, **data)
+            trainer.train()
+            curves.append([curve(trainer, name) for name in ("loss", "grad_norm", "soft_loss")])
+        asked = [tuple(body["prompt"]) for body in server.scored[1:]]
+    assert curves[0] == [pytest.approx(one, rel=2e-4) for one in curves[1]]
+    everyone: list[Any] = [None, None]
+    torch.distributed.all_gather_object(everyone, asked)
+    assert all(len(set(one)) == len(one) <= 4 for one in everyone)
+    assert len({*everyone[0], *everyone[1]}) == 7  # two of the eight are the same
+
+
 def refused(folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -312,7 +332,8 @@ def refused(folder: Path) -> None:
 def test_gradients_and_training_are_one_process_s_or_the_call_is_refused(tmp_path: Path) -> None:
     written(tmp_path)
     torch.save(train(tmp_path, options(tmp_path, 2, matching_from=2)), tmp_path / "of-one.pt")
-    functions = ("trainer_ddp", "trainer_rollouts", "trainer_fsdp2", "trainer_bf16", "ddp", "fsdp2", "refused")
+    functions = ("trainer_ddp", "trainer_rollouts", "trainer_fsdp2", "trainer_bf16", "trainer_served", "ddp", "fsdp2",
+                 "refused")  # fmt: skip
     on_two(__file__, tmp_path, *functions)
 
 

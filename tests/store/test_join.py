@@ -239,6 +239,15 @@ def test_the_teacher_may_have_another_name_elsewhere(made: Path, words: Any, tmp
     assert files(joined.folder) == files(made / "whole")
 
 
+def test_a_served_teacher_is_known_by_its_name(shards: list[Path], tmp_path: Path) -> None:
+    for number, folder in enumerate(shards):
+        found = json.loads((folder / "manifest.json").read_text())
+        found |= {"model_sha256": None, "server": "vllm 0.32.0", "model": f"checkpoint-{number // 2}"}
+        (folder / "manifest.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="shards must be of one capture, got model 'checkpoint-0' in .* 'checkpoint-1'"):
+        join(tmp_path / "out", shards)
+
+
 def test_the_digest_tells_lists_apart() -> None:
     lists = [[[1, 2], [3]], [[1], [2, 3]], [[3], [1, 2]], [[1, 2, 3]], [[1, 2], [4]], []]
     found = {sequences_fingerprint([torch.tensor(ids) for ids in one]) for one in lists}

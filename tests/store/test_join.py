@@ -244,7 +244,7 @@ def test_a_served_teacher_is_known_by_its_name(shards: list[Path], tmp_path: Pat
         found = json.loads((folder / "manifest.json").read_text())
         found |= {"model_sha256": None, "server": "vllm 0.32.0", "model": f"checkpoint-{number // 2}"}
         (folder / "manifest.json").write_text(json.dumps(found))
-    with pytest.raises(ValueError, match="shards must be of one capture, got model 'checkpoint-0' in .* 'checkpoint-1'"):
+    with pytest.raises(ValueError, match=r"of one capture, got model 'checkpoint-0' in .* 'checkpoint-1'"):
         join(tmp_path / "out", shards)
 
 

@@ -209,7 +209,8 @@ class RowBackend(Backend[RowWorkspace]):
         x = workspace.operand(chunk, multiply=True)
         if isinstance(chunk.target, SparseTarget):
             if x.terms.compared:
-                return self._sparse_statistics(x, chunk.target, columns, workspace.logits is not None)
+                own = workspace.logits is not None and (columns is not None or not x.terms.columns)
+                return self._sparse_statistics(x, chunk.target, columns, own)
             x = x._replace(chunk=chunk._replace(target=None))
         return self._dense_statistics(x, columns)
 
@@ -236,7 +237,7 @@ class RowBackend(Backend[RowWorkspace]):
     def _sparse_statistics(self, x: Operand, target: SparseTarget, columns: Tensor | None, own: bool) -> Statistics:
         """The statistics without the target, and the log-sum-exp outside of it by a second sweep over the logits. Where
         no more is wanted beside it than the label's log-probability, that second sweep is the only one. own: the
-        logits are the workspace's."""
+        logits are the workspace's, and nobody sums columns of them later."""
         logits, terms = x.logits, x.terms
         hard = _hard(terms)._replace(
             wanted=terms.wanted - {Row.DIVERGENCE, Row.SOFT_LSE, Row.TARGET_LSE, Row.AGREEMENT}

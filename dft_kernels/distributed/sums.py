@@ -39,14 +39,15 @@ class _Sum:
     """A tensor on its way: `parts` [n, share] of everybody while `work` runs, then the sums `whole` [n share]."""
 
     into: Tensor
-    parts: Tensor
     work: Any
+    parts: Tensor | None
     whole: Tensor | None = None
 
 
 @dataclass
 class Sums:
-    """Sums over the processes of `shards`, begun one after the other and finished in that order."""
+    """Sums over the processes of `shards`, each begun with a chunk, sent on with the next, complete with the one after
+    that: of two chunks at a time there are copies."""
 
     shards: Shards
     running: list[_Sum] = field(default_factory=list)
@@ -56,26 +57,25 @@ class Sums:
         n = len(self.shards.sizes)
         if n == 1 or into.numel() == 0:
             return
-        self.advance()
         share = -(-into.numel() // n)
         flat = torch.nn.functional.pad(into.reshape(-1), (0, n * share - into.numel()))
-        self.running.append(_Sum(into, *in_shares(flat.view(n, share), self.shards.group, async_op=True)))
+        parts, work = in_shares(flat.view(n, share), self.shards.group, async_op=True)
+        self.running.append(_Sum(into, work, parts))
+
+    def advance(self) -> None:
+        """Bring each a step further. After an exchange of the same group, which came later, nothing is waited for."""
+        for sum_ in self.running:
+            sum_.work.wait()
+            if sum_.parts is not None:
+                share, sum_.parts = summed(sum_.parts), None
+                sum_.whole = share.new_empty(len(self.shards.sizes) * len(share))
+                sum_.work = all_gather(sum_.whole, share, group=self.shards.group, async_op=True)
+            elif sum_.whole is not None:
+                sum_.into.copy_(sum_.whole[: sum_.into.numel()].view(sum_.into.shape))
+                sum_.whole = None
+        self.running = [sum_ for sum_ in self.running if sum_.parts is not None or sum_.whole is not None]
 
     def finish(self) -> None:
         """Wait for all that were begun."""
-        self.advance()
-        for sum_ in self.running:
-            sum_.work.wait()
-            assert sum_.whole is not None
-            sum_.into.copy_(sum_.whole[: sum_.into.numel()].view(sum_.into.shape))
-        self.running.clear()
-
-    def advance(self) -> None:
-        """Send on the shares of all that were begun: costs no wait after an exchange of the same group."""
-        for sum_ in self.running:
-            if sum_.whole is not None:
-                continue
-            sum_.work.wait()
-            share = summed(sum_.parts)
-            sum_.whole = sum_.parts.new_empty(sum_.parts.numel())
-            sum_.work = all_gather(sum_.whole, share, group=self.shards.group, async_op=True)
+        while self.running:
+            self.advance()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,9 @@ def travels(folder: Path) -> None:
 
 def statistics(folder: Path) -> None:
     """Statistics, their gradients, token statistics, metrics: as in one process, of parts in each."""
-    for case, how in (("every_statistic", "odd"), ("topk_everything", "even"), ("every_statistic_rows", "odd")):
-        arguments = make(CASES[case], torch.float32)
+    cases = (("every_statistic", "odd"), ("topk_everything", "even"), ("every_statistic_rows", "odd"))
+    for (case, how), backend in product(cases, BACKENDS):
+        arguments = {**make(CASES[case], torch.float32), "backend": backend}
         mine = divided(arguments, how)
         loss, metrics = dk.linear_distribution_loss(**{**mine, "return_metrics": True})
         exact, expected = dk.linear_distribution_loss(**{**arguments, "return_metrics": True})
@@ -105,7 +107,15 @@ def statistics(folder: Path) -> None:
         if expected.mean_probability is not None:
             close(whole(metrics.mean_probability, 1), expected.mean_probability, "mean_probability")
         taken = {"hidden", "weight", "target", "teacher", "bias", "group", "num_groups", "features", "row_weight"}
-        taken |= {"temperature", "teacher_temperature", "divergence", "softcap", "logit_scale", "process_group"}
+        taken |= {
+            "temperature",
+            "teacher_temperature",
+            "divergence",
+            "softcap",
+            "logit_scale",
+            *("process_group", "backend"),
+            "backend",
+        }
         gradients = []
         for given in (arguments, mine):
             found = dk.linear_distribution_statistics(**{k: v for k, v in given.items() if k in taken})

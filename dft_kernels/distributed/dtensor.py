@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -32,6 +33,16 @@ def local(function: str, argument: str, value: Any, dim: int | None) -> Any:
         _refuse(function, argument, "be replicated, or a tensor of this process", value)
     found: Tensor = value.to_local(grad_placements=[Replicate()] * value.device_mesh.ndim)
     return found
+
+
+def whole(part: Tensor, head: Any) -> Tensor:
+    """[..., V] of the parts [..., V_i] that processes have by their rows of a head, a DTensor. No gradient flows."""
+    shape = torch.Size((*part.shape[:-1], head.shape[0]))
+    over = [Shard(part.ndim - 1) if placement.is_shard() else Replicate() for placement in head.placements]
+    stride = torch.empty(shape, device="meta").stride()
+    found = DTensor.from_local(part.detach(), head.device_mesh, over, run_check=False, shape=shape, stride=stride)
+    out: Tensor = found.full_tensor()
+    return out
 
 
 def _refuse(function: str, argument: str, relation: str, value: Any) -> NoReturn:

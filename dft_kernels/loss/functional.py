@@ -106,10 +106,10 @@ def linear_distribution_loss(
             because q - p is then the difference of two rounded numbers. It is never chosen by itself.
         process_group: the vocabulary lies over its processes (a ProcessGroup, or a DeviceMesh of one dimension): each
             passes all rows of hidden, target and other tensors of rows, and its own part [V_i, ...] of weight, bias,
-            low_rank's up, potential and features, in the order of ranks, of any sizes. A teacher's head or logits are
-            whole, or divided in the same way; ids are of the whole vocabulary. Loss, statistics and dhidden come out
-            whole and alike everywhere, dweight, dbias, dup and mean_probability in parts. A weight that is a DTensor
-            sharded over its rows needs no process_group. See `dft_kernels.distributed`.
+            and low_rank's up, in the order of ranks, of any sizes. A teacher's head or logits, potential and features
+            are whole, or divided in the same way; ids are of the whole vocabulary. Loss, statistics and dhidden come
+            out whole and alike everywhere, dweight, dbias, dup and mean_probability in parts. A weight that is a
+            DTensor sharded over its rows needs no process_group. See `dft_kernels.distributed`.
         sum_hidden_gradient: False leaves dhidden (and ddown) as this process's part of a sum over process_group, for
             what sums it further up, as `dft_kernels.distributed.gather_rows` does.
         compact: leave ignored rows out of every product, at the price of one host synchronisation on a

@@ -12,11 +12,22 @@ from .checks import Checks, Fields, flattened
 from .options import LossOptions, untouched
 
 
+def _own(check: Checks, value: Tensor, dim: int) -> Tensor:
+    """What is of this process's columns, where the vocabulary lies over several and `value` [.., V, ..] is whole."""
+    shards = check.shards
+    if shards is None or value.ndim != 2 or value.shape[dim] != shards.total or shards.size == shards.total:
+        return value
+    if value.layout == torch.strided:
+        return value.narrow(dim, shards.start, shards.size)
+    index = torch.arange(shards.start, shards.start + shards.size, device=value.device)
+    return value.to_sparse_coo().index_select(dim, index)
+
+
 def _features(check: Checks, value: Any) -> tuple[Tensor | None, Tensor | None, int]:
     """Dense [V, K], or the values and indices of a sparse one; and K."""
     if value is None:
         return None, None, 0
-    check.constant("features", value)
+    value = _own(check, check.constant("features", value), 0)
     if value.ndim != 2 or value.shape[0] != check.vocab:
         check.fail(
             "features", f"have shape [{check.vocab}, K]", list(value.shape), "Give one row for each vocabulary id"
@@ -61,7 +72,8 @@ def potential_fields(check: Checks, options: LossOptions, given: Collection[str]
         check.fail("group", f"be given with num_groups={num_groups}", "None", "Pass the group of each row")
     potential = options["potential"]
     if potential is not None:
-        check.shape("potential", check.constant("potential", potential), (num_groups, check.vocab), "num_groups, V")
+        potential = _own(check, check.constant("potential", potential), 1)
+        check.shape("potential", potential, (num_groups, check.vocab), "num_groups, V")
     features, index, count = _features(check, options["features"])
     return {
         "potential": potential,

@@ -330,7 +330,10 @@ def _product(layer: Any, hidden: Tensor) -> Tensor:
     given = projection(layer, hidden)
     states = hidden.double()
     if hasattr(given["weight"], "placements"):
-        return _product_of_parts(given["weight"], given["bias"], states)
+        from ..distributed.dtensor import whole
+
+        part = states @ given["weight"].to_local().double().t()
+        return whole(part if given["bias"] is None else part + given["bias"].to_local().double(), given["weight"])
     z = torch.cat([states @ some.double().t() for some in given["weight"].split(8192)], dim=-1)  # no second head
     if given["bias"] is not None:
         z += given["bias"].double()
@@ -338,21 +341,6 @@ def _product(layer: Any, hidden: Tensor) -> Tensor:
         down, up = given["low_rank"]
         z += down.double() @ up.double().t()
     return z
-
-
-def _product_of_parts(weight: Any, bias: Any, states: Tensor) -> Tensor:
-    """The same of a DTensor [V, H] whose rows lie over several processes."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-
-    part = states @ weight.to_local().double().t()
-    if bias is not None:
-        part += bias.to_local().double()
-    shape = torch.Size((*states.shape[:-1], weight.shape[0]))
-    over = [Shard(part.ndim - 1) if placement.is_shard() else Replicate() for placement in weight.placements]
-    stride = torch.empty(shape, device="meta").stride()
-    z = DTensor.from_local(part, weight.device_mesh, over, run_check=False, shape=shape, stride=stride)
-    whole: Tensor = z.full_tensor()
-    return whole
 
 
 def _finished(product: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -30,6 +30,7 @@ from .pull import (
     slopes,
     summed,
     wide,
+    with_whole_mean,
 )
 
 
@@ -142,6 +143,7 @@ class Delayed:
         """The fused loss plus J of the running means; the arguments are `exact`'s."""
         given = self.arguments(hidden, weight, target, input_ids=input_ids, return_metrics=return_metrics, **loss)
         fused, metrics = linear_distribution_loss(hidden, weight, target, teacher, **{**loss, **given})
+        metrics = with_whole_mean(metrics, weight)
         seen = self.collect(metrics, target, input_ids=input_ids, **of_rows(loss))
         shape = seen.weight.shape
         kappa, eta = given.get("feature_weight"), given.get("entropy_weight")
@@ -177,7 +179,7 @@ class Delayed:
         terms, rows = checked("Delayed", self.terms, hidden, weight, target, input_ids, loss)
         asked = {name: loss[name] for name in STATISTICS if name in loss}
         found = linear_distribution_statistics(hidden, weight, target, features=terms.features, **asked)
-        self._add(self._seen(rows, found))
+        self._add(self._seen(rows, with_whole_mean(found, weight)))
 
     def update(self) -> None:
         """End a step: sum its statistics over all processes (each must call this), fold them into the running ones, or

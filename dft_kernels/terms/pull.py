@@ -77,8 +77,11 @@ def checked(
             fail(function, name, "be left out", "one", "The terms give it", TypeError)
     if loss.get("reduction", "mean") != "mean":
         fail(function, "reduction", "be mean", repr(loss["reduction"]), "A term is of all rows together")
-    if hasattr(weight, "placements") or loss.get("process_group") is not None:
-        remedy = "Under tensor parallelism leave the head out of the plan, or the terms out of the loss"
+    if loss.get("process_group") is not None:
+        remedy = "Pass the head as a DTensor, which says where its other rows are"
+        fail(function, "process_group", "be left out with terms", "one", remedy)
+    if (own_text or function == "gains") and hasattr(weight, "placements"):
+        remedy = "Leave the head out of the tensor parallel plan"
         fail(function, "weight", "be whole in this process", "a part of the vocabulary", remedy)
     vocab = weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else None
     if vocab is not None and terms.vocab not in (None, vocab):
@@ -219,8 +222,19 @@ def cast(given: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
     return {name: value.to(wide(hidden)) if name in names else value for name, value in given.items()}
 
 
+def with_whole_mean(found: Any, weight: Tensor) -> Any:
+    """Statistics or metrics with the mean distribution over the whole vocabulary, where the head's rows lie over
+    several processes (a DTensor)."""
+    if found.mean_probability is None or not hasattr(weight, "placements"):
+        return found
+    from ..distributed.dtensor import whole
+
+    return replace(found, mean_probability=whole(found.mean_probability, weight))
+
+
 def reduced(moments: Moments) -> Moments:
-    """Summed over all processes."""
+    """Summed over all processes. Those that have the same rows, as under tensor parallelism, count them alike, which
+    leaves means as they are."""
     flat = summed(moments.flat())
     sizes = [part.numel() for part in moments]
     total, columns, sums, weights = flat.split(sizes)

@@ -10,7 +10,19 @@ from torch import Tensor
 
 from ..errors import fail
 from ..loss.functional import linear_distribution_loss, linear_distribution_statistics
-from .pull import STATISTICS, TermLoss, cast, checked, filled, joined, linear_part, pull, reduced, slopes
+from .pull import (
+    STATISTICS,
+    TermLoss,
+    cast,
+    checked,
+    filled,
+    joined,
+    linear_part,
+    pull,
+    reduced,
+    slopes,
+    with_whole_mean,
+)
 
 
 def exact(
@@ -54,6 +66,7 @@ def exact(
         asked |= {"group": half.reshape(lead), "num_groups": 2}
     with torch.no_grad():
         found = linear_distribution_statistics(hidden, weight, target, features=terms.features, **asked)
+        found = with_whole_mean(found, weight)
     shape, masks = rows.weight.shape, [torch.ones_like(rows.weight, dtype=torch.bool)]
     if half is not None:
         masks = [half == 0, half == 1]

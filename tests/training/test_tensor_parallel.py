@@ -13,7 +13,7 @@ from tiny_models import tiny
 from two_processes import on_two
 
 import dft_kernels as dk
-from dft_kernels.terms import TokenL2
+from dft_kernels.terms import Delayed, TokenL2
 from dft_kernels.training.attach import attach
 
 pytestmark = [
@@ -75,20 +75,29 @@ def of_model(model: Any) -> Any:
     return lambda ids: dk.TeacherHead(model.model(ids).last_hidden_state.detach(), model.lm_head.weight.detach())
 
 
+def with_terms(folder: Path) -> None:
+    """A step of running means, by attach."""
+    losses = []
+    plain, divided = (attach(model) for model in pair(folder, False))
+    for model in (plain, divided):
+        delayed = Delayed(0.5 * TokenL2(torch.full((61,), 1 / 61)))
+        for _ in range(2):
+            model.zero_grad()
+            out = model(input_ids=IDS, labels=LABELS, distribution_terms=delayed)
+            out.loss.backward()
+            delayed.update()
+        losses.append(out.loss.detach())
+    torch.testing.assert_close(*losses)
+    assert_gradients(divided, plain)
+
+
 def refused(folder: Path) -> None:
-    """Terms, which read whole distributions; adapters of a divided head."""
+    """Adapters of a divided head."""
     _, divided = pair(folder, False)
-    weight, term = divided.lm_head.weight, 1.0 * TokenL2(torch.full((61,), 1 / 61))
-    for given in ({}, {"process_group": torch.distributed.group.WORLD}):
-        head = torch.zeros(30, 16) if given else weight
-        with pytest.raises(
-            ValueError, match="exact: weight must be whole in this process, got a part of the vocabulary"
-        ):
-            dk.terms.exact(torch.randn(2, 3, 16), head, None, term, **given)
     dk.add_correction(divided, rank=2)
     with pytest.raises(ValueError, match="a plain lm_head where that lies over several processes, got one with an ada"):
         attach(divided)
 
 
 def test_the_plan_of_transformers(tmp_path: Path) -> None:
-    on_two(__file__, tmp_path, "attached", "refused")
+    on_two(__file__, tmp_path, "attached", "with_terms", "refused")

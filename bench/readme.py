@@ -188,6 +188,31 @@ def every_error_table(rows: Rows) -> str:
     return errors_table(rows, every=True)
 
 
+def sharded_table(rows: Rows) -> str:
+    """A call over a divided vocabulary beside half of its work and its exchanges."""
+    head = [
+        "loss",
+        "ms",
+        "half of the work, ms",
+        "exchanges alone, ms",
+        "over both",
+        "memory, MiB",
+        "head, MiB",
+        "sent",
+    ]
+    lines = []
+    for row in rows:
+        of_formula = "as by the formula" if row["sent"] == row["formula"] else f"{row['formula']} by the formula"
+        lines.append([
+            LOSSES[row["loss"]].title, row["divided_ms"], row["half_ms"], row["exchange_ms"],
+            f"{row['ratio']} ({row['ratio_25']} to {row['ratio_75']})", f"{row['divided_mib']} for {row['whole_mib']}",
+            f"{row['own_head_mib']} for {row['head_mib']}", f"{int(row['sent']):,} bytes, {of_formula}",
+        ])  # fmt: skip
+    first = rows[0]
+    shape = f"N {first['n']}, H {first['h']}, V {first['v']}, bfloat16"
+    return markdown(head, lines, f"{first['processes']} processes, a thread each, gloo; {shape}; {where(rows)}.")
+
+
 def summary_table(rows: Rows) -> str:
     """Of a CSV that is the table already: its cells as they stand; its last column, `about`, is the caption."""
     head = [name for name in rows[0] if name != "about"]
@@ -201,6 +226,7 @@ KINDS: dict[str, Callable[[Rows], str]] = {
     "terms": terms_table,  # bench/terms.py
     "target": target_table,  # bench/targets.py
     "trainers": trainers_table,  # bench/trainers.py
+    "sharded": sharded_table,  # bench/sharded.py
     "errors": errors_table,  # dft-kernels bench --inputs
     "every-error": every_error_table,
     "summary": summary_table,  # written by hand from the runs that its last column names

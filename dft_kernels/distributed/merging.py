@@ -23,23 +23,16 @@ from ..backends.contract import Row
 from .shards import Shards
 
 _LOW = {Row.LSE: Row.LSE_LOW, Row.SOFT_LSE: Row.SOFT_LSE_LOW, Row.TARGET_LSE: Row.TARGET_LSE_LOW}
-_WITH = {  # what a quantity's merging reads beside it
-    Row.LOG_PROB: (Row.LSE,),
-    Row.MEAN_LOG_PROB: (Row.LSE,),
-    Row.ENTROPY: (Row.LSE,),
-    Row.POTENTIAL: (Row.LSE,),
-    Row.CORRECT: (Row.TOP,),
-    Row.AGREEMENT: (Row.TOP, Row.TARGET_TOP),
-}
+_WITH = {Row.CORRECT: (Row.TOP,), Row.AGREEMENT: (Row.TOP, Row.TARGET_TOP)}  # what merging reads beside a quantity
 
 
 @functools.cache
 def exchanged(wanted: frozenset[Row], sparse: bool) -> tuple[Row, ...]:
-    """The quantities of a part that merging needs, in order. sparse: the target is, which every process has, and whose
-    gradient may need LSE."""
-    rows = set(wanted).union(*(_WITH.get(row, ()) for row in wanted))
+    """The quantities of a part that merging needs, in order: LSE for nearly all, and what is wanted. sparse: the target
+    is, which every process has."""
+    rows = set(wanted | {Row.LSE}).union(*(_WITH.get(row, ()) for row in wanted))
     if sparse:
-        rows = (rows | {Row.LSE}) - {Row.TARGET_LSE, Row.TARGET_TOP}
+        rows -= {Row.TARGET_LSE, Row.TARGET_TOP}
     rows |= {low for high, low in _LOW.items() if high in rows}
     return tuple(sorted(rows))
 
@@ -56,20 +49,20 @@ def split(value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return high, torch.where(high.isfinite(), value - high.double(), 0.0).to(dtype)
 
 
-def merge_(own: Tensor, parts: Tensor, rows: tuple[Row, ...], shards: Shards, label: Tensor | None) -> None:
-    """Write into `own` [len(Row), R], a part's quantities, those of the whole. parts: the quantities `rows` of every
-    part, [n, len(rows), R]; label: ids of the whole vocabulary."""
+def merge_(own: Tensor, parts: Tensor, rows: tuple[Row, ...], shards: Shards, label: Tensor | None) -> Tensor:
+    """Write into `own` [len(Row), R], a part's quantities, those of the whole, and return log w_i [n, R]. parts: the
+    quantities `rows` of every part, [n, len(rows), R]; label: ids of the whole vocabulary."""
     part = {row: parts[:, number] for number, row in enumerate(rows)}  # [n, R] each
     whole: dict[Row, Tensor] = {}
     for high, low in _LOW.items():
         if high in part:
             whole[high] = added(part[high], part[low])
             own[high], own[low] = split(whole[high], own.dtype)
-    if Row.LSE in part:
-        share = _shares(part[Row.LSE], part[Row.LSE_LOW], whole[Row.LSE])
-        _merge_moments_(own, part, share, shards, label)
+    share = _shares(part[Row.LSE], part[Row.LSE_LOW], whole[Row.LSE])
+    _merge_moments_(own, part, share, shards, label)
     if Row.TOP in part:
         _merge_maxima_(own, part, shards, label)
+    return share
 
 
 def _shares(high: Tensor, low: Tensor, whole: Tensor) -> Tensor:

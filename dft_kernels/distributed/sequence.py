@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import fail
-from .shards import gathered, group_of
+from .shards import gathered, group_of, same_shape
 from .sums import in_shares, summed
 
 
@@ -34,9 +34,11 @@ def shift_labels(labels: Tensor, group: Any, ignore_index: int = -100) -> Tensor
     parts in the order of ranks: out[..., t] = labels[..., t + 1], the last the first label of the next process. The
     last position of all gets ignore_index. One exchange of a label a sequence."""
     group = group_of("shift_labels", group)
-    if labels.ndim == 0 or labels.shape[-1] == 0:
+    if not isinstance(labels, Tensor) or labels.ndim == 0 or labels.shape[-1] == 0:
+        got = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         remedy = "Divide sequences into parts of at least one position"
-        fail("shift_labels", "labels", "be [..., T] with T >= 1", list(labels.shape), remedy)
+        fail("shift_labels", "labels", "be a tensor [..., T] with T >= 1", got, remedy)
+    same_shape("shift_labels", "labels[..., 0]", labels[..., 0], group)
     firsts = gathered(labels[..., 0], group)
     following = dist.get_rank(group) + 1
     last = firsts[following] if following < len(firsts) else torch.full_like(firsts[0], ignore_index)
@@ -59,6 +61,9 @@ def gather_rows(tensor: Tensor, group: Any, dim: int = 0) -> Tensor:
     the result, forward and backward.
     """
     group = group_of("gather_rows", group)
+    if not -tensor.ndim <= dim < tensor.ndim:
+        fail("gather_rows", "dim", f"be a dimension of {list(tensor.shape)}", dim, "Pass that of the positions")
+    same_shape("gather_rows", "tensor", tensor, group)
     return _Gathered.apply(tensor, group, dim % tensor.ndim)  # type: ignore[no-any-return]
 
 
@@ -69,6 +74,7 @@ class _Gathered(torch.autograd.Function):
         return gathered(tensor, group).movedim(0, dim).flatten(dim, dim + 1)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         parts = grad.unflatten(ctx.dim, (dist.get_world_size(ctx.group), -1)).movedim(ctx.dim, 0).contiguous()
         return summed(in_shares(parts, ctx.group)[0]), None, None

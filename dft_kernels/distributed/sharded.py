@@ -56,7 +56,7 @@ class ShardedBackend(Backend[ShardedWorkspace]):
     complete after the last chunk alone, or left as this process's part."""
 
     def __init__(self, backend: Backend[Any], shards: Shards, sums: bool) -> None:
-        self.backend, self.shards, self.overlaps = backend, shards, sums
+        self.backend, self.shards, self.overlaps = backend, shards, sums and len(shards.sizes) > 1
         self.name, self.best_rows, self.even_rows = backend.name, backend.best_rows, backend.even_rows
         self.keeps, self.emulated = backend.keeps, backend.emulated
 
@@ -80,13 +80,11 @@ class ShardedBackend(Backend[ShardedWorkspace]):
         self, rows: int, vocab: int, like: Tensor, terms: Terms, gradient: bool, kept: int = 0
     ) -> ShardedWorkspace:
         """Scratch for this process's columns."""
-        wanted, differentiated = terms.wanted, terms.differentiated
+        wanted, differentiated = terms.wanted | {Row.LSE}, terms.differentiated
         if Row.DIVERGENCE in wanted:
             wanted = wanted - {Row.DIVERGENCE} | _UNSUMMED
         if differentiated & _BY_LSE:
             differentiated |= {Row.LSE}
-        if differentiated & _BY_LSE or terms.columns or terms.features is not None:
-            wanted |= {Row.LSE}
         part = terms._replace(wanted=wanted, differentiated=differentiated)
         inner = None
         if self.shards.size:
@@ -127,7 +125,7 @@ class ShardedBackend(Backend[ShardedWorkspace]):
             for gradient in (backward.dhidden, backward.ddown):
                 if gradient is not None:
                     gradient.zero_()
-        if self.overlaps and workspace.terms.head.weight is not None:
+        if self.overlaps:
             for gradient in (backward.dhidden, backward.ddown):
                 if gradient is not None:
                     workspace.sums.begin(gradient)
@@ -171,23 +169,15 @@ class ShardedBackend(Backend[ShardedWorkspace]):
             told += [found.outcomes.z.t(), torch.stack(found.outcomes.tail)]
         every = self.shards.gathered(torch.cat(told))
         parts, *more = every.split([len(one) for one in told], dim=1)
-        merge_(found.rows, parts, rows, self.shards, chunk.label)
+        share = merge_(found.rows, parts, rows, self.shards, chunk.label)
         features = outcomes = None
         if found.features is not None:
-            features = self._features(parts, rows, more.pop(0), found)
+            features = weighted(share[:, None], more.pop(0)).t().to(found.rows.dtype).contiguous()
         if isinstance(target, SparseTarget) and terms.compared:
             z, tail = more
             outside = split(added(tail[:, 0], tail[:, 1]), found.rows.dtype)
             outcomes = sparse.complete_(found.rows, target, z.amax(0).t(), outside, terms)
         return Statistics(found.rows, features, outcomes)
-
-    @staticmethod
-    def _features(parts: Tensor, rows: tuple[Row, ...], features: Tensor, found: Statistics) -> Tensor:
-        """<q, phi> [R, K] from that of each part's own softmax, [n, K, R]."""
-        part = parts[:, rows.index(Row.LSE)].double() + parts[:, rows.index(Row.LSE_LOW)].double()
-        whole = found.rows[Row.LSE].double() + found.rows[Row.LSE_LOW].double()
-        share = torch.where(part == -torch.inf, -torch.inf, part - whole)
-        return weighted(share[:, None], features).t().to(found.rows.dtype).contiguous()
 
     def _nothing(self, chunk: Chunk, terms: Terms) -> Statistics:
         """The statistics of no columns."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -82,23 +82,26 @@ class Called(NamedTuple):
 
     rows: int  # N
     width: int  # H
-    options: int  # a checksum of the dtype and of all other arguments but tensors
-    labels: int  # a checksum of labels; 0 where they are not looked at
+    options: int  # a checksum of all other arguments, `text`
+    labels: int  # a checksum of labels, groups and ids of a teacher; 0 where they are not looked at
+    hidden: int = 0  # a number of the hidden states, for a DTensor's group, which may be data parallel
+    hidden_size: int = 0  # by how little that is the same
 
 
 _MEANING = {
     "rows": ("the same rows", "Every process passes all rows of hidden, and its own rows of weight"),
     "width": ("hidden states of one width", "Pass the same hidden states everywhere"),
-    "options": ("the same options, dtypes and kind of teacher", "Compare the calls"),
+    "options": ("the same arguments", "Compare the calls"),
     "labels": (
-        "the same labels",
+        "the same labels, groups and ids of a teacher",
         "Every process passes the whole target; a head that FSDP divides is read inside of forward, where it is whole",
     ),
 }
 _NOTHING = Called(0, 0, 0, 0)
 _SIZES, _CALL, _FAILED = range(3)  # what a process says in an exchange: its size alone, its call, or that it has none
 _known: dict[tuple[Any, int], Shards] = {}  # by group and this process's size, as they were last
-_agreed: set[tuple[int, Called]] = set()
+_divisions: dict[Any, dict[tuple[int, ...], Shards]] = {}  # by group and all sizes
+_agreed: set[tuple[int, Called]] = set()  # calls that are not looked at again
 _by_handle: dict[int, Shards] = {}
 
 
@@ -134,41 +137,85 @@ def gathered(mine: Tensor, group: Any) -> Tensor:
     return out.view(count, *mine.shape)
 
 
-def agree(function: str, group: Any, size: int, make: Callable[[Shards], tuple[R, Called, bool]]) -> R:
-    """What `make` returns for the shards of `group`, of which this process has `size` ids, once all processes have made
-    the same call; ValueError in every process where they have not, or where one has failed.
+def together(part: Tensor, group: Any) -> Tensor:
+    """[..., V] of the parts [..., V_i] of a group's processes, in the order of their ranks."""
+    size = torch.tensor([part.shape[-1]], device=_device(group))
+    sizes = gathered(size, group)[:, 0].tolist()
+    padded = torch.nn.functional.pad(part, (0, max(sizes) - part.shape[-1]))
+    return torch.cat([one[..., :n] for one, n in zip(gathered(padded, group), sizes, strict=True)], dim=-1)
 
-    make: shards -> a result, what the processes must call with alike, and whether that is to be looked at in every
-    call (else in the first of its kind alone). One small exchange a call, whose result the host waits for, and one more
-    where a process does not know the others' sizes.
+
+def same_shape(function: str, argument: str, tensor: Tensor, group: Any) -> None:
+    """Refuse tensors of other shapes or dtypes in other processes, in all of them. Not where that would wait for a
+    device."""
+    if _device(group).type != "cpu":
+        return
+    mine = f"{list(tensor.shape)} {tensor.dtype}"
+    if len(set(gathered(torch.tensor([zlib.crc32(mine.encode())]), group)[:, 0].tolist())) > 1:
+        every: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(every, mine, group=group)
+        remedy = "Divide sequences into parts of one size"
+        fail(function, argument, "have one shape and dtype in all processes", every, remedy)
+
+
+def agree(
+    function: str, argument: str, group: Any, size: int, make: Callable[[Shards], tuple[R, Called, str, bool]]
+) -> R:
+    """What `make` returns for the shards of `group`, of which this process has `size` ids of `argument`, once all
+    processes have made the same call; ValueError in every process where they have not, or where one has failed.
+
+    make: shards -> a result, what the processes must call with alike, what its `options` is the checksum of, and
+    whether a device is waited for to look at values. One small exchange a call, which the host waits for, and one more
+    where a process does not know the others' sizes. Where no device is to be waited for, and the group has nothing to
+    exchange numbers with but the device, only the first call of a kind makes one, as long as the group has seen one
+    division of a vocabulary.
     """
     shards, fresh = _known.get((group, size)), False
     while True:
         if shards is None:
-            shards, fresh = _told(function, group, _exchange(group, _SIZES, size)), True
+            shards, fresh = _told(function, argument, group, _exchange(group, _SIZES, size)), True
         try:
-            result, called, looks = make(shards)
+            result, called, text, looks = make(shards)
         except Exception:
             if fresh:
                 _exchange(group, _FAILED, size)
                 raise
             shards = None  # another head may have been divided so that this process's part is of the same size
             continue
-        if not looks and (shards.handle, called) in _agreed:
+        waits = looks or _device(group).type == "cpu" or len(_divisions[group]) > 1
+        if not waits and (shards.handle, called) in _agreed:
             return result
         every = _exchange(group, _CALL, size, shards, called)
-        shards, fresh = _told(function, group, every), True
+        shards, fresh = _told(function, argument, group, every), True
         if all(one[0] == _CALL and one[2] == shards.checksum for one in every):
             break
-    calls = [Called(*one[3:]) for one in every]
-    for name, (relation, remedy) in _MEANING.items():
-        values = [getattr(one, name) for one in calls]
-        if len(set(values)) > 1:
-            other = next(rank for rank, value in enumerate(values) if value != values[0])
-            got = f"{values[0]} in rank 0 and {values[other]} in rank {other}"
-            fail(function, "process_group", f"be called with {relation} in all of its processes", got, remedy)
-    _agreed.add((shards.handle, called))
+    _compare(function, group, [Called(*one[3:]) for one in every], text)
+    if not waits:
+        _agreed.add((shards.handle, called))
     return result
+
+
+def _compare(function: str, group: Any, calls: list[Called], text: str) -> None:
+    """Refuse calls that differ, in every process alike."""
+
+    def refuse(name: str, relation: str, values: Sequence[Any], remedy: str) -> None:
+        other = next(rank for rank, value in enumerate(values) if value != values[0])
+        got = f"{values[0]} in rank 0 and {values[other]} in rank {other}"
+        fail(function, name, f"be called with {relation} in all of its processes", got, remedy)
+
+    for name, (relation, remedy) in _MEANING.items():
+        values: list[Any] = [getattr(one, name) for one in calls]
+        if len(set(values)) == 1:
+            continue
+        if name == "options":
+            dist.all_gather_object(values, text, group=group)
+            each = zip(*(one.split("; ") for one in values), strict=False)
+            values = next(list(some) for some in each if len(set(some)) > 1)
+        refuse("process_group", relation, values, remedy)
+    hidden = [one.hidden for one in calls]
+    if max(hidden) - min(hidden) > max(one.hidden_size for one in calls):
+        remedy = "A head that FSDP divides is read inside of forward, where it is whole"
+        refuse("process_group", "the same hidden states", hidden, remedy)
 
 
 def _exchange(
@@ -181,7 +228,7 @@ def _exchange(
     return found
 
 
-def _told(function: str, group: Any, every: list[list[int]]) -> Shards:
+def _told(function: str, argument: str, group: Any, every: list[list[int]]) -> Shards:
     """The shards of the sizes that all have said."""
     failed = [rank for rank, one in enumerate(every) if one[0] == _FAILED]
     if failed:
@@ -190,18 +237,17 @@ def _told(function: str, group: Any, every: list[list[int]]) -> Shards:
         fail(function, "process_group", relation, got, "See what it says there")
     sizes = tuple(one[1] for one in every)
     if sum(sizes) == 0:
-        fail(
-            function, "weight", "have at least one row in one process", "none in any", "Pass shards of the head [V, H]"
-        )
-    rank = dist.get_rank(group)
-    found = next((one for one in _by_handle.values() if (one.group, one.sizes) == (group, sizes)), None)
-    if found is None:
-        found = Shards(group, sizes, rank)
-        _by_handle[found.handle] = found
-    _known[group, sizes[rank]] = found
+        relation, remedy = "have a part of the vocabulary in one process at least", "Pass parts [V_i, ...] of it"
+        fail(function, argument, relation, "none in any", remedy)
+    divisions, rank = _divisions.setdefault(group, {}), dist.get_rank(group)
+    if sizes not in divisions:
+        divisions[sizes] = Shards(group, sizes, rank)
+        _by_handle[divisions[sizes].handle] = divisions[sizes]
+    found = _known[group, sizes[rank]] = divisions[sizes]
     return found
 
 
+@functools.cache
 def _device(group: Any) -> torch.device:
     """Where a group can exchange a few numbers: on the CPU if it has a backend for it."""
     return torch.device("cpu" if "cpu" in dist.get_backend_config(group) else torch.cuda.current_device())

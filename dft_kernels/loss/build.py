@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from ..distributed.shards import Called, Shards, agree
 from .checks import Checks, Fields, transformed
-from .inputs import Parts, called, inputs, parts
+from .inputs import called, inputs, over_processes, parts
 from .options import Function, LossOptions, complete
 from .planning import check_plan, plan_fields
 from .potentials import potential_fields
@@ -30,44 +30,49 @@ def build(
     bias: Any = None,
     class_weight: Any = None,
     rows: int | None = None,
+    also: Callable[[Problem], None] | None = None,
 ) -> Problem:
     """Check a call before any work. given: the options that it was called with; bias, class_weight: those of a function
     that has its own names for them; rows: bit r: Row(r) is all that a function of statistics returns;
-    None: whatever there is."""
+    None: whatever there is; also: a check of the function's own."""
     options = complete(function, given)
     if bias is not None:
         options["bias"] = bias
-    tensors = parts(function, hidden, weight, options)
+    group, size = over_processes(function, hidden, weight, options)
+    if group is None:
+        return _checked(function, hidden, weight, target, teacher, options, given, class_weight, rows, also)[1]
 
-    def checked(shards: Shards | None) -> tuple[Checks, Problem]:
-        return _checked(function, tensors, shards, target, teacher, options, given, class_weight, rows)
-
-    def made(shards: Shards) -> tuple[Problem, Called, bool]:
-        check, problem = checked(shards)
+    def made(shards: Shards) -> tuple[Problem, Called, str, bool]:
+        some = (hidden, weight, target, teacher, options, given, class_weight, rows, also)
+        check, problem = _checked(function, *some, group, shards)
         if transformed(problem.differentiated):
             remedy = "Use backward(), or the whole vocabulary in each process"
             check.fail("process_group", "come without transforms of torch.func and forward mode", "one", remedy)
-        looks = tensors.told or problem.compact or problem.hidden.device.type == "cpu"
-        return problem, called(function, problem, teacher, options, looks), looks
+        told = hasattr(hidden if weight is None else weight, "placements")
+        looks = told or problem.compact or problem.hidden.device.type == "cpu"
+        return problem, *called(function, problem, teacher, looks, told), looks
 
-    if tensors.group is None:
-        return checked(None)[1]
+    name = function.names[1 if function.projected else 0]
     compiling = torch.compiler.is_compiling()
     together = torch.compiler.disable(agree, reason="processes exchange sizes") if compiling else agree
-    return together(function.name, tensors.group, tensors.size, made)  # type: ignore[no-any-return]
+    return together(function.name, name, group, size, made)  # type: ignore[no-any-return]
 
 
 def _checked(
     function: Function,
-    tensors: Parts,
-    shards: Shards | None,
+    hidden: Any,
+    weight: Any,
     target: Any,
     teacher: Any,
     options: LossOptions,
     given: Mapping[str, Any],
     class_weight: Any,
     rows: int | None,
+    also: Callable[[Problem], None] | None,
+    group: Any = None,
+    shards: Shards | None = None,
 ) -> tuple[Checks, Problem]:
+    tensors = parts(function, hidden, weight, options, group)
     check, fields = inputs(function, tensors, shards, target, options)
     target = fields["target"]
     fields |= teacher_fields(check, teacher, target is not None, options, given)
@@ -88,6 +93,8 @@ def _checked(
         columns=means or ("mean_probability" in metrics and fields["group"] is not None),
     )
     check_plan(check, problem, teacher, function.statistics or problem.reduction == "none")
+    if also is not None:
+        also(problem)
     return check, problem
 
 

@@ -105,15 +105,17 @@ def linear_distribution_loss(
             fp32), that of forward_kl by 3 % at a KL of 0.4, 16-20 % at 0.01 and 47 % at 0.001 (0.2 % in fp32),
             because q - p is then the difference of two rounded numbers. It is never chosen by itself.
         process_group: the vocabulary lies over its processes (a ProcessGroup, or a DeviceMesh of one dimension): each
-            passes all rows of hidden, target and other tensors of rows, and its own part [V_i, ...] of weight, bias,
-            and low_rank's up, in the order of ranks, of any sizes. A teacher's head or logits, potential and features
-            are whole, or divided in the same way; ids are of the whole vocabulary. Loss, statistics and dhidden come
-            out whole and alike everywhere, dweight, dbias, dup and mean_probability in parts. A weight that is a
-            DTensor sharded over its rows needs no process_group. See `dft_kernels.distributed`.
+            passes all rows of hidden, target and other tensors of rows, and its own part [V_i, ...] of the head
+            (weight, bias, low_rank's up), in the order of ranks, of any sizes. A teacher's head or logits, potential
+            and features are whole, or divided in the same way; ids are of the whole vocabulary. Loss, statistics and
+            dhidden come out whole and alike everywhere, dweight, dbias, dup and mean_probability in parts. A weight
+            that is a DTensor sharded over its rows needs no process_group. See `dft_kernels.distributed`.
         sum_hidden_gradient: False leaves dhidden (and ddown) as this process's part of a sum over process_group, for
             what sums it further up, as `dft_kernels.distributed.gather_rows` does.
         compact: leave ignored rows out of every product, at the price of one host synchronisation on a
-            device. False: none; labels on a device are then not checked, a wrong one gives NaN.
+            device. False: none; labels on a device are then not checked, a wrong one gives NaN. (With process_group
+            one more, for the calls to be compared; with compact=False none where the group has a CPU backend too, or
+            has seen one division of a vocabulary and this kind of call before. A DTensor head is always compared.)
         backend: "auto" or the name of one that is available.
         return_metrics: also return `Metrics`, from the same pass: True, all of them, or the names of some.
 
@@ -185,14 +187,17 @@ def cross_entropy(
     refuses whoever still needs them), one backward is allowed, torch.compile breaks its graph there, and transforms
     of torch.func are refused.
     """
-    problem = build(CROSS_ENTROPY, logits, None, target, teacher, options, class_weight=weight)
+
+    def check(problem: Problem) -> None:
+        transforms, contiguous = transformed(problem.differentiated), logits.is_contiguous()
+        if inplace_gradient and problem.need_hidden and (problem.reduction == "none" or not contiguous or transforms):
+            got = f"reduction={problem.reduction!r}, contiguous={contiguous}, torch.func={transforms}"
+            relation = "come with a scalar reduction, contiguous logits and no transform of torch.func"
+            fail("cross_entropy", "inplace_gradient=True", relation, got, "Leave inplace_gradient at False")
+
+    problem = build(CROSS_ENTROPY, logits, None, target, teacher, options, class_weight=weight, also=check)
     if not (inplace_gradient and problem.need_hidden):
         return _finish(problem, logits, teacher, options)
-    transforms = transformed(problem.differentiated)
-    if problem.reduction == "none" or not logits.is_contiguous() or transforms:
-        got = f"reduction={problem.reduction!r}, contiguous={logits.is_contiguous()}, torch.func={transforms}"
-        relation = "come with a scalar reduction, contiguous logits and no transform of torch.func"
-        fail("cross_entropy", "inplace_gradient=True", relation, got, "Leave inplace_gradient at False")
     reason = "inplace_gradient writes over its argument; leave it at False to compile"
     return torch.compiler.disable(_inplace, reason=reason)(problem, logits, options)
 

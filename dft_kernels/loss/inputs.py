@@ -85,61 +85,57 @@ class Parts(NamedTuple):
     bias: Any
     down: Any
     up: Any
-    group: Any = None  # the process group of such a vocabulary
-    told: bool = False  # by a DTensor's mesh, and not by the caller
-
-    @property
-    def size(self) -> int:
-        """The part of the vocabulary."""
-        over, dim = (self.hidden, -1) if self.weight is None else (self.weight, 0)
-        return over.shape[dim] if isinstance(over, Tensor) and over.ndim else 0
 
 
-def parts(function: Function, hidden: Any, weight: Any, options: LossOptions) -> Parts:
-    """The tensors of this process."""
-    down, up = pair(function.name, options["low_rank"])
-    group, bias = options["process_group"], options["bias"]
-    told = hasattr(hidden if weight is None else weight, "placements")  # a DTensor
-    if not told and group is None:
-        return Parts(hidden, weight, bias, down, up)
-    from ..distributed.dtensor import group_over, local  # torch's DTensor is imported where somebody has one
-
-    names = function.names
+def over_processes(function: Function, hidden: Any, weight: Any, options: LossOptions) -> tuple[Any, int]:
+    """The process group that the vocabulary lies over, None: it does not; and how many ids this process has."""
+    name, over, dim = (function.names[1], weight, 0) if function.projected else (function.names[0], hidden, -1)
+    group = options["process_group"]
     known: Any = None
-    if function.projected:
-        if told:
-            known = group_over(function.name, names[1], weight, 0)
-        hidden, weight, bias = (
-            local(function.name, name, value, dim)
-            for name, value, dim in zip(names, (hidden, weight, bias), (None, 0, 0), strict=True)
-        )
-        down, up = local(function.name, "low_rank", down, None), local(function.name, "low_rank", up, 0)
-    else:
-        if told:
-            known = group_over(function.name, names[0], hidden, -1)
-        hidden = local(function.name, names[0], hidden, -1)
+    if hasattr(over, "placements"):
+        from ..distributed.dtensor import group_over  # torch's DTensor is imported where somebody has one
+
+        known, over = group_over(function.name, name, over, dim), over.to_local()
     group = known if group is None else group_of(function.name, group)
     if known is not None and group != known:
         got = f"one of {group.size()} processes for a DTensor over {known.size()}"
-        fail(function.name, "process_group", f"be that of {names[1] or names[0]}'s mesh", got, "Leave it out")
-    return Parts(hidden, weight, bias, down, up, group, told)
+        fail(function.name, "process_group", f"be that of {name}'s mesh", got, "Leave it out")
+    return group, over.shape[dim] if isinstance(over, Tensor) and over.ndim else 0
+
+
+def parts(function: Function, hidden: Any, weight: Any, options: LossOptions, group: Any) -> Parts:
+    """The tensors of this process."""
+    down, up = pair(function.name, options["low_rank"])
+    found = Parts(hidden, weight, options["bias"], down, up)
+    if group is None or not any(hasattr(tensor, "placements") for tensor in found):
+        return found
+    from ..distributed.dtensor import local
+
+    if hasattr(hidden, "placements") and function.projected and not options["sum_hidden_gradient"]:
+        remedy = "Pass hidden.to_local(), whose gradient is then a part of a sum"
+        fail(function.name, function.names[0], "be no DTensor with sum_hidden_gradient=False", "one", remedy)
+    names = (*function.names, "low_rank", "low_rank")
+    dims = (None, 0, 0, None, 0) if function.projected else (-1, None, None, None, None)
+    each = zip(names, found, dims, strict=True)
+    return Parts(*(local(function.name, name, value, dim, group) for name, value, dim in each))
 
 
 def inputs(
     function: Function, tensors: Parts, shards: Shards | None, target: Any, options: LossOptions
 ) -> tuple[Checks, Fields]:
     """The checks of a call, made from its hidden states and head; and these, flattened to N rows."""
-    hidden, weight, bias, down, up, group, _ = tensors
+    hidden, weight, bias, down, up = tensors
+    parted = shards is not None
     if function.projected:
         hidden, weight, bias, down, up = autocast(hidden, weight, bias, down, up)
     check = Checks(function.name, function.names, hidden, shards)
     if function.projected:
-        check_head(check, weight, bias, hidden, function.names, parted=group is not None)
+        check_head(check, weight, bias, hidden, function.names, parted)
         _check_low_rank(check, down, up, weight)
         check.vocab = weight.shape[0]
     else:
         check.vocab = hidden.shape[-1]
-        if check.vocab == 0 and group is None:
+        if check.vocab == 0 and not parted:
             check.fail(
                 function.names[0], "have at least one class (V >= 1)", list(hidden.shape), "Pass logits [..., V]"
             )
@@ -162,19 +158,45 @@ def inputs(
     return check, fields
 
 
-def called(function: Function, problem: Any, teacher: Any, options: LossOptions, looks: bool) -> Called:
-    """What the processes of a group have to agree in; looks: in their labels too."""
-    plain = (bool, int, float, str, torch.dtype, type(None))
-    kinds = {
-        name: repr(value) if isinstance(value, plain) else type(value).__name__
-        for name, value in options.items()
-        if name != "process_group"
-    }
+_OVER_VOCAB = {  # fields of a Problem whose sizes differ between processes, and along which dimension
+    **{"weight": 0, "bias": 0, "up": 0, "teacher_weight": 0, "teacher_bias": 0},
+    **{"potential": 1, "features": 0, "feature_index": 1},
+}
+
+
+def called(function: Function, problem: Any, teacher: Any, looks: bool, told: bool) -> tuple[Called, str]:
+    """What the processes of a group have to agree in, and the text that its options are the checksum of. looks: whether
+    a device may be waited for; told: the group is that of a DTensor, which may be data parallel."""
     backend = backends.choose(problem.backend, problem.hidden.device, problem.hidden.dtype).name
-    text = f"{function.name} {problem.hidden.dtype} {backend} {type(teacher).__name__} {sorted(kinds.items())}"
-    labels, found = problem.target, 0
-    if labels is not None and looks:
-        places = torch.arange(1, labels.numel() + 1, device=labels.device)
-        found = int((labels * places).sum()) & ((1 << 48) - 1)
+    mixed = [getattr(teacher, name, None) for name in ("kind", "weights")]
+    said = [function.name, f"backend={backend}", f"teacher={type(teacher).__name__} {mixed}"]
+    for name, value in zip(problem._fields, problem, strict=True):
+        if isinstance(value, Tensor):
+            over = _OVER_VOCAB.get(name)
+            if (name, problem.weight) == ("hidden", None) or (name, problem.teacher_weight) == ("teacher_hidden", None):
+                over = 1
+            sizes = ["V" if dim == over else size for dim, size in enumerate(value.shape)]
+            said.append(f"{name}={value.dtype} {sizes}")
+        elif name not in ("source", "sharded", "backend"):
+            said.append(f"{name}={value!r}")
+    text = "; ".join(said)
+    labels = hidden = close = 0
+    if looks:
+        labels = sum(map(_checksum, (problem.target, problem.group, problem.top_indices))) & _MASK
+    if told and problem.hidden.numel():  # nearly the same numbers, whatever the processes' kernels round
+        row = problem.hidden.detach()[0].double().nan_to_num(0.0, 0.0, 0.0)
+        hidden, close = int(1e6 * row.sum()), int(1e3 * row.abs().sum())
     width = problem.hidden.shape[1] if function.projected else 0
-    return Called(problem.hidden.shape[0], width, zlib.crc32(text.encode()), found)
+    return Called(problem.hidden.shape[0], width, zlib.crc32(text.encode()), labels, hidden, close), text
+
+
+_MASK = (1 << 48) - 1
+
+
+def _checksum(ids: Tensor | None) -> int:
+    """Of ids and their places."""
+    if ids is None:
+        return 0
+    mixed = (ids.reshape(-1) + 1) * 0x9E3779B97F4A7C1
+    mixed = (mixed ^ (mixed >> 29)) * torch.arange(1, 2 * ids.numel() + 1, 2, device=ids.device)
+    return int((mixed ^ (mixed >> 31)).sum())

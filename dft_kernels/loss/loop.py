@@ -48,7 +48,7 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
     selection = select_rows(problem)
     backend = backends.choose(problem.backend, hidden.device, hidden.dtype)
     if problem.shards is not None:
-        backend = ShardedBackend(backend, problem.shards, problem.sums_hidden)
+        backend = ShardedBackend(backend, problem.shards, problem.sums_hidden and problem.weight is not None)
     terms = problem.terms(differentiated if seed else frozenset())
     planned = plan(problem, backend, selection.count, terms if seed else None)
     blocks = selection.blocks(planned.rows)

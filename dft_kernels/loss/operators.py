@@ -135,6 +135,8 @@ def statistics_cotangents(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[A
     problem, rows = Problem(*tensors, *ctx.rest), grads[:DIFFERENTIABLE]
     features = None if problem.features is None else grads[REPORTED]  # else an empty output, whatever its gradient
     columns = grads[REPORTED + 1] if problem.columns else None
+    if columns is None and problem.columns and problem.sharded:  # in parts, of which some processes may use none
+        columns = problem.hidden.new_zeros(problem.num_groups, problem.vocab, dtype=problem.dtype)
     if all(grad is None for grad in (*rows, features, columns)):
         return None
     return (*problem, *rows, features, columns, group_weight)

@@ -94,7 +94,10 @@ def _part(check: Checks, teacher: Any, temperature: float, divergence: Divergenc
     if check.shards is not None and hasattr(weight, "placements"):  # a teacher under tensor parallelism too
         from ..distributed.dtensor import local
 
-        hidden, weight, bias = map(local, [check.function] * 3, names, (hidden, weight, bias), (None, 0, 0))
+        hidden, weight, bias = (
+            local(check.function, name, value, dim, check.shards.group)
+            for name, value, dim in zip(names, (hidden, weight, bias), (None, 0, 0), strict=True)
+        )
     hidden, weight, bias = autocast(hidden, weight, bias)
     for name, value in zip(names, (hidden, weight, bias), strict=True):
         if value is not None:

@@ -330,10 +330,12 @@ def _product(layer: Any, hidden: Tensor) -> Tensor:
     given = projection(layer, hidden)
     states = hidden.double()
     if hasattr(given["weight"], "placements"):
-        from ..distributed.dtensor import whole
+        from ..distributed.dtensor import group_over
+        from ..distributed.shards import together
 
         part = states @ given["weight"].to_local().double().t()
-        return whole(part if given["bias"] is None else part + given["bias"].to_local().double(), given["weight"])
+        part = part if given["bias"] is None else part + given["bias"].to_local().double()
+        return together(part, group_over("head_of", "weight", given["weight"], 0))
     z = torch.cat([states @ some.double().t() for some in given["weight"].split(8192)], dim=-1)  # no second head
     if given["bias"] is not None:
         z += given["bias"].double()

@@ -180,9 +180,12 @@ class _Reader:
         where = f"LogitStream: the chunk that starts at row {first}"
         if not isinstance(chunk, Tensor):
             raise TypeError(f"{where} must be a tensor of logits, got {type(chunk).__name__}. Return torch tensors.")
-        if chunk.ndim == 2 and chunk.shape[1] == self.whole:
-            chunk = chunk[:, self.own]
-        if chunk.ndim != 2 or chunk.shape[1] != self.vocab or (count is not None and chunk.shape[0] != count):
+        whole = chunk.ndim == 2 and chunk.shape[1] == self.whole
+        if (
+            chunk.ndim != 2
+            or (chunk.shape[1] != self.vocab and not whole)
+            or (count is not None and chunk.shape[0] != count)
+        ):
             want = f"[{'r' if count is None else count}, {self.vocab}]"
             raise ValueError(
                 f"{where} must have shape {want}, got {_shape(chunk)}. Slice a padded vocabulary explicitly; "
@@ -195,8 +198,11 @@ class _Reader:
             )
         if not chunk.is_floating_point():
             raise TypeError(f"{where} must have a floating dtype, got {chunk.dtype}. Pass logits, not ids.")
-        if chunk.device.type == "cpu" and self.vocab:
-            bad = ~torch.isfinite(chunk.amax(dim=-1))  # NaN anywhere, +inf anywhere, or -inf everywhere
+        if chunk.device.type == "cpu":
+            top = chunk.amax(dim=-1) if chunk.shape[1] else chunk.new_zeros(len(chunk))
+            bad = ~torch.isfinite(top)  # NaN anywhere, +inf anywhere, or -inf everywhere
+            if self.whole is not None and not whole:  # of a part of the vocabulary, which may be masked
+                bad &= top != -torch.inf
             if bool(bad.any()):
                 row = int(bad.nonzero()[0])
                 raise ValueError(
@@ -208,7 +214,7 @@ class _Reader:
             raise ValueError(
                 f"{where} must be on the CPU or on {self.device}, got {chunk.device}. Move it before it is yielded."
             )
-        return chunk
+        return chunk[:, self.own] if whole else chunk
 
 
 @contextmanager

@@ -227,9 +227,11 @@ def with_whole_mean(found: Any, weight: Tensor) -> Any:
     several processes (a DTensor)."""
     if found.mean_probability is None or not hasattr(weight, "placements"):
         return found
-    from ..distributed.dtensor import whole
+    from ..distributed.dtensor import group_over
+    from ..distributed.shards import together
 
-    return replace(found, mean_probability=whole(found.mean_probability, weight))
+    group = group_over("terms", "weight", weight, 0)
+    return replace(found, mean_probability=together(found.mean_probability.detach(), group))
 
 
 def reduced(moments: Moments) -> Moments:

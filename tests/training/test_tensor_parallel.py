@@ -31,7 +31,7 @@ def pair(folder: Path, tied: bool, name: str = "model") -> tuple[Any, Any]:
     """A model of one process, and the same by its tensor parallel plan."""
     kept = folder / f"{name}-{tied}"
     torch.manual_seed(len(name))
-    plain = tiny(tie_word_embeddings=tied, vocab_size=61, num_key_value_heads=2)
+    plain = tiny(tie_word_embeddings=tied, vocab_size=62, num_key_value_heads=2)
     if RANK == 0:
         plain.save_pretrained(kept)
     torch.distributed.barrier()
@@ -51,7 +51,7 @@ def assert_gradients(divided: Any, plain: Any) -> None:
 def attached(folder: Path) -> None:
     for tied in (True, False):
         plain, divided = (attach(model, hard_weight=0.3) for model in pair(folder, tied))
-        teacher = torch.randn(2, 10, 61, generator=torch.Generator().manual_seed(1))
+        teacher = torch.randn(2, 10, 62, generator=torch.Generator().manual_seed(1))
         head, parted = pair(folder, False, "teacher")
         whole = dk.TeacherHead(head.model(IDS).last_hidden_state.detach(), head.lm_head.weight.detach())
         for given in ({}, {"teacher": teacher}, {"teacher": whole}, {"teacher": of_model(parted)}):
@@ -80,7 +80,7 @@ def with_terms(folder: Path) -> None:
     losses = []
     plain, divided = (attach(model) for model in pair(folder, False))
     for model in (plain, divided):
-        delayed = Delayed(0.5 * TokenL2(torch.full((61,), 1 / 61)))
+        delayed = Delayed(0.5 * TokenL2(torch.full((62,), 1 / 62)))
         for _ in range(2):
             model.zero_grad()
             out = model(input_ids=IDS, labels=LABELS, distribution_terms=delayed)

@@ -210,7 +210,7 @@ def sharded_table(rows: Rows) -> str:
         ])  # fmt: skip
     first = rows[0]
     shape = f"N {first['n']}, H {first['h']}, V {first['v']}, bfloat16"
-    return markdown(head, lines, f"{first['processes']} processes, a thread each, gloo; {shape}; {where(rows)}.")
+    return markdown(head, lines, f"{first['processes']} processes, a thread each, gloo; {shape}; {where(rows)}")
 
 
 def summary_table(rows: Rows) -> str:

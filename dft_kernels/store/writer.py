@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -28,6 +29,8 @@ from .manifest import (
     sync,
     write_manifest,
 )
+
+_WRITING = ".writing"  # the folder of files that are not whole yet, under names that safetensors, too, gives them
 
 
 def lock(folder: Path) -> IO[bytes]:
@@ -65,11 +68,13 @@ class StoreWriter:
             fail("store", "head", "be given for kind 'hidden' and only there", got, "Pass (weight, bias)")
         folder.mkdir(parents=True, exist_ok=True)
         manifest = folder / MANIFEST
-        known = {".lock"} if head is None else {".lock", HEAD}  # a capture that was killed may have come as far as that
+        # a capture that was killed may have come as far as that
+        known = {".lock", _WRITING} if head is None else {".lock", _WRITING, HEAD}
         foreign = [path.name for path in folder.iterdir() if path.name not in known and path.suffix != ".part"]
         if not manifest.exists() and foreign:
             source(folder).fail("the folder", "be new, empty or a store", sorted(foreign)[:3], "Name another folder")
         self.lock = lock(folder)
+        shutil.rmtree(folder / _WRITING, ignore_errors=True)
         self.parts: list[Part] = []
         self.head: Part | None = None
         try:
@@ -124,6 +129,7 @@ class StoreWriter:
 
     def close(self) -> None:
         """Release the lock."""
+        shutil.rmtree(self.folder / _WRITING, ignore_errors=True)
         self.lock.close()
 
     def append(self, tokens: Sequence[Tensor], **rows: Sequence[Tensor]) -> None:
@@ -145,7 +151,8 @@ class StoreWriter:
         write_manifest(self.folder, self._manifest())
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> Part:
-        beside = self.folder / f"{name}.part"
+        beside = self.folder / _WRITING / name
+        beside.parent.mkdir(exist_ok=True)
         safetensors.torch.save_file(tensors, beside)
         sync(beside)
         checksum, size = digest(beside), beside.stat().st_size

@@ -366,3 +366,14 @@ def test_what_a_stopped_join_left_is_no_way_into_a_shard(
     assert left.samefile(shards[0] / "shard-00000.safetensors")
     captured(out, words)
     assert [files(folder) for folder in shards] == before
+
+
+def test_what_a_killed_capture_was_writing_is_gone(made: Path, tmp_path: Path, words: Any) -> None:
+    """safetensors writes under a name of its own first."""
+    for begun in (True, False):
+        out = tmp_path / f"{begun}"
+        if begun:
+            shutil.copytree(made / "whole", out)
+        (out / ".writing").mkdir(parents=True)
+        (out / ".writing" / ".tmpZuwrEi").write_bytes(b"half of a file")
+        assert files(captured(out, words)) == files(made / "whole")

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from .contract import Backend
+from .contract import PartialBackend
 from .cuda import CudaBackend
 from .native import NativeBackend
 from .reference import ReferenceBackend
 from .triton import TritonBackend
 
 # in the order of preference of "auto"
-BACKENDS: dict[str, Backend[Any]] = {
+BACKENDS: dict[str, PartialBackend[Any]] = {
     backend.name: backend for backend in (NativeBackend(), CudaBackend(), TritonBackend(), ReferenceBackend())
 }
 
@@ -26,6 +26,6 @@ def fitting(device: torch.device, dtype: torch.dtype) -> Iterator[str]:
             yield name
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend[Any]:
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> PartialBackend[Any]:
     """The backend that "auto" or an available name stands for. `problem.py` has checked the name."""
     return BACKENDS[next(fitting(device, dtype)) if name == "auto" else name]

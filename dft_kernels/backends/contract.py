@@ -52,7 +52,7 @@ class Terms(NamedTuple):
     the subset that may receive a non-zero cotangent. Other quantities may hold anything.
 
     Where the columns are a part of a vocabulary, SOFT_LSE and TARGET_LSE are wanted in place of DIVERGENCE, which
-    `Backend.chunk_sums` then sums under the log-sum-exps of the whole."""
+    `PartialBackend.chunk_sums` then sums under the log-sum-exps of the whole."""
 
     head: Head
     wanted: frozenset[Row]
@@ -204,12 +204,6 @@ class Backend(ABC, Generic[W]):
         (which it may overwrite). Where a workspace was made for gradients, DIVERGENCE may have been left to this half,
         which then writes it into `found`: no cotangent depends on it."""
 
-    @abstractmethod
-    def chunk_sums(self, workspace: W, chunk: Chunk, found: Statistics, columns: Tensor | None) -> None:
-        """What takes the log-sum-exps of a whole vocabulary, of which these columns are a part: between the two halves,
-        with `found` holding these. Writes the columns' own share of DIVERGENCE and SLOPE of a dense target into
-        `found`, where wanted, and adds weight * q into `columns` [G, V] where given."""
-
     def chunk_step(self, workspace: W, chunk: Chunk, columns: Tensor | None, backward: Backward) -> Statistics:
         """Both halves, where nothing is reduced over other rows or devices between them. A backend overrides it if one
         pass over the logits can serve both."""
@@ -220,6 +214,16 @@ class Backend(ABC, Generic[W]):
     def scale_(self, gradient: Tensor, factor: Tensor) -> None:
         """gradient *= factor [1] (in the accumulation dtype), where the device alone may know the factor."""
         torch.mul(gradient, factor, out=gradient)
+
+
+class PartialBackend(Backend[W]):
+    """A backend whose columns may be a part of a vocabulary, and then know no more of it than log-sum-exps."""
+
+    @abstractmethod
+    def chunk_sums(self, workspace: W, chunk: Chunk, found: Statistics, columns: Tensor | None) -> None:
+        """What takes the log-sum-exps of a whole vocabulary, of which these columns are a part: between the two halves,
+        with `found` holding these. Writes the columns' own share of DIVERGENCE and SLOPE of a dense target into
+        `found`, where wanted, and adds weight * q into `columns` [G, V] where given."""
 
 
 @functools.cache

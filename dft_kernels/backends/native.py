@@ -19,7 +19,7 @@ from ..divergences import TABLE
 from ..dtypes import accumulate_dtype
 from ..teachers.contract import Head, SparseTarget
 from . import extension, sparse
-from .contract import Backend, Backward, Chunk, Cotangents, Row, Statistics, Terms, bits
+from .contract import Backward, Chunk, Cotangents, PartialBackend, Row, Statistics, Terms, bits
 from .rows import tiles
 
 _LANES = 32  # rows of a chunk are padded to this (csrc/cpu/rows.h)
@@ -42,7 +42,7 @@ class NativeWorkspace:
         return self.given
 
 
-class NativeBackend(Backend[NativeWorkspace]):
+class NativeBackend(PartialBackend[NativeWorkspace]):
     """C++ on the CPU, where the extension was built."""
 
     name = "native"

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..dtypes import accumulate_dtype
 from ..teachers.contract import DenseTarget, Head, SparseTarget
 from . import formulas, gemm, sparse
-from .contract import DIFFERENTIABLE, Backend, Backward, Chunk, Cotangents, Outcomes, Row, Statistics, Terms
+from .contract import DIFFERENTIABLE, Backward, Chunk, Cotangents, Outcomes, PartialBackend, Row, Statistics, Terms
 
 _ALIGN = 32  # logits: a row of a workspace starts on a cache line, so that products and loads are aligned for any V
 _TILE = {"cpu": 1 << 20}  # logits whose probabilities, or potentials of features, exist at a time
@@ -177,7 +177,7 @@ def row_matrix(rows: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Tenso
     return like.new_empty(rows, -(-vocab // _ALIGN) * _ALIGN, dtype=dtype)
 
 
-class RowBackend(Backend[RowWorkspace]):
+class RowBackend(PartialBackend[RowWorkspace]):
     """The backend contract on top of the row operations."""
 
     best_rows = 4096

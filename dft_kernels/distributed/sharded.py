@@ -24,6 +24,7 @@ from ..backends.contract import (
     Chunk,
     Cotangents,
     Outcomes,
+    PartialBackend,
     Row,
     Statistics,
     Terms,
@@ -55,7 +56,7 @@ class ShardedBackend(Backend[ShardedWorkspace]):
     """`backend` over a part of the vocabulary. sums: whether gradients of hidden states are summed over the processes,
     complete after the last chunk alone, or left as this process's part."""
 
-    def __init__(self, backend: Backend[Any], shards: Shards, sums: bool) -> None:
+    def __init__(self, backend: PartialBackend[Any], shards: Shards, sums: bool) -> None:
         self.backend, self.shards, self.overlaps = backend, shards, sums and len(shards.sizes) > 1
         self.name, self.best_rows, self.even_rows = backend.name, backend.best_rows, backend.even_rows
         self.keeps, self.emulated = backend.keeps, backend.emulated
@@ -110,10 +111,6 @@ class ShardedBackend(Backend[ShardedWorkspace]):
             for row, total in zip(rows, every.sum(0, dtype=torch.float64), strict=True):
                 found.rows[row] = total
         return found
-
-    def chunk_sums(self, workspace: ShardedWorkspace, chunk: Chunk, found: Statistics, columns: Tensor | None) -> None:
-        """Never: this is the whole vocabulary."""
-        raise NotImplementedError
 
     def chunk_gradient(self, workspace: ShardedWorkspace, chunk: Chunk, found: Statistics, backward: Backward) -> None:
         """The other's, and the sums of dhidden and ddown over the processes, the last chunk's complete with all."""

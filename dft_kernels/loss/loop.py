@@ -46,9 +46,10 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
     a new tensor (it may be `problem.hidden` itself where that holds logits)."""
     hidden, vocab, wide = problem.hidden, problem.vocab, problem.dtype
     selection = select_rows(problem)
-    backend = backends.choose(problem.backend, hidden.device, hidden.dtype)
+    chosen = backends.choose(problem.backend, hidden.device, hidden.dtype)
+    backend: Backend[Any] = chosen
     if problem.shards is not None:
-        backend = ShardedBackend(backend, problem.shards, problem.sums_hidden and problem.weight is not None)
+        backend = ShardedBackend(chosen, problem.shards, problem.sums_hidden and problem.weight is not None)
     terms = problem.terms(differentiated if seed else frozenset())
     planned = plan(problem, backend, selection.count, terms if seed else None)
     blocks = selection.blocks(planned.rows)

@@ -24,6 +24,7 @@ from ..errors import fail
 KEY = "DFT_KERNELS_API_KEY"  # environment variable of the key that is not given
 CONNECT_SECONDS = 10.0
 BACKOFF = (0.25, 8.0)  # seconds: the first pause, the longest; each is drawn from half of it to all of it
+FIRST = 20.0  # seconds that a server which never answered is waited for
 _AGAIN = {408, 429, *range(500, 600)}
 _SMALL = 1 << 20  # bytes of a reply that says no more than what a server is
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -38,6 +39,9 @@ class Client:
 
     def __init__(self, url: str, key: str | None, deadline: float, connections: int) -> None:
         self.url, self.deadline = checked_url(url), deadline
+        self.reached = (
+            False  # whether the server has ever answered: until then a wrong address is likelier than a restart
+        )
         self._key = os.environ.get(KEY, "") if key is None else key
         if not (self._key.isascii() and self._key.isprintable()):
             fail("ServedTeacher", "api_key", "be printable ASCII", "another text", f"Check it, or {KEY}")
@@ -75,12 +79,14 @@ class Client:
         method = "GET" if body is None else "POST"
         name = f"{method} {self.url}{path}{what and f' for {what}'}"
         content = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-        until, tries, pause = time.monotonic() + self.deadline, 0, BACKOFF[0]
+        deadline = self.deadline if self.reached else min(self.deadline, FIRST)
+        until, tries, pause = time.monotonic() + deadline, 0, BACKOFF[0]
         while True:
             self.check_open()
             tries += 1
             try:
                 status, data, after = self._once(name, method, path, content, until, limit)
+                self.reached = True
             except self._httpx.RequestError as error:
                 why, after = f"{type(error).__name__} ({self._plain(str(error))})", 0.0
                 if "CERTIFICATE_VERIFY_FAILED" in str(error):
@@ -97,7 +103,9 @@ class Client:
             if time.monotonic() + wait >= until:
                 got = f"{why} at the last of {tries} tries"
                 remedy = "Nothing was trained on it: start the server, or raise deadline, and go on from the last step"
-                fail("ServedTeacher", name, f"be answered within {self.deadline:g} s", got, remedy, ConnectionError)
+                if not self.reached:
+                    remedy = "Check the address, and that the server is up"
+                fail("ServedTeacher", name, f"be answered within {deadline:g} s", got, remedy, ConnectionError)
             self._closed.wait(wait)
 
     def _once(

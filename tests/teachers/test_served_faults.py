@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import threading
 import time
 import warnings
@@ -219,9 +220,8 @@ def test_a_reply_that_drips_ends_at_the_deadline(server: StandIn) -> None:
     with ServedTeacher(server.url, 4, deadline=0.3) as teacher:
         teacher(BATCH)
         server.faults = [drip]
-        with pytest.raises(
-            ConnectionError, match=r"must be answered within 0\.3 s.*start the server, or raise deadline"
-        ):
+        said = r"must be answered within 0\.3 s.*start the server, or raise deadline"
+        with pytest.raises(ConnectionError, match=said):
             teacher(BATCH)
 
 
@@ -387,8 +387,6 @@ def test_another_server_is_named() -> None:
 
 
 def test_without_httpx(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "httpx", None)
     with pytest.raises(ValueError, match=r"httpx must be installed, got none. Run pip install 'dft-kernels\[served\]'"):
         ServedTeacher("http://host")

@@ -4,6 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "gathered.h"
 #include "memory.h"
 #include "products.h"
 
@@ -38,6 +39,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("release_pool", &release_pool, "Free the pool's memory that no tensor holds; its bytes.");
   m.def("pool_bytes", &pool_bytes, "Bytes of the pool, held by tensors or free.");
   m.def("repeats", &repeats, "Rows of ids [N, k] in which an id of 0..vocab-1 is found twice.");
+  m.def("add_products", &add_products, py::call_guard<py::gil_scoped_release>(),
+        "out[index] += left [n, R] right [R, H]; by how much that changes the sum of squares of out.");
   m.def("all_labels", &all_labels, "Whether target [N] holds ids of 0..vocab-1 alone and never the ignored one.");
   m.def("evaluate", &evaluate, "exp (0), expm1 (1), log1p (2), tanh (3) or exp_any (4) as the CPU kernels compute it.");
 
@@ -56,22 +59,34 @@ PYBIND11_MODULE(_C, m) {
            py::arg("hidden"), py::arg("label"), py::arg("group"), py::arg("weight"), py::arg("target"),
            py::arg("teacher"), py::arg("index"), py::arg("favourite"), py::arg("down"));
 
+  py::class_<SpreadArguments>(m, "Spread")
+      .def(py::init([](at::Tensor reach, at::Tensor squares, at::Tensor reached) {
+             return SpreadArguments{std::move(reach), std::move(squares), std::move(reached)};
+           }),
+           py::arg("reach"), py::arg("squares"), py::arg("reached"));
+
   py::class_<CpuStep>(m, "CpuStep")
       .def(py::init([](HeadArguments model, Optional up, int64_t vocab, int64_t wanted, int64_t differentiated,
                        bool differentiates, int64_t divergence, double parameter, double temperature,
                        double teacher_temperature, Optional potential, Optional feature_rows, Optional feature_columns,
-                       Optional feature_entries, int64_t features, at::Tensor logits, Optional target) {
+                       Optional feature_entries, int64_t features, at::Tensor logits, Optional target,
+                       bool favourites) {
              return make_step({std::move(model), std::move(up), vocab, wanted, differentiated, differentiates,
-                               divergence, parameter, temperature, teacher_temperature, std::move(potential),
+                               favourites, divergence, parameter, temperature, teacher_temperature, std::move(potential),
                                std::move(feature_rows), std::move(feature_columns), std::move(feature_entries),
                                features, std::move(logits), std::move(target)});
            }),
            py::arg("model"), py::arg("up"), py::arg("vocab"), py::arg("wanted"), py::arg("differentiated"),
            py::arg("differentiates"), py::arg("divergence"), py::arg("parameter"), py::arg("temperature"),
            py::arg("teacher_temperature"), py::arg("potential"), py::arg("feature_rows"), py::arg("feature_columns"),
-           py::arg("feature_entries"), py::arg("features"), py::arg("logits"), py::arg("target"))
+           py::arg("feature_entries"), py::arg("features"), py::arg("logits"), py::arg("target"),
+           py::arg("favourites"))
       .def("statistics", &CpuStep::statistics, py::call_guard<py::gil_scoped_release>())
       .def("both", &CpuStep::both, py::call_guard<py::gil_scoped_release>())
       .def("sums", &CpuStep::sums, py::call_guard<py::gil_scoped_release>())
-      .def("gradient", &CpuStep::gradient, py::call_guard<py::gil_scoped_release>());
+      .def("gradient", &CpuStep::gradient, py::call_guard<py::gil_scoped_release>())
+      .def("keeps_dlogits", &CpuStep::keeps_dlogits)
+      .def("dlogits", &CpuStep::dlogits)
+      .def("products", &CpuStep::products, py::call_guard<py::gil_scoped_release>())
+      .def("favourites", &CpuStep::favourites);
 }

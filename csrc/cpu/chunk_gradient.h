@@ -7,15 +7,17 @@
 
 namespace dft {
 
-// Writes the gradient [R, k] at the sparse target's tokens into that of a tile, and adds it to their sums over tokens.
+// Writes the gradient [R, k] at the sparse target's tokens into that of a tile, and adds it to its sums over tokens.
 template <class T>
-void Step<T>::give(const Tile<T>& tile, const T* from, const Dlogits& out, double* bias) const {
+void Step<T>::give(const Tile<T>& tile, const T* from, const Gradient<T>& at) const {
   tokens_->in_tile(tile.v, [&](int64_t i, int64_t row, int64_t slot) {
-    if (out.narrow)
-      static_cast<at::BFloat16*>(out.to)[i * out.stride + row] = at::BFloat16(float(from[slot]));
+    const double given = double(from[slot]);
+    if (at.out.narrow)
+      static_cast<at::BFloat16*>(at.out.to)[i * at.out.stride + row] = at::BFloat16(float(from[slot]));
     else
-      static_cast<T*>(out.to)[i * out.stride + row] = from[slot];
-    if (bias) bias[i] += double(from[slot]);
+      static_cast<T*>(at.out.to)[i * at.out.stride + row] = from[slot];
+    if (at.bias) at.bias[i] += given;
+    if (at.reach) at.squares[i] += given * given, at.reached[i] += std::abs(given) * double(at.reach[row]);
   });
 }
 
@@ -24,7 +26,7 @@ void Step<T>::gradient(const ChunkArguments& chunk, const Tensor& statistics, co
                        const Tensor& cotangents, const optional<Tensor>& feature_cotangents,
                        const optional<Tensor>& sparse, const optional<Tensor>& dhidden, const optional<Tensor>& dweight,
                        const optional<Tensor>& dbias, const optional<Tensor>& ddown, const optional<Tensor>& dup,
-                       bool first, const optional<Tensor>& columns) {
+                       bool first, const optional<Tensor>& columns, const optional<SpreadArguments>& spread) {
   const Source<T> model = source(a_.model, chunk.hidden, a_.logits, chunk.down, a_.up);
   const int64_t c = model.c, rows = chunk.hidden.size(0), threads = at::get_num_threads();
   const auto constants =
@@ -41,9 +43,12 @@ void Step<T>::gradient(const ChunkArguments& chunk, const Tensor& statistics, co
   const auto teacher = taught ? Logits<T>(*a_.target, a_.vocab, c, chunk.teacher) : Logits<T>();
   std::vector<FactorGradient<T>> products;
   products.reserve(2);
-  if (!model.factors.empty()) products.emplace_back(model.factors[0], dhidden, dweight, c, first);
+  if (!model.factors.empty() && !spread) products.emplace_back(model.factors[0], dhidden, dweight, c, first);
   if (model.factors.size() > 1) products.emplace_back(model.factors[1], ddown, dup, c, first);
   Parts sums(threads, Numbers<double>(dbias ? kTile : 0));
+  const Numbers<T> reach = spread ? padded<T>(spread->reach, c) : Numbers<T>();
+  Parts squares(threads, Numbers<double>(spread ? kTile : 0)), reached(squares);
+  if (spread) shared.reach = reach.data();
   Parts value(threads, Numbers<double>(c));
 
   for (int64_t v0 = 0, step = model.blocks() ? kBlock : a_.vocab; v0 < a_.vocab; v0 += step) {
@@ -60,12 +65,20 @@ void Step<T>::gradient(const ChunkArguments& chunk, const Tensor& statistics, co
         at.columns = columns ? column[t].data() : nullptr;
         at.bias = dbias ? sums[t].data() : nullptr;
         at.value = value[t].data();
+        if (spread) {
+          std::fill(squares[t].begin(), squares[t].end(), 0.0), std::fill(reached[t].begin(), reached[t].end(), 0.0);
+          at.squares = squares[t].data(), at.reached = reached[t].data();
+        }
         const Tile<T> tile{model.logits.read(t, v, m), m, c, v};
         at.out = model.dlogits(tile.z, v);
         if (sparse) take(tile, nullptr);
         kernels<T>().gradient[which](tile, at);
         if (columns) add_columns(*columns, column[t], v, m);
-        if (sparse) give(tile, given.const_data_ptr<T>(), at.out, at.bias);
+        if (sparse) give(tile, given.const_data_ptr<T>(), at);
+        if (spread) {
+          std::copy_n(squares[t].begin(), m, spread->squares.data_ptr<T>() + v);
+          std::copy_n(reached[t].begin(), m, spread->reached.data_ptr<T>() + v);
+        }
         if (dbias) {
           T* out = dbias->template data_ptr<T>() + v;
           for (int64_t i = 0; i < m; i++) out[i] = T(first ? sums[t][i] : out[i] + sums[t][i]);
@@ -83,6 +96,40 @@ void Step<T>::gradient(const ChunkArguments& chunk, const Tensor& statistics, co
   }
   if (waits()) put(statistics, kDivergence, total(value));
   for (auto& product : products) product.finish(model.dlogits(model.logits.tile(0, 0), 0), a_.vocab);
+}
+
+template <class T>
+bool Step<T>::keeps_dlogits(const ChunkArguments& chunk) const {
+  const Source<T> model = source(a_.model, chunk.hidden, a_.logits, chunk.down, a_.up);
+  return model.tiles() || (model.blocks() && !model.logits.narrow());
+}
+
+template <class T>
+Tensor Step<T>::dlogits(const ChunkArguments& chunk) const {
+  const Source<T> model = source(a_.model, chunk.hidden, a_.logits, chunk.down, a_.up);
+  const Dlogits at = model.dlogits(model.logits.tile(0, 0), 0);
+  const Tensor whole = at.narrow ? a_.logits.view(at::kBFloat16) : a_.logits;
+  return whole.as_strided({a_.vocab, chunk.hidden.size(0)}, {at.stride, 1});
+}
+
+template <class T>
+void Step<T>::products(const ChunkArguments& chunk, const optional<Tensor>& dhidden, const optional<Tensor>& dweight,
+                       bool first) const {
+  const Source<T> model = source(a_.model, chunk.hidden, a_.logits, chunk.down, a_.up);
+  FactorGradient<T> product(model.factors[0], dhidden, dweight, model.c, first);
+  if (model.blocks()) {
+    for (int64_t v = 0; v < a_.vocab; v += kBlock) {
+      const int64_t n = std::min(kBlock, a_.vocab - v);
+      product.block(v, n, model.view(v, n));
+    }
+  } else {
+    share(0, a_.vocab, [&](int64_t t, int64_t from, int64_t to) {
+      for (int64_t v = from; v < to; v += kTile)
+        product.tile(t, v, std::min(kTile, to - v), model.dlogits(model.logits.tile(t, v), v));
+      at::native::cpublas::brgemm_release(true);
+    });
+  }
+  product.finish(model.dlogits(model.logits.tile(0, 0), 0), a_.vocab);
 }
 
 }  // namespace dft

@@ -142,7 +142,8 @@ CpuStep::Found Step<T>::statistics(const ChunkArguments& chunk, const optional<T
   const T* table = early && pulls ? tables_.potential.const_data_ptr<T>() : nullptr;
   std::vector<Online<T>> online(
       threads, Online<T>(c, wants(kCorrect) || wants(kAgreement), 1 + apart, early && wants(kEntropy), early && pulls));
-  std::vector<Online<T>> target_online(threads, Online<T>(c, taught && wants(kAgreement), 1));
+  const bool favours = taught && (wants(kAgreement) || a_.favourites);
+  std::vector<Online<T>> target_online(threads, Online<T>(c, favours, 1));
   tokens_.reset();
   if (sparse) tokens_.emplace(*chunk.index, a_.vocab);
   Tensor found =  // [R, k]: z at the target's tokens
@@ -191,6 +192,11 @@ CpuStep::Found Step<T>::statistics(const ChunkArguments& chunk, const optional<T
     auto outside = merge(online, apart ? 1 : 0, inverse[1]);
     std::copy_n(outside.lse.begin(), rows, tail.data_ptr<T>());
     std::copy_n(outside.low.begin(), rows, tail.data_ptr<T>() + rows);
+  }
+  if (a_.favourites && taught) {
+    const auto best = merge_arg(target_online);
+    favourites_ = at::empty({rows}, at::kLong);
+    std::copy_n(best.begin(), rows, favourites_.data_ptr<int64_t>());
   }
   if (wants(kLogProb) || wants(kCorrect) || wants(kAgreement))
     picks(model, teacher, chunk, lse, online, target_online, found, out);

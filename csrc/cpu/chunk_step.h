@@ -47,7 +47,12 @@ class Step final : public CpuStep {
                 const optional<Tensor>& feature_cotangents, const optional<Tensor>& sparse,
                 const optional<Tensor>& dhidden, const optional<Tensor>& dweight, const optional<Tensor>& dbias,
                 const optional<Tensor>& ddown, const optional<Tensor>& dup, bool first,
-                const optional<Tensor>& columns) override;
+                const optional<Tensor>& columns, const optional<SpreadArguments>& spread) override;
+  bool keeps_dlogits(const ChunkArguments& chunk) const override;
+  Tensor dlogits(const ChunkArguments& chunk) const override;
+  void products(const ChunkArguments& chunk, const optional<Tensor>& dhidden, const optional<Tensor>& dweight,
+                bool first) const override;
+  Tensor favourites() const override { return favourites_; }
 
  private:
   using Parts = std::vector<Numbers<double>>;  // of each thread: its sums
@@ -55,6 +60,7 @@ class Step final : public CpuStep {
   StepArguments a_;
   Tables tables_;
   optional<SparseTokens> tokens_;  // of the chunk's sparse target
+  Tensor favourites_;
 
   // whether the divergence's value is left to the gradient's sweep
   bool waits() const {
@@ -118,7 +124,7 @@ class Step final : public CpuStep {
              const std::vector<Online<T>>& online, const std::vector<Online<T>>& target_online, const Tensor& found,
              const Tensor& out) const;
   // chunk_gradient.h
-  void give(const Tile<T>& tile, const T* from, const Dlogits& out, double* bias) const;
+  void give(const Tile<T>& tile, const T* from, const Gradient<T>& at) const;
 };
 
 }  // namespace dft

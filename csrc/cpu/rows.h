@@ -142,6 +142,8 @@ struct Gradient {
   int64_t columns_stride;
   const T* weight;  // [c], 0 for padding
   double* value;    // [c]: += sum f of a flat divergence, whose sweep 2 is then not needed
+  const T* reach;   // [c]: norms of the tokens' hidden states, where the spread of the gradient is asked for
+  double *squares, *reached;  // [m]: += sum over tokens of draw^2, of |draw| reach
 };
 
 template <class T>

@@ -23,6 +23,7 @@ struct StepArguments {
   int64_t vocab = 0;
   int64_t wanted = 0, differentiated = 0;
   bool differentiates = false;  // whether gradient() follows every statistics()
+  bool favourites = false;      // whether favourites() follows
   int64_t divergence = 0;
   double parameter = 0.0, temperature = 1.0, teacher_temperature = 1.0;
   std::optional<at::Tensor> potential;                                       // [G, V]
@@ -32,6 +33,12 @@ struct StepArguments {
   // fp16, to which raw logits and their bias are then rounded
   at::Tensor logits;
   std::optional<at::Tensor> target;
+};
+
+// How far each column of a chunk's dlogits reaches: what it is worth to multiply it
+struct SpreadArguments {
+  at::Tensor reach;             // [R]: norms of the rows of hidden
+  at::Tensor squares, reached;  // [V], written: sums over rows of dlogits^2, of |dlogits| reach; in T
 };
 
 struct ChunkArguments {
@@ -61,13 +68,23 @@ class CpuStep {
   // Writes dhidden [R, H] and ddown [R, r]; writes (first) or adds to dweight [V, H], dbias [V] and dup [V, r].
   // statistics, features, columns: of statistics(); cotangents [kCorrect, R], feature_cotangents [R, K]. sparse [R, k]:
   // the gradient with respect to the raw logits at a sparse target's tokens. columns are passed to one of the two
-  // functions; not to this one with a sparse target, whose tokens its sweep skips.
+  // functions; not to this one with a sparse target, whose tokens its sweep skips. spread: asked for, dhidden and
+  // dweight are left alone, and dlogits() has what products() or the caller may multiply.
   virtual void gradient(const ChunkArguments& chunk, const at::Tensor& statistics, const at::Tensor& features,
                         const at::Tensor& cotangents, const std::optional<at::Tensor>& feature_cotangents,
                         const std::optional<at::Tensor>& sparse, const std::optional<at::Tensor>& dhidden,
                         const std::optional<at::Tensor>& dweight, const std::optional<at::Tensor>& dbias,
                         const std::optional<at::Tensor>& ddown, const std::optional<at::Tensor>& dup, bool first,
-                        const std::optional<at::Tensor>& columns) = 0;
+                        const std::optional<at::Tensor>& columns, const std::optional<SpreadArguments>& spread) = 0;
+  // Whether dlogits stand whole in the workspace after gradient()
+  virtual bool keeps_dlogits(const ChunkArguments& chunk) const = 0;
+  // [V, R], after gradient(): a view of the workspace
+  virtual at::Tensor dlogits(const ChunkArguments& chunk) const = 0;
+  // dhidden and dweight from all of dlogits()
+  virtual void products(const ChunkArguments& chunk, const std::optional<at::Tensor>& dhidden,
+                        const std::optional<at::Tensor>& dweight, bool first) const = 0;
+  // [R]: the vocabulary entry that a dense target of the last chunk is largest at, where `favourites` asks for it
+  virtual at::Tensor favourites() const = 0;
   // statistics() and gradient(), for cotangents that need no statistics and a target that is not sparse
   Found both(const ChunkArguments& chunk, const at::Tensor& cotangents,
              const std::optional<at::Tensor>& feature_cotangents, const std::optional<at::Tensor>& dhidden,
@@ -76,7 +93,7 @@ class CpuStep {
              const std::optional<at::Tensor>& columns) {
     Found found = statistics(chunk, {});
     gradient(chunk, std::get<0>(found), std::get<1>(found), cotangents, feature_cotangents, {}, dhidden, dweight, dbias,
-             ddown, dup, first, columns);
+             ddown, dup, first, columns, {});
     return found;
   }
 };

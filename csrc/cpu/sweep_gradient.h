@@ -28,7 +28,7 @@ void gradient(const Tile<T>& tile, const Gradient<T>& at) {
       T* whole = static_cast<T*>(at.out.to) + i * at.out.stride;
       if (D<M>::flat && i % kRun == 0)
         for (int64_t l = 0; l < n; l++) value[l] = T(0);
-      N total = M::set(T(0)), shares = total;
+      N total = M::set(T(0)), shares = total, squares = total, reached = total;
       for (int64_t first = start; first < start + n; first += M::size) {
         N z = M::load(row + first), dz = M::set(T(0)), q = dz;
         if (at.lse.lse) {
@@ -71,12 +71,17 @@ void gradient(const Tile<T>& tile, const Gradient<T>& at) {
         dz = M::load(at.active + first) != T(0) ? dz : M::set(T(0));
         if constexpr (D<M>::sparse) dz = z > -std::numeric_limits<T>::infinity() ? dz : M::set(T(0));
         total = total + dz;
+        if (at.reach) {
+          squares = squares + dz * dz;
+          reached = reached + M::abs(dz) * M::load(at.reach + first);
+        }
         if (at.out.narrow)
           store_bf16(half + first, dz);
         else
           M::store(whole + first, dz);
       }
       if (at.bias) at.bias[i] += double(M::sum(total));
+      if (at.reach) at.squares[i] += double(M::sum(squares)), at.reached[i] += double(M::sum(reached));
       if (at.columns && !at.group) at.columns[i] += double(M::sum(shares));
       if (D<M>::flat && (i % kRun == kRun - 1 || i == tile.m - 1)) add(at.value + start, value, n);
     }

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..divergences import Divergence
 from ..teachers.contract import Head, Target
+from .active import ActiveColumns
 
 
 class Row(IntEnum):
@@ -66,6 +67,7 @@ class Terms(NamedTuple):
     columns: bool = False  # whether sums of q over rows are asked for
     potential: Tensor | None = None  # [G, V]
     features: Tensor | None = None  # [V, K], dense or sparse COO
+    active: bool = False  # whether gradients may be made of some columns (`Backward.active`)
 
     @property
     def compared(self) -> bool:
@@ -143,7 +145,8 @@ class Cotangents(NamedTuple):
 class Backward(NamedTuple):
     """The inputs of a chunk's gradient and the buffers for its results. dhidden and ddown are written; dweight,
     dbias and dup are written by the first chunk and added to by the others, or written with the last chunk where the
-    workspace keeps dlogits. None: not needed, so no product is made for it."""
+    workspace keeps dlogits. None: not needed, so no product is made for it. active: who multiplies dlogits into dhidden
+    and dweight where an error of them is allowed."""
 
     cotangents: Cotangents
     dhidden: Tensor | None  # [R, H] in the input dtype
@@ -153,6 +156,7 @@ class Backward(NamedTuple):
     last: bool
     ddown: Tensor | None = None  # [R, r] in the input dtype
     dup: Tensor | None = None  # [V, r] as dweight
+    active: ActiveColumns | None = None
 
 
 class Workspace(Protocol):

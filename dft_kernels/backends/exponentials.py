@@ -43,7 +43,7 @@ def fit(terms: Terms, like: Tensor) -> bool:
     """Whether these terms, of hidden states like these, can be computed so."""
     weight, live = terms.head.weight, terms.differentiated
     asked = terms.wanted | live
-    if weight is None or terms.up is not None or terms.features is not None:
+    if weight is None or terms.up is not None or terms.features is not None or terms.active:
         return False
     return (
         like.dtype == torch.bfloat16

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..divergences import TABLE
 from ..dtypes import accumulate_dtype
-from ..teachers.contract import Head, SparseTarget
+from ..teachers.contract import DenseTarget, Head, SparseTarget
 from . import extension, sparse
+from .active import Spread, reach
 from .contract import Backward, Chunk, Cotangents, PartialBackend, Row, Statistics, Terms, bits
 from .rows import tiles
 
@@ -30,6 +31,7 @@ class NativeWorkspace:
     """The C++ step of one call; its scratch returns to the pool when it is freed."""
 
     rows: int
+    vocab: int
     terms: Terms
     step: Any
     chunk: Chunk | None = None  # the last one, and the same for the C++ step
@@ -89,8 +91,9 @@ class NativeBackend(PartialBackend[NativeWorkspace]):
             0 if terms.features is None else terms.features.shape[1],
             logits,
             target,
+            terms.active and terms.target_dtype is not None,
         )
-        return NativeWorkspace(rows, terms, step)
+        return NativeWorkspace(rows, vocab, terms, step)
 
     def chunk_statistics(self, workspace: NativeWorkspace, chunk: Chunk, columns: Tensor | None) -> Statistics:
         """Products and two sweeps."""
@@ -117,7 +120,7 @@ class NativeBackend(PartialBackend[NativeWorkspace]):
         cotangents = backward.cotangents
         if isinstance(chunk.target, SparseTarget):
             return super().chunk_step(workspace, chunk, columns, backward)
-        if cotangents.lse_slope is not None:
+        if cotangents.lse_slope is not None or (backward.active is not None and backward.active.pays):
             found = self.chunk_statistics(workspace, chunk, None)
             _gradient(workspace, chunk, found, backward, columns)
             return found
@@ -142,8 +145,11 @@ def _gradient(
         index, pull = chunk.target.index, _pull(chunk.target.index, terms, found.features, cotangents)
         vocab = terms.head.weight.shape[0] if terms.head.weight is not None else chunk.hidden.shape[1]
         at = sparse.gradient_at(found.outcomes, index, chunk, terms, found.rows, settled, vocab, pull)
-    workspace.step.gradient(
-        workspace.of(chunk),
+    given, step, active, spread = workspace.of(chunk), workspace.step, backward.active, None
+    if active is not None and active.pays and step.keeps_dlogits(given):
+        spread = Spread(*found.rows.new_empty(2, workspace.vocab))
+    step.gradient(
+        given,
         found.rows,
         found.rows if found.features is None else found.features,
         settled,
@@ -151,7 +157,16 @@ def _gradient(
         at,
         *_results(backward),
         columns,
+        None if spread is None else extension.MODULE.Spread(reach(chunk.hidden), *spread),
     )
+    if active is None or spread is None:
+        return
+    dhidden, dweight, first = backward.dhidden, backward.dweight, backward.first
+    target = chunk.target
+    likeliest = step.favourites() if isinstance(target, DenseTarget) else None if target is None else target.best()
+    dlogits, add = step.dlogits(given).t(), extension.MODULE.add_products
+    if not active.products(dlogits, chunk.hidden, spread, (chunk.label, likeliest), dhidden, dweight, first, add):
+        step.products(given, dhidden, dweight, first)
 
 
 def _results(backward: Backward) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..dtypes import accumulate_dtype
 from ..teachers.contract import DenseTarget, Head, SparseTarget
 from . import formulas, gemm, sparse
+from .active import ActiveColumns, Spread, reach
 from .contract import DIFFERENTIABLE, Backward, Chunk, Cotangents, Outcomes, PartialBackend, Row, Statistics, Terms
 
 _ALIGN = 32  # logits: a row of a workspace starts on a cache line, so that products and loads are aligned for any V
@@ -149,8 +150,9 @@ class RowWorkspace:
 
     def products(self, out: Tensor, chunk: Chunk, backward: Backward) -> None:
         """The gradients that are products of dlogits, `out` [R, V], and its column sums, dbias."""
-        terms = self.terms
-        if terms.head.weight is not None and backward.dhidden is not None:
+        terms, active = self.terms, backward.active
+        some = active is not None and active.pays and self._multiplied(active, out, chunk, backward)
+        if terms.head.weight is not None and backward.dhidden is not None and not some:
             gemm.dhidden_(out, terms.head.weight, backward.dhidden)
         if terms.up is not None and backward.ddown is not None:
             gemm.dhidden_(out, terms.up, backward.ddown)
@@ -167,9 +169,29 @@ class RowWorkspace:
             self.waiting.clear()
         else:
             hidden, down = chunk.hidden, chunk.down
-        for right, left in ((backward.dweight, hidden), (backward.dup, down)):
+        for right, left in ((None if some else backward.dweight, hidden), (backward.dup, down)):
             if right is not None and left is not None:
                 gemm.dweight_(out, left, right, accumulate=not (backward.first or self.keeps))
+
+    def _multiplied(self, active: ActiveColumns, out: Tensor, chunk: Chunk, backward: Backward) -> bool:
+        """dhidden and dweight from some columns of `out` [R, V], if that pays."""
+        target, norms = chunk.target, reach(chunk.hidden)
+        spread = Spread(*norms.new_zeros(2, out.shape[1]))
+        for rows in tiles(out):
+            tile = out[rows].to(norms.dtype)
+            spread.squares.add_(tile.square().sum(0))
+            spread.reached.add_(norms[rows] @ tile.abs())
+        likeliest = None
+        if isinstance(target, SparseTarget):
+            likeliest = target.best()
+        elif target is not None:
+            held = target.hidden if target.head.weight is None else self.target
+            assert held is not None
+            likeliest = held[: len(out)].argmax(1)
+        always, first = (chunk.label, likeliest), backward.first
+        return active.products(
+            out, chunk.hidden, spread, always, backward.dhidden, backward.dweight, first, gemm.add_products_
+        )
 
 
 def row_matrix(rows: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -49,7 +49,7 @@ GROUPS = {  # of the help
     "teacher and loss": (
         "teacher", "served_model", "served_k", "principles", "divergence", "soft_weight", "hard_weight", "temperature",
         "teacher_temperature", "temperature_scaling", "matching_every", "matching_from", "matching_ramp",
-        "loss_memory_budget", "loss_backend",
+        "loss_memory_budget", "loss_backend", "loss_gradient_error",
     ),
     "distribution terms": (
         "target", "terms", "terms_decay", "stop_at_floor", "rollout_terms", "rollout_every", "rollout_prompt",
@@ -91,6 +91,7 @@ TYPES: dict[str, Any] = {  # where neither Job nor DFTConfig checks
     "resume_from_checkpoint": Checked(input_folder),
     "loss_backend": each_of(("auto", *BACKENDS))["type"],
     "loss_memory_budget": _FROM_1,
+    "loss_gradient_error": Number(above=0, below=1),
     "terms_decay": _SHARE,
     "rollout_temperature": Number(above=0),
     "max_steps": Whole(-1),

@@ -22,7 +22,7 @@ from ..teachers.contract import Source
 from . import operators
 from .checks import has_tangents
 from .gradients import scaled, scaled_
-from .loop import compute_loss, compute_statistics, mean_probability, run_loss
+from .loop import RESULTS, compute_loss, compute_statistics, mean_probability, run_loss
 from .operators import (
     SECOND_DERIVATIVE,
     gradient_of_statistics,
@@ -35,19 +35,20 @@ from .problem import GRADIENTS, Problem
 _FIELDS = len(Problem._fields)
 
 
-def loss(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Loss, row quantities, features and mean probability, of which the first is differentiable in the first fields of
-    the problem; the others may be None or empty where metrics do not want them."""
+def loss(problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Loss, row quantities, features, mean probability and what active columns left out, of which the first is
+    differentiable in the first fields of the problem; the others may be None or empty where metrics do not want
+    them."""
     tangents = has_tangents(problem.differentiated)
     if _traced(problem.hidden):
-        total, _, rows, features, mean, *_ = operators.loss(*problem)
+        total, _, rows, features, mean, _, left_out, *_ = operators.loss(*problem)
     elif tangents or torch._C._are_functorch_transforms_active():
-        total, _, rows, features, mean, *_ = TransformedLoss.apply(*problem, tangents)
+        total, _, rows, features, mean, _, left_out, *_ = TransformedLoss.apply(*problem, tangents)
     else:
         call = Call(problem)
         total = _apply_fused_loss(*problem.differentiated, call)
-        return total, call.rows, call.features, call.mean
-    return total, rows, features, mean
+        return total, call.rows, call.features, call.mean, call.left_out
+    return total, rows, features, mean, left_out
 
 
 def statistics(problem: Problem) -> tuple[Tensor, ...]:
@@ -114,6 +115,7 @@ class Call:
     rows: Tensor | None = None
     features: Tensor | None = None
     mean: Tensor | None = None
+    left_out: Tensor | None = None
 
 
 class FusedLoss(torch.autograd.Function):
@@ -126,6 +128,7 @@ class FusedLoss(torch.autograd.Function):
         if problem.reports:
             call.rows, call.features = outcome.rows, outcome.features
             call.mean, _ = mean_probability(problem, outcome)
+            call.left_out = outcome.left_out
         ctx.needs, ctx.dtype, ctx.backend = problem.needs, hidden.dtype, outcome.backend
         ctx.divisor = None if problem.folds else outcome.selection.denominator
         ctx.save_for_backward(hidden, weight, *outcome.gradients)
@@ -172,7 +175,7 @@ class TransformedLoss(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
-        kept = (*inputs[:2], output[1], *output[6:])
+        kept = (*inputs[:2], output[1], *output[RESULTS:])
         ctx.save_for_backward(*kept)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*kept)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..backends.contract import Row
 from ..distributed.shards import Called, Shards, agree
 from .checks import Checks, Fields, transformed
 from .inputs import called, inputs, over_processes, parts
@@ -85,11 +86,11 @@ def _checked(
     differentiable = (fields["hidden"], fields["weight"], fields["bias"], fields["down"], fields["up"])
     fields |= zip(NEEDS, map(needs_gradient, differentiable), strict=True)
     asked = reported(metrics, function.statistics, fields["label_smoothing"] != 0) if rows is None else rows
+    asked |= (function.statistics or bool(metrics)) << len(Row)
     means = function.statistics if rows is None else False
     problem = Problem(
         **fields,
         reported=asked,
-        reports=function.statistics or bool(metrics),
         columns=means or ("mean_probability" in metrics and fields["group"] is not None),
     )
     check_plan(check, problem, teacher, function.statistics or problem.reduction == "none")

@@ -255,8 +255,8 @@ def _finish(problem: Problem, hidden: Tensor, teacher: Any, options: LossOptions
 
 
 def _scalar_loss(problem: Problem, lead: torch.Size) -> tuple[Tensor, Metrics | None]:
-    loss, rows, features, mean = autograd.loss(problem)
-    return loss, metrics_of(problem, rows, features, mean, lead)
+    loss, rows, features, mean, left_out = autograd.loss(problem)
+    return loss, metrics_of(problem, rows, features, mean, lead, left_out)
 
 
 def _inplace(problem: Problem, logits: Tensor, options: LossOptions) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.active import ActiveColumns
 from ..backends.contract import DIFFERENTIABLE, Backend, Backward, Chunk, Cotangents, Row
 from ..backends.formulas import head_logits
 from ..distributed.sharded import ShardedBackend
@@ -24,6 +25,7 @@ from .row_loss import loss_cotangents, loss_rows
 from .selection import Selection, select_rows
 
 REPORTED = Row.AGREEMENT + 1  # the leading quantities that leave the loop
+RESULTS = 7  # of `compute_loss` before the gradients
 
 Seed = Callable[[Chunk, Rows, Selection], Cotangents]  # a chunk and its rows, of those in play -> its cotangents
 
@@ -31,13 +33,15 @@ Seed = Callable[[Chunk, Rows, Selection], Cotangents]  # a chunk and its rows, o
 @dataclass
 class Outcome:
     """The loop's results: row quantities [REPORTED, N] (0 for ignored rows), q @ features [N, K], column sums
-    [G, V], and gradients of hidden, weight, bias, down, up in the input dtype; None where not asked for."""
+    [G, V], what active columns left out [2] (`ActiveColumns.report`), and gradients of hidden, weight, bias, down, up
+    in the input dtype; None where not asked for."""
 
     selection: Selection
     backend: Backend[Any]
     rows: Tensor
     features: Tensor | None
     columns: Tensor | None
+    left_out: Tensor | None = None
     gradients: Sequence[Tensor | None] = (None,) * GRADIENTS
 
 
@@ -65,6 +69,9 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
     if seed is not None:
         gradients = allocate(problem, selection, planned.products(selection.count), dhidden)
     into, dweight, dbias, ddown, dup = gradients
+    active = None
+    if problem.gradient_error is not None and problem.weight is not None and seed is not None:
+        active = ActiveColumns(problem.gradient_error, problem.weight)
     workspace = backend.workspace(planned.rows, vocab, hidden, terms, gradient=seed is not None, kept=planned.kept)
     to_hidden, to_down = (RowGradient(g, selection, planned.rows, backend.overlaps) for g in (into, ddown))
     with _without_autocast(hidden.device.type), _open_teacher(problem, blocks) as targets:
@@ -89,6 +96,7 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
                     last=number == len(blocks) - 1,
                     ddown=to_down.of(rows),
                     dup=dup,
+                    active=active,
                 )
                 found = backend.chunk_step(workspace, chunk, outcome.columns, backward)
                 to_hidden.settle(rows)
@@ -111,6 +119,8 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
         outcome.rows.masked_fill_(selection.ignored, 0.0)
         if outcome.features is not None:
             outcome.features.masked_fill_(selection.ignored[:, None], 0.0)
+    if active is not None:
+        outcome.left_out = active.report(into, dweight, selection.count)
     del workspace  # its memory serves the rounding
     outcome.gradients = rounded(problem, gradients)
     return outcome
@@ -160,8 +170,8 @@ def run_loss(problem: Problem, dhidden: Tensor | None = None) -> tuple[Tensor, O
 
 def compute_loss(problem: Problem, dhidden: Tensor | None = None) -> tuple[Tensor, ...]:
     """Loss, denominator, row quantities (where metrics are wanted), features (where given), mean probability and group
-    weights (where a group is), and the gradients, by `Problem.folds` of the loss or of the sum; what is not there is
-    empty. `dhidden`: see `run`."""
+    weights (where a group is), what active columns left out (where they are), and the gradients, by `Problem.folds` of
+    the loss or of the sum; what is not there is empty. `dhidden`: see `run`."""
     total, outcome = run_loss(problem, dhidden)
     none, denominator = problem.hidden.new_empty, outcome.selection.denominator
     if not isinstance(denominator, Tensor):
@@ -172,6 +182,7 @@ def compute_loss(problem: Problem, dhidden: Tensor | None = None) -> tuple[Tenso
         outcome.rows.clone() if problem.reports else none(0, dtype=problem.dtype),
         none(0, dtype=problem.dtype) if outcome.features is None else outcome.features,
         *mean_probability(problem, outcome),
+        none(0, dtype=torch.float64) if outcome.left_out is None else outcome.left_out,
         *(none(0) if g is None or g is dhidden else g for g in outcome.gradients),
     )
 

@@ -33,10 +33,17 @@ class Metrics:
     features: Tensor | None  # q @ features [..., K]
     mean_probability: Tensor | None  # [num_groups, V], where a group was given
     backend: str  # what served the call
+    dropped: Tensor | None = None  # 0-d: a bound of the relative error of dhidden and dweight, under gradient_error
+    active_columns: Tensor | None = None  # 0-d: the share of the columns of dlogits that was multiplied for them
 
 
 def metrics_of(
-    problem: Problem, rows: Any, features: Tensor | None, mean: Tensor | None, lead: torch.Size
+    problem: Problem,
+    rows: Any,
+    features: Tensor | None,
+    mean: Tensor | None,
+    lead: torch.Size,
+    left_out: Tensor | None = None,
 ) -> Metrics | None:
     """Of the row quantities that a call has computed; None where it asked for none."""
     if not problem.reports:
@@ -46,6 +53,7 @@ def metrics_of(
         known: Tensor = rows[which.value]
         return known.reshape(lead) if which in problem.wanted else None
 
+    error, share = (None, None) if left_out is None or left_out.numel() == 0 else left_out.unbind()
     correct, agreement = row(Row.CORRECT), row(Row.AGREEMENT)
     # with smoothing the cross-entropy is of two of them
     hard = row(Row.LOG_PROB) is not None and (problem.label_smoothing == 0 or row(Row.MEAN_LOG_PROB) is not None)
@@ -60,4 +68,6 @@ def metrics_of(
         features=None if problem.features is None or features is None else features.reshape(*lead, features.shape[1]),
         mean_probability=mean if problem.columns else None,
         backend=backends.choose(problem.backend, problem.hidden.device, problem.hidden.dtype).name,
+        dropped=error,
+        active_columns=share,
     )

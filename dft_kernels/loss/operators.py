@@ -21,7 +21,7 @@ from torch import Tensor
 from ..backends.contract import DIFFERENTIABLE, Row
 from ..teachers.contract import source_of
 from .gradients import scaled, shapes
-from .loop import REPORTED, compute_loss, compute_statistics, compute_statistics_gradient
+from .loop import REPORTED, RESULTS, compute_loss, compute_statistics, compute_statistics_gradient
 from .problem import GRADIENTS, SCHEMA, TENSORS, Problem
 
 SECOND_DERIVATIVE = (
@@ -56,6 +56,7 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return (
         *(new((), dtype=wide), new((), dtype=wide), new(rows, dtype=wide)),
         *means,
+        new(0 if problem.gradient_error is None or not problem.needs_gradient else 2, dtype=torch.float64),
         *shapes(problem),
     )
 
@@ -63,7 +64,7 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:2], output[1], *output[6:])
+    ctx.save_for_backward(*inputs[:2], output[1], *output[RESULTS:])
     problem = Problem(*inputs)
     ctx.needs = problem.needs
     ctx.dtype, ctx.folded = problem.hidden.dtype, problem.folds
@@ -103,7 +104,7 @@ loss = torch.library.custom_op(
     "dft_kernels::loss",
     _loss,
     mutates_args=(),
-    schema=f"({SCHEMA}) -> (" + ", ".join(["Tensor"] * (6 + GRADIENTS)) + ")",
+    schema=f"({SCHEMA}) -> (" + ", ".join(["Tensor"] * (RESULTS + GRADIENTS)) + ")",
 )
 loss.register_fake(_loss_fake)
 loss.register_autograd(_loss_backward, setup_context=_loss_setup)

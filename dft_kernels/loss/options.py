@@ -63,6 +63,7 @@ class LossOptions(StatisticsOptions, total=False):
     entropy_weight: Tensor | None
     reduction: str
     num_items: float | Tensor | None
+    gradient_error: float | None
     return_metrics: bool | Collection[str]
 
 
@@ -96,12 +97,15 @@ DEFAULTS: LossOptions = {
     "backend": "auto",
     "process_group": None,
     "sum_hidden_gradient": True,
+    "gradient_error": None,
     "return_metrics": False,
 }
 LOSS = tuple(DEFAULTS)
 STATISTICS = tuple(name for name in LOSS if name in StatisticsOptions.__annotations__)
 TOKENS = tuple(name for name in LOSS if name in TokenOptions.__annotations__)
-OF_LOGITS = tuple(name for name in LOSS if name not in ("bias", "low_rank", "logits_dtype"))  # of given logits
+OF_LOGITS = tuple(  # of given logits
+    name for name in LOSS if name not in ("bias", "low_rank", "logits_dtype", "gradient_error")
+)
 
 
 class Function(NamedTuple):

@@ -46,6 +46,21 @@ def _narrow(check: Checks, value: Any) -> bool:
     return True
 
 
+def _gradient_error(check: Checks, options: LossOptions) -> float | None:
+    value = options["gradient_error"]
+    if value is None:
+        return None
+    relation = "be None or lie between 0 and 1, both excluded"
+    error = check.number("gradient_error", value, relation, lambda x: 0 < x < 1)
+    if options["reduction"] == "none":
+        remedy = "Use a scalar reduction, or leave gradient_error out"
+        check.fail("gradient_error", "come with reduction='mean' or 'sum'", "reduction='none'", remedy)
+    if check.shards is not None:
+        remedy = "Leave gradient_error out"
+        check.fail("gradient_error", "come with a vocabulary that is whole in this process", "a part of it", remedy)
+    return error
+
+
 def plan_fields(check: Checks, options: LossOptions) -> Fields:
     """The backend and the limits of a chunk, each by itself; `check_plan` holds them against the whole call."""
     chunk_size, memory_budget = options["chunk_size"], options["memory_budget"]
@@ -59,6 +74,7 @@ def plan_fields(check: Checks, options: LossOptions) -> Fields:
         "backend": _backend(check, options["backend"]),
         "chunk_size": chunk_size,
         "memory_budget": memory_budget,
+        "gradient_error": _gradient_error(check, options),
         "narrow": _narrow(check, options["logits_dtype"]),
         "compact": bool(options["compact"]),
     }
@@ -130,7 +146,8 @@ def plan(problem: Problem, backend: Backend[Any], count: int, terms: Terms | Non
     alone = most(row, budget)
     if count <= alone:
         return Plan(max(1, count))
-    if terms is not None and backend.keeps and problem.weight is not None and problem.need_weight and problem.folds:
+    keeps = terms is not None and backend.keeps and not terms.active
+    if keeps and problem.weight is not None and problem.need_weight and problem.folds:
         itemsize, vocab = problem.hidden.dtype.itemsize, problem.widest_vocab
         kept, accumulator = itemsize * vocab * count, problem.dtype.itemsize * problem.weight.shape[1] * vocab
         beside = row - itemsize * vocab if problem.narrow else row  # narrow logits are where their dlogits are kept

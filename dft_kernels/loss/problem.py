@@ -75,11 +75,11 @@ class Problem(NamedTuple):
     reduction: str
     chunk_size: int | None
     memory_budget: int | None
+    gradient_error: float | None  # relative, that dhidden and dweight may have
     narrow: bool  # logits are held in the input dtype, not in the accumulation dtype
     compact: bool
     backend: str
-    reported: int  # bit r: Row(r) is wanted for its own sake
-    reports: bool  # any of the results but the loss is
+    reported: int  # bit r: Row(r) is wanted for its own sake; bit len(Row): any result but the loss is
     columns: bool  # accumulate the column sums
     need_hidden: bool = False
     need_weight: bool = False
@@ -118,6 +118,11 @@ class Problem(NamedTuple):
         if self.top_indices is None or self.top_log_probs is None:
             return None
         return TopK(self.top_indices, self.top_log_probs, self.top_tail, self.top_temperature, self.top_mode)
+
+    @property
+    def reports(self) -> bool:
+        """Whether any result but the loss is wanted."""
+        return self.reported != 0
 
     @property
     def target_dtype(self) -> torch.dtype | None:
@@ -210,6 +215,7 @@ class Problem(NamedTuple):
             columns=self.columns,
             potential=self.potential,
             features=None if features is None else features.to(self.dtype),
+            active=self.gradient_error is not None,
         )
 
 

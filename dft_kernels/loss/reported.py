@@ -18,6 +18,8 @@ METRICS = {  # of `Metrics`: the row quantities that each is
     "log_prob": (Row.LOG_PROB,),
     "features": (),
     "mean_probability": (),
+    "dropped": (),
+    "active_columns": (),
 }
 
 

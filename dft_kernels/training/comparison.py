@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -107,8 +107,8 @@ def compare(
         start = look(student)
         for way in WAYS:
             say(f"{way}: {sizes.steps} steps of {sizes.batch * sizes.length} tokens")
-            models[way], curve, seconds[way] = _train(way, student, store, look, sizes, Path(scratch))
-            curves[way] = [(0, start), *curve]
+            run = trained(student, store, look, sizes, Path(scratch) / way, matches=way == "DFT")
+            models[way], seconds[way], curves[way] = run.model, run.seconds, [(0, start), *run.curve]
         written = {
             name: continuations(models[name], tokenizer, prompts, NEW, sizes.seed) for name in (*WAYS, "teacher")
         }
@@ -125,10 +125,27 @@ def compare(
     )
 
 
-def _train(
-    way: str, student: Any, store: Store, look: Callable[[Any], HeldOut], sizes: Sizes, scratch: Path
-) -> tuple[Any, list[tuple[int, HeldOut]], float]:
-    """A copy of the student, trained; what it was after some of the steps; seconds a step, the median."""
+class Trained(NamedTuple):
+    """model: trained; curve: step, and what it was after that; seconds: a step, the median; log: Trainer's."""
+
+    model: Any
+    curve: list[tuple[int, HeldOut]]
+    seconds: float
+    log: list[dict[str, float]]
+
+
+def trained(
+    student: Any,
+    store: Store,
+    look: Callable[[Any], HeldOut],
+    sizes: Sizes,
+    folder: Path,
+    *,
+    matches: bool,
+    **more: Any,
+) -> Trained:
+    """A copy of the student, trained on the sequences of `store` that are not held out. matches: towards its
+    distributions, or on its tokens alone; more: of `DFTConfig`; folder: Trainer's."""
     curve: list[tuple[int, HeldOut]] = []
     times: list[float] = []
     every = max(1, sizes.steps // LOOKS)
@@ -143,21 +160,22 @@ def _train(
                 curve.append((state.global_step, look(model)))
 
     config = DFTConfig(
-        output_dir=str(scratch / way), max_steps=sizes.steps, per_device_train_batch_size=sizes.batch,
+        output_dir=str(folder), max_steps=sizes.steps, per_device_train_batch_size=sizes.batch,
         hard_weight=HARD_WEIGHT, learning_rate=LEARNING_RATE, warmup_steps=WARMUP,
         lr_scheduler_type="constant_with_warmup", weight_decay=0.0, adam_epsilon=1e-5, logging_steps=5,
-        save_strategy="no", report_to=[], seed=sizes.seed, dataloader_pin_memory=torch.cuda.is_available(),
+        save_strategy="no", report_to=[], seed=sizes.seed, dataloader_pin_memory=torch.cuda.is_available(), **more,
     )  # fmt: skip
     trainer = DFTTrainer(
         copy.deepcopy(student),
         config,
-        store if way == "DFT" else None,
+        store if matches else None,
         train_dataset=Subset(store, range(HELD_OUT, len(store))),
         data_collator=store.collate,
         callbacks=[Watch()],
     )
     trainer.train()
-    return detach(trainer.accelerator.unwrap_model(trainer.model)), curve, statistics.median(times)
+    model = detach(trainer.accelerator.unwrap_model(trainer.model))
+    return Trained(model, curve, statistics.median(times), trainer.state.log_history)
 
 
 def _multiplies_bf16(device: torch.device) -> bool:

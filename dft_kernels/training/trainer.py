@@ -26,6 +26,7 @@ from .serving import serve
 from .teaching import STORED, asked, check_prompted, parts_of, stand_in
 
 METRICS = ("hard_loss", "soft_loss", "entropy", "accuracy", "teacher_agreement")
+OF_CALLS = ("dropped", "active_columns")  # metrics of a whole call
 
 
 @dataclass
@@ -49,6 +50,10 @@ class DFTConfig(transformers.TrainingArguments):
     temperature_scaling: str = field(default="none", metadata={"help": "none, or squared: times temperature^2"})
     loss_memory_budget: int | None = field(default=None, metadata={"help": "bytes of the loss's scratch"})
     loss_backend: str = field(default="auto", metadata={"help": "auto, or the name of one that is available"})
+    loss_gradient_error: float | None = field(
+        default=None,
+        metadata={"help": "relative error that the gradients of the loss may have, for less time: 0.001, say"},
+    )
     matching_every: int = field(default=1, metadata={"help": "one of so many steps matches the teacher"})
     matching_from: int = field(default=0, metadata={"help": "optimiser steps of cross-entropy before the first match"})
     terms_decay: float = field(default=0.9, metadata={"help": "of the running statistics of distribution terms"})
@@ -111,8 +116,8 @@ class DFTTrainer(transformers.Trainer):
     are drawn without, makes them another model's. With stop_at_floor training ends once all `AtMost` terms hold.
     With `PrinciplesCollator` as data_collator a model sees its principles before each sequence.
     Everything else is Trainer's: accumulation (a step is divided by the tokens of all of its batches), checkpoints,
-    `report_to`. Metrics of the loss's own pass (METRICS, means over all processes' tokens since the last log)
-    join its logs.
+    `report_to`. Metrics of the loss's own pass (METRICS, means over all processes' tokens since the last log;
+    OF_CALLS over their calls) join its logs.
 
     Raises ValueError for a loss that is not finite, before the step is taken, naming step and sequences.
     """
@@ -162,7 +167,11 @@ class DFTTrainer(transformers.Trainer):
             )
         self.sums: dict[str, Tensor] = {}
         self.since: float | None = None
-        how = {"memory_budget": args.loss_memory_budget, "backend": args.loss_backend}
+        how = {
+            "memory_budget": args.loss_memory_budget,
+            "backend": args.loss_backend,
+            "gradient_error": args.loss_gradient_error,
+        }
         _check("DFTTrainer", args, stand_in(teacher, args.device), args.device, **how)
         own = None if rollout_terms is None else OwnText(model, rollout_terms, args, _end_of(model, more))
         super().__init__(attach(model, **args.terms, **how), args, **more)
@@ -237,10 +246,10 @@ class DFTTrainer(transformers.Trainer):
         speed of these, and the most memory that this process has held."""
         if "loss" in logs:
             none = torch.zeros(2, device=self.args.device)
-            sums = torch.stack([self.sums.get(name, none).to(none.device) for name in (*METRICS, "tokens")])
+            sums = torch.stack([self.sums.get(name, none).to(none.device) for name in (*METRICS, *OF_CALLS, "tokens")])
             # of every process, whichever of METRICS it has seen
             *means, (tokens, _) = self.accelerator.reduce(sums, "sum").tolist()
-            found = zip(METRICS, means, strict=True)
+            found = zip((*METRICS, *OF_CALLS), means, strict=True)
             logs = {**logs, **{name: total / count for name, (total, count) in found if count > 0}}
             logs |= term_logs(self.delayed)
             if self.own_text is not None and self.own_text.cosines:
@@ -275,6 +284,10 @@ class DFTTrainer(transformers.Trainer):
             if found[name] is not None:
                 total = found[name].sum(dtype=torch.float32)  # 0 for ignored rows
                 self._add(name, torch.stack([total, count]))
+        for name in OF_CALLS:
+            if found[name] is not None:
+                value = found[name].to(count)
+                self._add(name, torch.stack([value, torch.ones_like(value)]))
         seen = inputs.get("attention_mask")
         seen = targets_of(inputs).numel() if seen is None or seen.ndim != 2 else (seen != 0).sum()
         self._add("tokens", torch.stack([count.new_zeros(()) + seen, count]))

@@ -71,8 +71,8 @@ def fuse(trainer: Any, teacher: Any = None, *, terms: Any = None, terms_decay: f
     a `Mixture`. terms: `dft_kernels.terms`, delayed, with running statistics of decay terms_decay that a resumed
     training begins anew. loss: keywords of `linear_distribution_loss`: divergence, soft_weight, hard_weight (0 with a
     teacher, unless given), temperature, teacher_temperature, temperature_scaling, label_smoothing, z_loss,
-    memory_budget, logits_dtype, backend. Logged beside TRL's metrics: soft_loss, hard_loss, teacher_agreement.
-    Evaluation is cross-entropy.
+    memory_budget, logits_dtype, backend, gradient_error. Logged beside TRL's metrics: soft_loss, hard_loss,
+    teacher_agreement. Evaluation is cross-entropy.
 
     Raises ValueError, TypeError: nothing that has TRL's fused head, a model that `attach` took (detach it before the
     trainer is made), a head that `attach` would refuse, or a version of trl whose fused head is not the known one.

@@ -23,7 +23,7 @@ from .serving import serve
 from .teaching import STORED, asked, parts_of, stand_in
 
 _OPTIONS = ("divergence", "soft_weight", "hard_weight", "temperature", "teacher_temperature", "temperature_scaling",
-            "label_smoothing", "z_loss", "memory_budget", "logits_dtype", "backend")  # fmt: skip
+            "label_smoothing", "z_loss", "memory_budget", "logits_dtype", "backend", "gradient_error")  # fmt: skip
 _LOGGED = ("soft_loss", "hard_loss", "teacher_agreement")
 
 

@@ -1,0 +1,294 @@
+r"""Active columns: the two products of dlogits, of some of its columns, within a stated error.
+
+Most columns of dlogits D [R, V] hold next to nothing over the rows of a chunk. Each product leaves out a part E of
+them, its own. What the gradients miss by that, in the Frobenius norm:
+
+    dweight  E^T hidden: a row of it is sum_r E_rv h_r, of a norm of at most reached_v = sum_r |E_rv| ||h_r||, so that
+             all of it is at most (sum over v of (sum over chunks that left v out of reached_v)^2)^(1/2)
+    dhidden  E W, of which a part is put back and the rest is bounded (sketch.py); chunks have rows of their own, so the
+             squares of their bounds add
+
+The relative error of a gradient g that was computed with a bound b is at most b / (||g|| - b), since the exact one has
+at least the norm ||g|| - b; `dropped` is the larger of the two.
+
+Kept are the columns with the largest sums of squares (dhidden) and the largest reach (dweight), so that the bounds are
+within gradient_error times the norms to be expected. Of dhidden that is what the last chunk's was to the norm of its D,
+of dweight the norm so far and as much more as the last chunk added; the first chunk's are estimated by projections.
+So a call whose chunks cancel may end above gradient_error; `dropped` says so. Columns of labels and of a teacher's
+likeliest tokens are always kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..dtypes import accumulate_dtype
+from . import gemm
+from .extension import scratch
+from .sketch import Sketch, normal
+
+_WORTH = 0.25  # of a product of a whole chunk: what must be left out, or gathering costs more
+_TRIES = 3  # at a set of columns whose bound holds
+_FIRST = 4.5  # what dhidden misses of a chunk that none came before, over ||E|| and a row of the head outside of P
+_SAFETY = 1.06  # of a later one, over the last one's
+_SOME = 64  # rows of the first chunk that the first norm of dhidden is estimated from
+_CAUTION = 0.8  # about that of dweight,
+_PROBES = 16  # directions that the first dweight's norm is estimated in
+_LEVELS = 256  # of columns, a quarter of an octave each
+
+
+class Spread(NamedTuple):
+    """How far each column of dlogits reaches: sum_r D_rv^2 and sum_r |D_rv| ||h_r|| [V], in the accumulation dtype."""
+
+    squares: Tensor
+    reached: Tensor
+
+
+def reach(hidden: Tensor) -> Tensor:
+    """||h_r|| [R]."""
+    return torch.linalg.vector_norm(hidden, dim=1, dtype=accumulate_dtype(hidden.dtype))
+
+
+def kept(values: Tensor, budget: float) -> Tensor:
+    """The mask [V] of all but the smallest values, which sum up to at most `budget`. In integers: the same on every
+    device and in every order."""
+    scale = values.amax().clamp_(min=torch.finfo(values.dtype).tiny)
+    parts = values / scale
+    level = (parts.log2().mul_(4).floor_() + _LEVELS - 1).clamp_(min=0).to(torch.int64)
+    units = (parts.double() * 2.0**40).ceil_().to(torch.int64)
+    sums = torch.zeros(_LEVELS, dtype=torch.int64, device=values.device).scatter_add_(0, level, units).cumsum(0)
+    left_out = (sums.double() <= budget / scale.double() * 2.0**40).sum().clamp_(max=_LEVELS - 1)
+    return level >= left_out
+
+
+AddProducts = Callable[[Tensor, Tensor, Tensor, Tensor], float]  # see `ActiveColumns.products`
+
+
+class _Gathered(NamedTuple):
+    """columns [m + V, R]: m rows that are free, then those of dlogits.T in the order of `order` [V]: kept for dhidden
+    alone, for both products, for dweight alone, for none. counts: of the first three."""
+
+    order: Tensor
+    columns: Tensor
+    counts: tuple[int, int, int]
+
+    @property
+    def free(self) -> int:
+        """m."""
+        return len(self.columns) - len(self.order)
+
+    @property
+    def of_hidden(self) -> int:
+        """How many are kept for dhidden."""
+        return self.counts[0] + self.counts[1]
+
+    @property
+    def of_weight(self) -> slice:
+        """Where those kept for dweight are in the order."""
+        only, both, more = self.counts
+        return slice(only, only + both + more)
+
+
+class _Hidden:
+    """What is known of dhidden [R, H] of the chunks so far, and how the next one's columns are chosen."""
+
+    def __init__(self, error: float, weight: Tensor, dtype: torch.dtype) -> None:
+        self.error, self.weight, self.sketch = error, weight, Sketch.make(weight, dtype)
+        self.squares = self.bounds = 0.0  # sums of squares: of what was computed, of the bounds of what it misses
+        self.growth: float | None = None  # the last chunk's square over that of its D
+        outside = self.sketch.projected[:, len(self.sketch.subspace) :]
+        self.missed = _FIRST * _norm(outside) / math.sqrt(max(1, outside.numel()))  # the last chunk's bound over ||E||
+
+    def allowed(self, dlogits: Tensor, total: float) -> float:
+        """What the chunk may miss. total: its sum of squares."""
+        if self.growth is None:
+            some = dlogits[:: max(1, len(dlogits) // _SOME)]
+            self.growth = self.sketch.norm(some @ self.sketch.projected) ** 2 / float(some.float().square().sum())
+        return math.sqrt(max(0.0, self.error**2 * (self.squares + self.growth * total) - self.bounds))
+
+    @property
+    def free(self) -> int:
+        """Rows that `multiply` needs in front of the columns."""
+        return len(self.sketch.subspace)
+
+    def sides(self, gathered: _Gathered) -> Tensor:
+        """What is left out, projected [R, m + s]."""
+        start = gathered.of_hidden
+        return gathered.columns[gathered.free + start :].t() @ self.sketch.projected[gathered.order[start:]]
+
+    def multiply(self, gathered: _Gathered, sides: Tensor, total: float, out: Tensor) -> None:
+        """dhidden: the columns that are kept, and the subspace's share of the others as m columns more."""
+        free, used, columns = self.free, gathered.of_hidden, gathered.columns
+        rows = scratch([free + used, out.shape[1]], columns.dtype, columns.device)
+        rows[:free] = self.sketch.subspace
+        taken, into = gathered.order[:used], rows[free:]
+        if rows.dtype == self.weight.dtype:
+            torch.index_select(self.weight, 0, taken, out=into)
+        else:
+            into.copy_(self.weight.index_select(0, taken))
+        columns[:free] = sides[:, :free].t()
+        left = columns[: free + used].t()
+        gemm.dhidden_(left, rows, out) if left.dtype == out.dtype else out.copy_(left @ rows)
+        square = _norm(out) ** 2
+        self.squares += square
+        self.growth = square / total
+
+
+class _Weight:
+    """What is known of dweight [V, H] so far, and how the next chunk's columns are chosen."""
+
+    def __init__(self, error: float) -> None:
+        self.error = error
+        self.square = self.norm = 0.0
+        self.added: float | None = None  # to the norm, by the last chunk
+        self.left: Tensor | None = None  # [V]: the reach left out so far
+
+    def allowed(self, dlogits: Tensor, hidden: Tensor) -> float:
+        """The reach that the chunk may leave out."""
+        if self.added is None:
+            probes = normal(hidden.shape[1], _PROBES, hidden).to(hidden.dtype)
+            expected = _CAUTION * _norm(dlogits.t() @ (hidden @ probes).to(dlogits.dtype)) / math.sqrt(_PROBES)
+        else:
+            expected = self.norm + max(0.0, self.added if self.added < self.norm else 0.5 * self.added)
+        return max(0.0, self.error * expected - self.bound())
+
+    def bound(self) -> float:
+        """Of what it misses."""
+        return 0.0 if self.left is None else _norm(self.left)
+
+    def multiply(self, gathered: _Gathered, hidden: Tensor, reached: Tensor, out: Tensor, add: AddProducts) -> None:
+        """dweight += the columns that are kept, times hidden."""
+        some, free = gathered.of_weight, gathered.free
+        ids = gathered.order[some]
+        self.square += add(out, ids, gathered.columns[free + some.start : free + some.stop], hidden)
+        norm = math.sqrt(max(0.0, self.square))
+        self.added, self.norm = norm - self.norm, norm
+        left = reached.index_fill(0, ids, 0.0)
+        self.left = left if self.left is None else self.left.add_(left)
+
+
+class ActiveColumns:
+    """The columns that a call multiplies, chunk after chunk. error: gradient_error; weight: the head [V, H]."""
+
+    def __init__(self, error: float, weight: Tensor) -> None:
+        self.error, self.weight = error / (1.0 + error), weight  # of what is computed
+        self.pays = True  # False: the rest of the call is dense
+        self._hidden: _Hidden | None = None  # made where it is first needed: it costs products of its own
+        self._weight = _Weight(self.error)
+        self._left_out = 0  # numbers of dlogits, of both products
+
+    def report(self, dhidden: Tensor | None, dweight: Tensor | None, rows: int) -> Tensor:
+        """[2] in float64: the bound of the relative error of both gradients, and the share of the columns that was
+        multiplied. rows: of all chunks."""
+        products = rows * len(self.weight) * ((dhidden is not None) + (dweight is not None))
+        worst = 0.0
+        of_hidden = 0.0 if self._hidden is None else math.sqrt(self._hidden.bounds)
+        for gradient, bound in ((dhidden, of_hidden), (dweight, self._weight.bound())):
+            if gradient is not None and bound > 0:
+                least = _norm(gradient) - bound
+                worst = max(worst, bound / least if least > 0 else math.inf)
+        return torch.tensor([worst, 1.0 - self._left_out / max(1, products)], dtype=torch.float64)
+
+    def products(
+        self,
+        dlogits: Tensor,
+        hidden: Tensor,
+        spread: Spread,
+        always: Sequence[Tensor | None],
+        dhidden: Tensor | None,
+        dweight: Tensor | None,
+        first: bool,
+        add: AddProducts,
+    ) -> bool:
+        """dhidden, written, and dweight, written (first) or added to, of a chunk; False: neither, their products are to
+        be dense.
+
+        dlogits: [R, V], of any strides; always: ids of columns that are kept, those outside of 0..V-1 aside; add(out,
+        ids [n], left [n, R], right [R, H]): out[ids] += left @ right, by which the sum of squares of `out` grows as
+        much as it returns."""
+        wanted = (dhidden is not None) + (dweight is not None)
+        found = None
+        if self.pays and wanted:
+            found = self._chosen(dlogits, hidden, spread, always, dhidden is not None, dweight is not None)
+        if found is None:
+            self.pays = False
+            return False
+        gathered, sides, total = found
+        if dhidden is not None and self._hidden is not None and sides is not None:
+            self._hidden.multiply(gathered, sides, total, dhidden)
+            self._left_out += (len(gathered.order) - gathered.of_hidden) * len(hidden)
+        if dweight is not None:
+            if first:
+                dweight.zero_()
+            self._weight.multiply(gathered, hidden, spread.reached, dweight, add)
+            some = gathered.of_weight
+            self._left_out += (len(gathered.order) - (some.stop - some.start)) * len(hidden)
+        return True
+
+    def _chosen(
+        self,
+        dlogits: Tensor,
+        hidden: Tensor,
+        spread: Spread,
+        always: Sequence[Tensor | None],
+        of_hidden: bool,
+        of_weight: bool,
+    ) -> tuple[_Gathered, Tensor | None, float] | None:
+        """A chunk's columns, what dhidden leaves out, projected, and the sum of squares of all; None: all are to be
+        multiplied."""
+        total, vocab = float(spread.squares.sum(dtype=torch.float64)), len(spread.squares)
+        if not 0 < total < math.inf or not math.isfinite(float(spread.reached.sum())):
+            return None
+        fixed = torch.zeros(vocab, dtype=torch.bool, device=dlogits.device)
+        for ids in always:
+            if ids is not None:
+                fixed[ids[(ids >= 0) & (ids < vocab)]] = True
+
+        def worth(*masks: Tensor) -> bool:
+            return sum(vocab - int(mask.sum()) for mask in masks) >= _WORTH * vocab
+
+        roughly = kept(spread.squares, self.error**2 * total)  # seldom fewer: what is left out adds up in the products
+        if not worth(*(roughly,) * (of_hidden + of_weight)):
+            return None
+        by_weight = [kept(spread.reached.square(), self._weight.allowed(dlogits, hidden) ** 2) | fixed] * of_weight
+        none = torch.zeros_like(fixed)
+        if not of_hidden:
+            return (_gathered(dlogits, none, by_weight[0]), None, total) if worth(*by_weight) else None
+        of = self._hidden = self._hidden or _Hidden(self.error, self.weight, dlogits.dtype)
+        allowed, missed = of.allowed(dlogits, total), of.missed
+        for _ in range(_TRIES):
+            mask = kept(spread.squares, (allowed / missed) ** 2) | fixed
+            if not worth(mask, *by_weight):
+                return None
+            gathered = _gathered(dlogits, mask, by_weight[0] if of_weight else none, of.free)
+            sides = of.sides(gathered)
+            bound = of.sketch.residual(sides)
+            left_out = math.sqrt(float(spread.squares.masked_fill(mask, 0.0).sum(dtype=torch.float64)))
+            if left_out > 0:
+                missed = of.missed = _SAFETY * bound / left_out
+            if bound <= allowed:
+                of.bounds += bound**2
+                return gathered, sides, total
+        return None
+
+
+def _gathered(dlogits: Tensor, of_hidden: Tensor, of_weight: Tensor, free: int = 0) -> _Gathered:
+    """All columns, by the masks [V] of those that are kept."""
+    parts = (of_hidden & ~of_weight, of_hidden & of_weight, ~of_hidden & of_weight, ~of_hidden & ~of_weight)
+    groups = [mask.nonzero()[:, 0] for mask in parts]
+    order = torch.cat(groups)
+    columns = scratch([free + len(order), dlogits.shape[0]], dlogits.dtype, dlogits.device)
+    if dlogits.stride(0) == 1:
+        torch.index_select(dlogits.t(), 0, order, out=columns[free:])
+    else:
+        columns[free:] = dlogits.index_select(1, order).t()
+    return _Gathered(order, columns, (len(groups[0]), len(groups[1]), len(groups[2])))
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=accumulate_dtype(x.dtype)))

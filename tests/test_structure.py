@@ -35,7 +35,9 @@ FLOORS = (  # from the top: a package imports from floors below its own, and its
 )
 ANYWHERE = {"testing", "info"}  # may import any; imported by tests, benchmarks and commands only
 WITH_TRANSFORMERS = {"commands", "training", "benchmarks", "evaluation", "generation", "materials", "models"}
-SHARED = ("contract", "formulas", "sparse", "rows", "kernels", "gemm", "extension", "exponentials")  # by the backends
+SHARED = (  # by the backends
+    "contract", "formulas", "sparse", "rows", "kernels", "gemm", "extension", "exponentials", "active", "sketch",
+)  # fmt: skip
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
 
 

@@ -37,8 +37,9 @@ _TRIES = 3  # at a set of columns whose bound holds
 _FIRST = 4.5  # what dhidden misses of a chunk that none came before, over ||E|| and a row of the head outside of P
 _SAFETY = 1.06  # of a later one, over the last one's
 _SOME = 64  # rows of the first chunk that the first norm of dhidden is estimated from
-_CAUTION = 0.8  # about that of dweight,
+_CAUTION = 0.9  # about that of dweight,
 _PROBES = 16  # directions that the first dweight's norm is estimated in
+_AGAIN = 0.95  # of what dweight may miss, where that was exceeded
 _LEVELS = 256  # of columns, a quarter of an octave each
 
 
@@ -52,6 +53,17 @@ class Spread(NamedTuple):
 def reach(hidden: Tensor) -> Tensor:
     """||h_r|| [R]."""
     return torch.linalg.vector_norm(hidden, dim=1, dtype=accumulate_dtype(hidden.dtype))
+
+
+def spread_of(dlogits: Tensor, hidden: Tensor) -> Spread:
+    """Of [R, V] and [R, H]."""
+    norms = reach(hidden)
+    found = Spread(*norms.new_zeros(2, dlogits.shape[1]))
+    for rows in gemm.tiles(dlogits):
+        tile = dlogits[rows].to(norms.dtype)
+        found.squares.add_(tile.square().sum(0))
+        found.reached.add_(norms[rows] @ tile.abs())
+    return found
 
 
 def kept(values: Tensor, budget: float) -> Tensor:
@@ -100,6 +112,7 @@ class _Hidden:
     def __init__(self, error: float, weight: Tensor, dtype: torch.dtype) -> None:
         self.error, self.weight, self.sketch = error, weight, Sketch.make(weight, dtype)
         self.squares = self.bounds = 0.0  # sums of squares: of what was computed, of the bounds of what it misses
+        self.bound = 0.0  # the last chunk's
         self.growth: float | None = None  # the last chunk's square over that of its D
         outside = self.sketch.projected[:, len(self.sketch.subspace) :]
         self.missed = _FIRST * _norm(outside) / math.sqrt(max(1, outside.numel()))  # the last chunk's bound over ||E||
@@ -121,8 +134,9 @@ class _Hidden:
         start = gathered.of_hidden
         return gathered.columns[gathered.free + start :].t() @ self.sketch.projected[gathered.order[start:]]
 
-    def multiply(self, gathered: _Gathered, sides: Tensor, total: float, out: Tensor) -> None:
-        """dhidden: the columns that are kept, and the subspace's share of the others as m columns more."""
+    def multiply(self, gathered: _Gathered, sides: Tensor, dlogits: Tensor, total: float, out: Tensor) -> None:
+        """dhidden: the columns that are kept, and the subspace's share of the others as m columns more; all columns
+        where the norm is so much less than expected that the bound is too large for it."""
         free, used, columns = self.free, gathered.of_hidden, gathered.columns
         rows = scratch([free + used, out.shape[1]], columns.dtype, columns.device)
         rows[:free] = self.sketch.subspace
@@ -133,10 +147,13 @@ class _Hidden:
             into.copy_(self.weight.index_select(0, taken))
         columns[:free] = sides[:, :free].t()
         left = columns[: free + used].t()
-        gemm.dhidden_(left, rows, out) if left.dtype == out.dtype else out.copy_(left @ rows)
+        _product(left, rows, out)
         square = _norm(out) ** 2
-        self.squares += square
         self.growth = square / total
+        self.squares += square
+        if self.bounds > self.error**2 * self.squares:
+            self.bounds -= self.bound**2
+            _product(dlogits, self.weight, out)
 
 
 class _Weight:
@@ -162,14 +179,23 @@ class _Weight:
         return 0.0 if self.left is None else _norm(self.left)
 
     def multiply(self, gathered: _Gathered, hidden: Tensor, reached: Tensor, out: Tensor, add: AddProducts) -> None:
-        """dweight += the columns that are kept, times hidden."""
-        some, free = gathered.of_weight, gathered.free
-        ids = gathered.order[some]
-        self.square += add(out, ids, gathered.columns[free + some.start : free + some.stop], hidden)
-        norm = math.sqrt(max(0.0, self.square))
-        self.added, self.norm = norm - self.norm, norm
+        """dweight += the columns that are kept, times hidden, and more of them where the norm is less than expected."""
+        some, free, columns = gathered.of_weight, gathered.free, gathered.columns
+        ids, before, bound = gathered.order[some], self.norm, self.bound()
+        self._add(out, ids, columns[free + some.start : free + some.stop], hidden, add)
         left = reached.index_fill(0, ids, 0.0)
+        if _norm(left) > 0 and bound + _norm(left) > self.error * self.norm:
+            more = kept(left.square(), max(0.0, _AGAIN * self.error * self.norm - bound) ** 2) & (left > 0)
+            places = more[gathered.order].nonzero()[:, 0]
+            ids = gathered.order[places]
+            self._add(out, ids, columns.index_select(0, places + free), hidden, add)
+            left = left.index_fill(0, ids, 0.0)
+        self.added = self.norm - before
         self.left = left if self.left is None else self.left.add_(left)
+
+    def _add(self, out: Tensor, ids: Tensor, left: Tensor, right: Tensor, add: AddProducts) -> None:
+        self.square += add(out, ids, left, right)
+        self.norm = math.sqrt(max(0.0, self.square))
 
 
 class ActiveColumns:
@@ -220,7 +246,7 @@ class ActiveColumns:
             return False
         gathered, sides, total = found
         if dhidden is not None and self._hidden is not None and sides is not None:
-            self._hidden.multiply(gathered, sides, total, dhidden)
+            self._hidden.multiply(gathered, sides, dlogits, total, dhidden)
             self._left_out += (len(gathered.order) - gathered.of_hidden) * len(hidden)
         if dweight is not None:
             if first:
@@ -272,6 +298,7 @@ class ActiveColumns:
             if left_out > 0:
                 missed = of.missed = _SAFETY * bound / left_out
             if bound <= allowed:
+                of.bound = bound
                 of.bounds += bound**2
                 return gathered, sides, total
         return None
@@ -288,6 +315,14 @@ def _gathered(dlogits: Tensor, of_hidden: Tensor, of_weight: Tensor, free: int =
     else:
         columns[free:] = dlogits.index_select(1, order).t()
     return _Gathered(order, columns, (len(groups[0]), len(groups[1]), len(groups[2])))
+
+
+def _product(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
+    """dhidden; dlogits may be wider than `out`."""
+    if dlogits.dtype == out.dtype:
+        gemm.dhidden_(dlogits, weight, out)
+    else:
+        out.copy_(dlogits @ weight.to(dlogits.dtype))
 
 
 def _norm(x: Tensor) -> float:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 _UPCAST_BYTES = 8 << 20  # fp32 copy of one vocabulary block
+_TILE = {"cpu": 1 << 20}  # logits that temporaries of their size exist of at a time
+_TILE_ELSEWHERE = 1 << 25
 
 
 def _narrow(tensor: Tensor) -> bool:
@@ -33,6 +35,13 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
     step = max(1, _UPCAST_BYTES // (4 * max(1, weight.shape[1])))
     for start in range(0, weight.shape[0], step):
         yield slice(start, start + step)
+
+
+def tiles(rows: Tensor, vocab: int | None = None) -> Iterator[slice]:
+    """Slices of the rows of logits [R, V], of as many as may have temporaries of their size at a time; vocab: V, where
+    `rows` are not logits."""
+    step = max(1, _TILE.get(rows.device.type, _TILE_ELSEWHERE) // max(1, vocab or rows.shape[1]))
+    return (slice(start, start + step) for start in range(0, rows.shape[0], step))
 
 
 def logits_(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

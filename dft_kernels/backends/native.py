@@ -21,7 +21,7 @@ from ..teachers.contract import DenseTarget, Head, SparseTarget
 from . import extension, sparse
 from .active import Spread, reach
 from .contract import Backward, Chunk, Cotangents, PartialBackend, Row, Statistics, Terms, bits
-from .rows import tiles
+from .gemm import tiles
 
 _LANES = 32  # rows of a chunk are padded to this (csrc/cpu/rows.h)
 

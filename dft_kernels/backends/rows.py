@@ -18,19 +18,11 @@ from torch import Tensor
 from ..dtypes import accumulate_dtype
 from ..teachers.contract import DenseTarget, Head, SparseTarget
 from . import formulas, gemm, sparse
-from .active import ActiveColumns, Spread, reach
+from .active import ActiveColumns, spread_of
 from .contract import DIFFERENTIABLE, Backward, Chunk, Cotangents, Outcomes, PartialBackend, Row, Statistics, Terms
+from .gemm import tiles
 
 _ALIGN = 32  # logits: a row of a workspace starts on a cache line, so that products and loads are aligned for any V
-_TILE = {"cpu": 1 << 20}  # logits whose probabilities, or potentials of features, exist at a time
-_TILE_ELSEWHERE = 1 << 25
-
-
-def tiles(rows: Tensor, vocab: int | None = None) -> Iterator[slice]:
-    """Slices of the rows of logits [R, V], of as many as may have temporaries of their size at a time; vocab: V, where
-    `rows` are not logits."""
-    step = max(1, _TILE.get(rows.device.type, _TILE_ELSEWHERE) // max(1, vocab or rows.shape[1]))
-    return (slice(start, start + step) for start in range(0, rows.shape[0], step))
 
 
 class Operand(NamedTuple):
@@ -175,23 +167,17 @@ class RowWorkspace:
 
     def _multiplied(self, active: ActiveColumns, out: Tensor, chunk: Chunk, backward: Backward) -> bool:
         """dhidden and dweight from some columns of `out` [R, V], if that pays."""
-        target, norms = chunk.target, reach(chunk.hidden)
-        spread = Spread(*norms.new_zeros(2, out.shape[1]))
-        for rows in tiles(out):
-            tile = out[rows].to(norms.dtype)
-            spread.squares.add_(tile.square().sum(0))
-            spread.reached.add_(norms[rows] @ tile.abs())
-        likeliest = None
+        target, likeliest = chunk.target, None
         if isinstance(target, SparseTarget):
             likeliest = target.best()
         elif target is not None:
             held = target.hidden if target.head.weight is None else self.target
             assert held is not None
-            likeliest = held[: len(out)].argmax(1)
-        always, first = (chunk.label, likeliest), backward.first
-        return active.products(
-            out, chunk.hidden, spread, always, backward.dhidden, backward.dweight, first, gemm.add_products_
-        )
+            logits = held[: len(out)]
+            likeliest = logits.argmax(1) if target.head.logit_scale > 0 else logits.argmin(1)
+        spread, always = spread_of(out, chunk.hidden), (chunk.label, likeliest)
+        into = (backward.dhidden, backward.dweight, backward.first)
+        return active.products(out, chunk.hidden, spread, always, *into, gemm.add_products_)
 
 
 def row_matrix(rows: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Tensor:

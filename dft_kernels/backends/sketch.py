@@ -46,10 +46,9 @@ class Sketch(NamedTuple):
         wide, width = torch.promote_types(weight.dtype, torch.float32), weight.shape[1]
         random = normal(width, _SUBSPACE + _SKETCH, weight).to(wide)
         basis, test = random[:, : min(_SUBSPACE, width)], random[:, _SUBSPACE:]
-        some = weight[:: max(1, len(weight) // _ROWS)]
+        some = weight[:: max(1, len(weight) // _ROWS)].to(wide)
         for _ in range(_ITERATIONS):
-            image = some.t() @ (some @ basis.to(weight.dtype))
-            basis = torch.linalg.qr(image.to(wide)).Q
+            basis = torch.linalg.qr(some.t() @ (some @ basis)).Q
         basis = basis.to(dtype).to(wide)  # as it is multiplied
         test = test - basis @ (basis.t() @ test)
         projected = weight @ torch.cat([basis, test], dim=1).to(weight.dtype)

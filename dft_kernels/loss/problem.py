@@ -25,6 +25,7 @@ from .checks import has_tangent
 
 TENSORS = 20  # the leading fields of a Problem that are tensors
 GRADIENTS = 5  # the first of these take gradients
+_ROWS = (1 << len(Row)) - 1  # the bits of `Problem.reported` that are rows
 NEEDS = ("need_hidden", "need_weight", "need_bias", "need_down", "need_up")
 
 
@@ -186,8 +187,8 @@ class Problem(NamedTuple):
     @property
     def wanted(self) -> frozenset[Row]:
         """The row quantities to compute: those of the loss, and what is reported and there are tensors for."""
-        rows = loss_terms(self)
-        return rows if self.reported == 0 else (rows | _rows_of(self.reported)) - self._absent
+        rows, asked = loss_terms(self), self.reported & _ROWS
+        return rows if asked == 0 else (rows | _rows_of(asked)) - self._absent
 
     @property
     def _absent(self) -> frozenset[Row]:

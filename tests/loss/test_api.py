@@ -288,7 +288,8 @@ def test_some_metrics_are_those_of_all(smoothing: float) -> None:
     hidden, weight = torch.randn(9, 6, generator=draw), torch.randn(11, 6, generator=draw)
     target, teacher = torch.randint(0, 11, (9,), generator=draw), torch.randn(9, 11, generator=draw)
     more = {"hard_weight": 0.3, "features": torch.eye(11)[:, :2], "feature_weight": torch.ones(9, 2)}
-    more |= {"label_smoothing": smoothing, "group": torch.zeros(9, dtype=torch.int64)}
+    more |= {"label_smoothing": smoothing, "group": torch.zeros(9, dtype=torch.int64), "gradient_error": 0.1}
+    weight.requires_grad_()
     loss, known = dk.linear_distribution_loss(hidden, weight, target, teacher, return_metrics=True, **more)
     names = [one.name for one in dataclasses.fields(known) if one.name != "backend"]
     for name in names:

@@ -213,6 +213,31 @@ def sharded_table(rows: Rows) -> str:
     return markdown(head, lines, f"{first['processes']} processes, a thread each, gloo; {shape}; {where(rows)}")
 
 
+def active_table(rows: Rows) -> str:
+    """Of bench/active.py: a row a loss and an error."""
+    head = ["loss", "gradient_error", "time over the floor (quartiles)", "dropped", "columns", "dhidden", "dweight"]
+    lines = []
+    for row in rows:
+        of = LOSSES[row["loss"]].title + (f", KL {row['kl']}" if float(row["kl"]) else "")
+        ratio = f"{row['ratio']} ({row['ratio_25']} to {row['ratio_75']})"
+        share = f"{100 * float(row['active']):.0f} %" if row["active"] else "all"
+        dropped = f"{float(row['dropped']):.2g}" if row["dropped"] else "0"
+        errors = [f"{100 * float(row[name]):.2f} %" for name in ("dhidden_error", "dweight_error")]
+        lines.append([of, row["gradient_error"] or "none", ratio, dropped, share, *errors])
+    first = rows[0]
+    return markdown(head, lines, f"N {first['n']}, H {first['h']}, V {first['v']}, {first['dtype']}; {where(rows)}")
+
+
+def active_training_table(rows: Rows) -> str:
+    """Of bench/active.py --train: KL(teacher || student) on held-out text, a row a look, a column a run."""
+    runs = sorted(dict.fromkeys((row["gradient_error"], row["seed"]) for row in rows))
+    of = {(row["gradient_error"], row["seed"], row["step"]): row["kl"] for row in rows}
+    head = ["step", *(f"{'within ' + error if error else 'exact'}, seed {seed}" for error, seed in runs)]
+    steps = list(dict.fromkeys(row["step"] for row in rows))
+    lines = ([step, *(f"{float(of[(*run, step)]):.3f}" for run in runs)] for step in steps)
+    return markdown(head, lines, f"KL(teacher || student) on held-out text, nats; {where(rows)}")
+
+
 def summary_table(rows: Rows) -> str:
     """Of a CSV that is the table already: its cells as they stand; its last column, `about`, is the caption."""
     head = [name for name in rows[0] if name != "about"]
@@ -227,6 +252,8 @@ KINDS: dict[str, Callable[[Rows], str]] = {
     "target": target_table,  # bench/targets.py
     "trainers": trainers_table,  # bench/trainers.py
     "sharded": sharded_table,  # bench/sharded.py
+    "active": active_table,  # bench/active.py
+    "active-training": active_training_table,
     "errors": errors_table,  # dft-kernels bench --inputs
     "every-error": every_error_table,
     "summary": summary_table,  # written by hand from the runs that its last column names

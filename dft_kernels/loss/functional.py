@@ -112,6 +112,13 @@ def linear_distribution_loss(
             that is a DTensor sharded over its rows needs no process_group. See `dft_kernels.distributed`.
         sum_hidden_gradient: False leaves dhidden (and ddown) as this process's part of a sum over process_group, for
             what sums it further up, as `dft_kernels.distributed.gather_rows` does.
+        gradient_error: between 0 and 1: the relative error, in the Frobenius norm and beside rounding, that dhidden and
+            dweight may have for leaving out columns of dlogits in the products that make them. `Metrics.dropped` is a
+            bound of it, `Metrics.active_columns` the share that was multiplied; how they are chosen and bounded is told
+            in `dft_kernels.backends.active` (the bound of dhidden is a measurement by random projections, and fails
+            with a probability of at most 1e-4 a chunk). Loss, metrics and gradients of bias and low_rank miss nothing.
+            Where few columns could be left out, as in the first steps of a training or under label_smoothing, all are
+            multiplied. It looks at each chunk from the host, and takes a copy of a chunk's dlogits and of the head.
         compact: leave ignored rows out of every product, at the price of one host synchronisation on a
             device. False: none; labels on a device are then not checked, a wrong one gives NaN. (With process_group
             one more, for the calls to be compared; with compact=False none where the group has a CPU backend too, or

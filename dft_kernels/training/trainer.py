@@ -79,7 +79,7 @@ class DFTConfig(transformers.TrainingArguments):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"DFTConfig: {name} must be an int of at least {least}, got {value!r}. Change it.")
-        _check("DFTConfig", self, torch.zeros(1, 2))
+        _check("DFTConfig", self, torch.zeros(1, 2), gradient_error=self.loss_gradient_error)
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 f"DFTConfig: label_smoothing_factor must be 0, got {self.label_smoothing_factor}, for which Trainer "

@@ -82,6 +82,23 @@ def test_resumed_it_is_the_same_curve(store: Store, tmp_path: Path) -> None:
     assert "forward" not in loaded.__dict__
 
 
+def test_a_gradient_error_is_kept_and_told(store: Store, tmp_path: Path) -> None:
+    exact = DFTTrainer(tiny(), config(tmp_path, max_steps=2, logging_steps=1), store)
+    exact.train()
+    trainer = DFTTrainer(tiny(), config(tmp_path, max_steps=2, logging_steps=1, loss_gradient_error=0.2), store)
+    trainer.train()
+    for name in ("dropped", "active_columns"):
+        assert not curve(exact, name)
+    assert all(0 < dropped <= 0.2 for dropped in curve(trainer, "dropped"))
+    assert all(active < 1 for active in curve(trainer, "active_columns"))
+    assert curve(trainer, "soft_loss")[0] == curve(exact, "soft_loss")[0]
+    norms = [curve(one, "grad_norm")[0] for one in (trainer, exact)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.2)
+    assert norms[0] != norms[1]
+    with pytest.raises(ValueError, match="^DFTConfig: gradient_error must be None or lie between 0 and 1"):
+        config(tmp_path, loss_gradient_error=2.0)
+
+
 def test_the_bar_shows_the_metrics(store: Store, tmp_path: Path, capsys: Any) -> None:
     seen: list[str] = []
 

@@ -121,7 +121,8 @@ class _Hidden:
         """What the chunk may miss. total: its sum of squares."""
         if self.growth is None:
             some = dlogits[:: max(1, len(dlogits) // _SOME)]
-            self.growth = self.sketch.norm(some @ self.sketch.projected) ** 2 / float(some.float().square().sum())
+            own = _norm(some) ** 2  # 0: none of these rows has a gradient
+            self.growth = self.sketch.norm(some @ self.sketch.projected) ** 2 / own if own > 0 else 0.0
         return math.sqrt(max(0.0, self.error**2 * (self.squares + self.growth * total) - self.bounds))
 
     @property

@@ -24,7 +24,7 @@ import torch
 
 from dft_kernels import TeacherHead, linear_distribution_loss
 from dft_kernels.benchmarks.inputs import Inputs
-from dft_kernels.benchmarks.problems import DISTANCES, Case, Shape
+from dft_kernels.benchmarks.problems import DISTANCES, RANDOM, Case, Shape
 from dft_kernels.benchmarks.real import prepared
 from dft_kernels.benchmarks.runs import about
 from dft_kernels.benchmarks.tables import write_csv
@@ -62,10 +62,17 @@ def floor_of(inputs: Inputs, forward: int) -> Callable[[], None]:
     return run
 
 
+def settle(device: str) -> None:
+    """Wait for what the device is at."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def measured(case: Case, rounds: int, cache: Path) -> list[dict[str, Any]]:
     """The rows of one loss."""
-    inputs, taught = Inputs.make(case, 0, prepared(case, cache, print).file), case.loss != "cross_entropy"
-    wide = Inputs.make(case, 0, prepared(case, cache, print).file)
+    file = None if case.inputs == RANDOM else prepared(case, cache, print).file
+    inputs, taught = Inputs.make(case, 0, file), case.loss != "cross_entropy"
+    wide = Inputs.make(case, 0, file)
     for name in ("hidden", "weight", "teacher_hidden", "teacher_weight"):
         setattr(wide, name, getattr(wide, name).detach().float().requires_grad_(name in ("hidden", "weight")))
     exact, _ = gradients(wide, taught, None)
@@ -89,14 +96,16 @@ def measured(case: Case, rounds: int, cache: Path) -> list[dict[str, Any]]:
     for number in range(rounds):
         names = list(runs)
         for name in names[number % len(names) :] + names[: number % len(names)]:
+            settle(case.device)
             begun = time.perf_counter()
             runs[name]()
+            settle(case.device)
             times[name].append(time.perf_counter() - begun)
     for row, name in zip(rows, list(runs)[1:], strict=True):
         ratios = [own / bare for own, bare in zip(times[name], times["floor"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         row |= {"floor_ms": f"{1e3 * statistics.median(times['floor']):.0f}"}
-        row |= {"ratio": f"{middle:.3f}", "ratio_25": f"{low:.3f}", "ratio_75": f"{high:.3f}", **about("cpu")}
+        row |= {"ratio": f"{middle:.3f}", "ratio_25": f"{low:.3f}", "ratio_75": f"{high:.3f}", **about(case.device)}
     return rows
 
 
@@ -163,7 +172,9 @@ def training(options: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure; print a line a case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=4096, help="N")
+    parser.add_argument("--shape", type=int, nargs=3, default=[4096, 576, 49152], metavar=("N", "H", "V"))
+    parser.add_argument("--inputs", default="smollm2", choices=("smollm2", RANDOM), help="random ones: of any shape")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--train", action="store_true")
@@ -178,9 +189,9 @@ def main() -> None:
         training(options)
         return
     rows: list[dict[str, Any]] = []
-    shape = Shape(options.rows, 576, 49152)
-    for loss, distance in (("cross_entropy", 0.0), *(("forward_kl", distance) for distance in DISTANCES[:2])):
-        case = Case(shape, options.dtype, loss, "both", "cpu", "smollm2", distance)
+    distances = (0.0,) if options.inputs == RANDOM else DISTANCES[:2]
+    for loss, distance in (("cross_entropy", 0.0), *(("forward_kl", distance) for distance in distances)):
+        case = Case(Shape(*options.shape), options.dtype, loss, "both", options.device, options.inputs, distance)
         for row in measured(case, options.rounds, options.cache):
             rows.append(row)
             print("  ".join(f"{name} {value}" for name, value in row.items() if value != ""), flush=True)

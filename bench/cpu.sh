@@ -42,15 +42,15 @@ bench() { "$PYTHON" -m dft_kernels.commands.main bench --device cpu "$@"; }
 # what another processor compiled must not be found: torch's cache does not ask which instructions there are
 avx2() { ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 TORCHINDUCTOR_CACHE_DIR=$CACHE bench "$@"; }
 
-few=(--backend native --peer eager torch.compile "Liger chunked" "CCE torch_compile")
+few=(--backend native --peer eager torch.compile "Liger chunked, compiled" "CCE torch_compile")
 few_losses=(--loss cross_entropy forward_kl jensen_shannon)
 
 run() {
     case "$1" in
         large) bench --preset smollm2 --csv "$TO/cpu.csv" ;;
         small)
-            bench --shape 1024,576,49152 "${few_losses[@]}" "${few[@]}" --csv "$TO/cpu.csv" &&
-                bench --shape 2048,2048,32000 --loss cross_entropy forward_kl "${few[@]}" --csv "$TO/cpu.csv"
+            bench --shape 1024,576,49152 "${few_losses[@]}" "${few[@]}" "Liger chunked" --csv "$TO/cpu.csv" &&
+                bench --shape 2048,2048,32000 --loss cross_entropy forward_kl "${few[@]}" "Liger chunked" --csv "$TO/cpu.csv"
             ;;
         avx2)
             avx2 --shape 1024,576,49152 --dtype float32 bfloat16 "${few_losses[@]}" "${few[@]}" \

@@ -327,14 +327,14 @@ def markdown(rows: list[Row], shape: Shape, dtypes: Sequence[str], note: str = "
     )
     others = dict.fromkeys(row.package for row in rows if row.status == OK and not row.ours)
     packages = ", ".join([f"torch {torches}", *(name for name in others if name.split()[0] != "torch")])
-    lines += ["", f"{machines[0]}; {packages}; commit {commits}; {dates}."]
+    below = [f"{machines[0]}; {packages}; commit {commits}; {dates}."]
     wide = [
         dtype for dtype in dtypes if {row.floor_dtype for row in rows if row.dtype == dtype} & {"float32"} - {dtype}
     ]
     if wide:
-        lines.append(f"In {' and '.join(wide)} the floor is the products of fp32 copies, which are the faster here.")
+        below.append(f"In {' and '.join(wide)} the floor is the products of fp32 copies, which are the faster here.")
     if absent:
-        lines.append(f"Not measured, since they do not run here: {', '.join(absent)}.")
+        below.append(f"Not measured, since they do not run here: {', '.join(absent)}.")
     if note:
-        lines.append(f"¹ {note}")
-    return "\n".join(lines)
+        below.append(f"¹ {note}")
+    return "\n".join([*lines, "", " ".join(below)])

@@ -20,7 +20,7 @@ FLUSH_BYTES = 256 << 20  # more than any L2 holds
 QUICK = 50.0  # ms of a product after which one of twice the size, 8 times the work, is not tried
 FIRST_ROWS = 4  # that the products of two dtypes are compared over
 LONG = 1000.0  # ms of them after which they are compared over no more rows
-CLEAR = 4.0  # times as long as the other's: given up
+CLEAR = 4.0  # times as long: more than reading twice the bytes explains, and not tried over more rows
 
 
 class Clock:
@@ -98,8 +98,8 @@ def floor_dtype(case: Case, x: Inputs) -> torch.dtype:
     """The dtype in which this machine makes the bare products sooner: the inputs' own, or fp32.
 
     Both are timed over the first rows, then over four times as many, and so on: until these are all, or one took
-    `LONG`, or the inputs' own is given up, since it took `CLEAR` times as long. On a CPU without instructions for bf16
-    it may take a hundred times as long, which for all rows is minutes.
+    `LONG`, or `CLEAR` times as long as the other. On a CPU without instructions for bf16 that may be a hundred times as
+    long, and minutes for all rows: then it is given up at its first product.
     """
     own, wide = case.torch_dtype, torch.float32
     if case.device == "cuda" or own.itemsize >= wide.itemsize:
@@ -119,7 +119,7 @@ def floor_dtype(case: Case, x: Inputs) -> torch.dtype:
                 if spent > most:
                     return wide
         own_ms = min(spent, clock(partial(narrow, few)))
-        if rows == case.shape.n or max(own_ms, least) > LONG:
+        if rows == case.shape.n or max(own_ms, least) > LONG or CLEAR * own_ms < least:
             return own if own_ms <= least else wide
         rows *= 4
 

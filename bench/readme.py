@@ -235,7 +235,7 @@ def threads_table(rows: Rows) -> str:
     head += ["alone" if busy == "0" else f"beside {busy} busy processes" for busy in crowds]
     first = rows[0]
     what = f"{LOSSES[first['loss']].title}, {first['shape']}, {first['dtype']}; medians of {first['rounds']} rounds"
-    return markdown(head, lines, f"{what}; {where(rows)}")
+    return markdown(head, lines, f"{what}; load average before: {first['load']}; {where(rows)}")
 
 
 def summary_table(rows: Rows) -> str:

@@ -148,8 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     case = Case(options.shape, options.dtype, options.loss, "both", "cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     known = about("cpu") | {"machine": f"{processor()}, {cores} cores, {instructions()}"}
+    known["load"] = f"{os.getloadavg()[0]:.1f}"  # of others, while nothing of this has begun
     lines = []
-    print(f"{case}: ours, and over eager in the same round (least to most)")
+    print(f"load {known['load']}; {case}: ours, and over eager in the same round (least to most)")
     for threads, setting, busy in plan(cores):
         row = measured(case, threads, setting, busy, options.rounds)
         lines.append(known | {"dtype": case.dtype} | asdict(row))

@@ -220,7 +220,7 @@ def test_a_loss_beside_busy_processes(tmp_path: Path, monkeypatch: pytest.Monkey
     cores = len(os.sched_getaffinity(0))
     assert head == f"| ours, and over eager (least to most) | alone | beside {cores} busy processes |"
     assert lines[0].startswith("| 1 thread | ")
-    assert "medians of 4 rounds" in caption
+    assert re.search(r"medians of 4 rounds; load average before: [\d.]+;", caption)
     with pytest.raises(SystemExit):
         threads.main(["--rounds", "0"])
 

@@ -209,7 +209,7 @@ def _measure(options: argparse.Namespace, plan: dict[Case, bool], out: Any) -> l
                     over.add(name)
                     bar(1)
                 if one.status != SKIPPED and not options.brief:
-                    out.print(f"  {name:30} {_said(one)}", markup=False)
+                    out.print(f"  {name:32} {_said(one)}", markup=False)
 
             if not options.brief:
                 out.print(str(case), markup=False)

@@ -9,7 +9,6 @@
 #     small         fewer rows and another head (cpu.csv)
 #     avx2          with AVX2 alone, fp32 and bf16 (cpu-avx2.csv)
 #     edges         N 1 to 131072, V 2 to 262144, H 8 to 8192 (edges-cpu.csv, .png)
-#     edges-avx2    the same with AVX2 alone (edges-cpu-avx2.csv, .png)
 #     threads       beside other busy processes (threads-cpu.csv)
 #   and, where no --out is given, the tables of the pages
 #
@@ -18,7 +17,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
-SECTIONS=(large small avx2 edges edges-avx2 threads)
+SECTIONS=(large small avx2 edges threads)
 OUT='' NAMED=() FAILED=0
 usage() { echo "bench/cpu.sh: $1. See the head of the script."; exit 2; }
 while (($#)); do
@@ -39,9 +38,6 @@ trap 'rm -rf "$CACHE"' EXIT
 
 bench() { "$PYTHON" -m dft_kernels.commands.main bench --device cpu "$@"; }
 
-# what another processor compiled must not be found: torch's cache does not ask which instructions there are
-avx2() { ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 TORCHINDUCTOR_CACHE_DIR=$CACHE bench "$@"; }
-
 few=(--backend native --peer eager torch.compile "Liger chunked, compiled" "CCE torch_compile")
 few_losses=(--loss cross_entropy forward_kl jensen_shannon)
 
@@ -49,15 +45,16 @@ run() {
     case "$1" in
         large) bench --preset smollm2 --csv "$TO/cpu.csv" ;;
         small)
-            bench --shape 1024,576,49152 "${few_losses[@]}" "${few[@]}" "Liger chunked" --csv "$TO/cpu.csv" &&
-                bench --shape 2048,2048,32000 --loss cross_entropy forward_kl "${few[@]}" "Liger chunked" --csv "$TO/cpu.csv"
+            bench --rounds 5 --shape 1024,576,49152 "${few_losses[@]}" "${few[@]}" "Liger chunked" --csv "$TO/cpu.csv" &&
+                bench --rounds 5 --shape 2048,2048,32000 --loss cross_entropy forward_kl "${few[@]}" "Liger chunked" --csv "$TO/cpu.csv"
             ;;
         avx2)
-            avx2 --shape 1024,576,49152 --dtype float32 bfloat16 "${few_losses[@]}" "${few[@]}" \
+            # torch's cache does not ask which instructions there are: what this machine compiled must not be found
+            ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 TORCHINDUCTOR_CACHE_DIR=$CACHE \
+                bench --rounds 5 --shape 1024,576,49152 --dtype float32 bfloat16 "${few_losses[@]}" "${few[@]}" \
                 --csv "$TO/cpu-avx2.csv"
             ;;
         edges) bench --preset edges --csv "$TO/edges-cpu.csv" --plot "$TO/edges-cpu.png" ;;
-        edges-avx2) avx2 --preset edges --csv "$TO/edges-cpu-avx2.csv" --plot "$TO/edges-cpu-avx2.png" ;;
         threads) "$PYTHON" bench/threads.py --csv "$TO/threads-cpu.csv" ;;
     esac
 }

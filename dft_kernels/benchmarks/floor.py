@@ -17,9 +17,9 @@ from .problems import LOSSES, Case
 
 FLOOR_BYTES = 1 << 33  # of the floor's product [N, V]; beyond it, equal slices of rows
 FLUSH_BYTES = 256 << 20  # more than any L2 holds
-QUICK = 50.0  # ms of a product after which one of twice the size, 8 times the work, is not tried
+QUICK = 50.0  # ms of what is measured again, or at a larger size
 FIRST_ROWS = 4  # that the products of two dtypes are compared over
-LONG = 1000.0  # ms of them after which they are compared over no more rows
+LONG = 1000.0  # ms of them after which they are compared over no more rows, and of what a first call may set up
 CLEAR = 4.0  # times as long: more than reading twice the bytes explains, and not tried over more rows
 
 
@@ -110,18 +110,26 @@ def floor_dtype(case: Case, x: Inputs) -> torch.dtype:
         few, part = x.first(rows), case._replace(shape=case.shape._replace(n=rows))
         floor, narrow = Floor(part, wide), Floor(part)
         operands = floor.operands(few)
-        least = min(clock(partial(floor, operands)) for _ in range(2))
+        wide_ms = _best(clock, partial(floor, operands))
         with torch.no_grad():
-            most = CLEAR * least + QUICK  # of a first call, which may set up more than it computes
-            spent = 0.0
+            most = CLEAR * wide_ms + LONG  # of a first call, which may set up more than it computes
             for product in narrow.products(few):
-                spent += clock(product)
-                if spent > most:
+                most -= clock(product)
+                if most < 0:
                     return wide
-        own_ms = min(spent, clock(partial(narrow, few)))
-        if rows == case.shape.n or max(own_ms, least) > LONG or CLEAR * own_ms < least:
-            return own if own_ms <= least else wide
+        own_ms = _best(clock, partial(narrow, few))
+        faster, slower = sorted((own_ms, wide_ms))
+        if rows == case.shape.n or slower > LONG or slower > CLEAR * faster:
+            return own if own_ms == faster else wide
         rows *= 4
+
+
+def _best(clock: Clock, call: Callable[[], Any]) -> float:
+    """The least of two calls, and of more while they are quick: other work on the machine disturbs those most."""
+    took = [clock(call), clock(call)]
+    while len(took) < 10 and sum(took) < 4 * QUICK:
+        took.append(clock(call))
+    return min(took)
 
 
 def ceilings(case: Case, dtype: torch.dtype) -> dict[str, float]:

@@ -17,6 +17,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
+COMMIT=$(git describe --always --dirty=+ 2>/dev/null || echo unknown) # before results change the tree
 SECTIONS=(large small avx2 edges threads)
 OUT='' NAMED=() FAILED=0
 usage() { echo "bench/cpu.sh: $1. See the head of the script."; exit 2; }
@@ -36,7 +37,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 CACHE=$(mktemp -d)
 trap 'rm -rf "$CACHE"' EXIT
 
-bench() { "$PYTHON" -m dft_kernels.commands.main bench --device cpu "$@"; }
+bench() { "$PYTHON" -m dft_kernels.commands.main bench --device cpu --commit "$COMMIT" "$@"; }
 
 few=(--backend native --peer eager torch.compile "Liger chunked, compiled" "CCE torch_compile")
 few_losses=(--loss cross_entropy forward_kl jensen_shannon)
@@ -55,7 +56,7 @@ run() {
                 --csv "$TO/cpu-avx2.csv"
             ;;
         edges) bench --preset edges --csv "$TO/edges-cpu.csv" --plot "$TO/edges-cpu.png" ;;
-        threads) "$PYTHON" bench/threads.py --csv "$TO/threads-cpu.csv" ;;
+        threads) "$PYTHON" bench/threads.py --commit "$COMMIT" --csv "$TO/threads-cpu.csv" ;;
     esac
 }
 

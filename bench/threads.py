@@ -141,13 +141,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--loss", choices=tuple(LOSSES), default="forward_kl")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--commit", help="what the rows say was measured (default: what git says)")
     parser.add_argument("--csv", type=Path, help="write the rows")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}. Give a whole number.")
     case = Case(options.shape, options.dtype, options.loss, "both", "cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    known = about("cpu") | {"machine": f"{processor()}, {cores} cores, {instructions()}"}
+    known = about("cpu", options.commit) | {"machine": f"{processor()}, {cores} cores, {instructions()}"}
     known["load"] = f"{os.getloadavg()[0]:.1f}"  # of others, while nothing of this has begun
     lines = []
     print(f"load {known['load']}; {case}: ours, and over eager in the same round (least to most)")

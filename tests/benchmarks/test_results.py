@@ -173,10 +173,11 @@ def test_the_cpu_script_measures_what_the_pages_show(tmp_path: Path) -> None:
         *words, capability, most = call[call.index("bench") + 1 :]
         options = command.parser().parse_args(words)
         assert (capability, most) == (("avx2", "AVX2") if "avx2" in options.csv else ("", ""))
+        assert options.commit == threads[2]
         cases = command.todo(options, "cpu")
         assert all(command._names(options, case) for case in cases)
         asked.setdefault(Path(options.csv).name, set()).update(cases)
-    assert threads[:2] == ["bench/threads.py", "--csv"]
+    assert (threads[0], threads[3]) == ("bench/threads.py", "--csv")
     for text in PAGES.values():
         for name, shape, dtypes in re.findall(r"table: bench/results/([\w-]+\.csv) (\d+,\d+,\d+) ([\w ]+) -->", text):
             wanted = {(case.shape, case.dtype) for case in asked[name]}
@@ -210,13 +211,14 @@ def test_a_loss_beside_busy_processes(tmp_path: Path, monkeypatch: pytest.Monkey
     }  # fmt: skip
     monkeypatch.setattr(threads, "measured", lambda _, count, setting, busy, rounds: dataclasses.replace(
         row, threads=count, setting=setting, busy=busy, rounds=rounds))  # fmt: skip
-    assert threads.main(["--shape", "16,8,32", "--csv", str(tmp_path / "t.csv"), "--rounds", "4"]) == 0
+    what = ["--shape", "16,8,32", "--rounds", "4", "--commit", "abc"]
+    assert threads.main([*what, "--csv", str(tmp_path / "t.csv")]) == 0
     with (tmp_path / "t.csv").open(newline="") as file:
         head, _, *lines, _, caption = readme.threads_table(list(csv.DictReader(file))).splitlines()
     cores = len(os.sched_getaffinity(0))
     assert head == f"| ours, and over eager (least to most) | alone | beside {cores} busy processes |"
     assert lines[0].startswith("| 1 thread | ")
-    assert re.search(r"medians of 4 rounds; load average before: [\d.]+;", caption)
+    assert re.search(r"medians of 4 rounds; load average before: [\d.]+; .*; commit abc\.$", caption)
     with pytest.raises(SystemExit):
         threads.main(["--rounds", "0"])
 

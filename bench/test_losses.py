@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from dft_kernels.benchmarks.floor import Floor, floor_dtype
 from dft_kernels.benchmarks.implementations import EAGER, Unavailable, ours
 from dft_kernels.benchmarks.inputs import Inputs
-from dft_kernels.benchmarks.measure import Floor
 from dft_kernels.benchmarks.problems import Case
 from dft_kernels.testing import relative_error
 
@@ -72,8 +72,10 @@ def test_loss(benchmark: Any, case: Case, name: str, pytestconfig: pytest.Config
 
 
 def test_floor(benchmark: Any, case: Case, pytestconfig: pytest.Config) -> None:
-    floor, x = Floor(case), inputs(case._replace(part="both"))
-    rounds(benchmark, case, lambda: None, lambda _: floor(x), pytestconfig.getoption("--rounds"))
+    x = inputs(case._replace(part="both"))
+    floor = Floor(case, floor_dtype(case, x))
+    operands = floor.operands(x)
+    rounds(benchmark, case, lambda: None, lambda _: floor(operands), pytestconfig.getoption("--rounds"))
     if case.part != "backward":
         exact = x.hidden.detach()[:4].double() @ x.weight.detach().double().t()
         assert relative_error(floor.logits[:4], exact) < 0.01

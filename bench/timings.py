@@ -114,7 +114,8 @@ def measured(case: Case, names: list[str], rounds: int, clock: Clock) -> dict[st
         with failing(seen[name]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             calls[name] = table[name].prepare(case)
-            seen[name].peak = measure.peak_bytes(case, table[name], calls[name], x)
+            measure.warm_up(case, table[name], calls[name], x)
+            seen[name].peak = measure.peak_bytes(case, calls[name], x)
         x.forget_gradients()
         if seen[name].status not in (OK, SKIPPED):
             calls.pop(name, None)
@@ -124,7 +125,7 @@ def measured(case: Case, names: list[str], rounds: int, clock: Clock) -> dict[st
             if number and clock.left() < 1.0:
                 break
             with failing(seen[name]):
-                seen[name].rounds[number] = race.pair(calls[name], number)
+                seen[name].rounds[number] = race.bare(number), race.call(calls[name], number)
             if seen[name].status != OK:
                 calls.pop(name)
     return seen

@@ -4,51 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import math
 import random
 import resource
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.extension import release_scratch
 from ..testing import dense_loss, relative_error
+from .floor import Clock, Floor
 from .implementations import Call, Implementation, labels_and_teacher, terms
 from .inputs import Inputs
-from .problems import LOSSES, RANDOM, Case, Shape
+from .problems import RANDOM, Case, Shape
 
 ORACLE_FLOPS = {"cpu": 1e12, "cuda": 1e14}  # float64 work that errors may cost; beyond it, fewer rows
-FLOOR_BYTES = 1 << 33  # of the floor's product [N, V]; beyond it, equal slices of rows
-FLUSH_BYTES = 256 << 20  # more than any L2 holds
 
 
 # ---- time ----
-
-
-class Clock:
-    """Milliseconds of a call: of events on CUDA, with the L2 cache overwritten before; of the wall on a CPU."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-        self.flush = torch.empty(FLUSH_BYTES if self.cuda else 0, dtype=torch.int8, device=device)
-
-    def __call__(self, call: Callable[[], Any]) -> float:
-        if not self.cuda:
-            start = time.perf_counter()
-            call()
-            return 1e3 * (time.perf_counter() - start)
-        self.flush.zero_()
-        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start_event.record()  # type: ignore[no-untyped-call]
-        call()
-        end_event.record()  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
-        return start_event.elapsed_time(end_event)
 
 
 def timed(case: Case, call: Call, x: Inputs, clock: Clock) -> float:
@@ -64,35 +38,6 @@ def timed(case: Case, call: Call, x: Inputs, clock: Clock) -> float:
     return took
 
 
-class Floor:
-    """The products that no implementation can do without, into preallocated outputs."""
-
-    def __init__(self, case: Case) -> None:
-        (n, h, v), dtype = case.shape, case.torch_dtype
-        self.case = case
-        slices = math.ceil(n * v * dtype.itemsize / FLOOR_BYTES)
-        self.rows = math.ceil(n / slices)
-        self.logits = torch.zeros(self.rows, v, dtype=dtype, device=case.device).normal_(std=1e-3)
-        self.dhidden = torch.empty(n, h, dtype=dtype, device=case.device)
-        self.dweight = torch.empty(v, h, dtype=dtype, device=case.device)
-
-    @torch.no_grad()
-    def __call__(self, x: Inputs) -> None:
-        loss = LOSSES[self.case.loss]
-        # the gradients' products read logits of any kind; where there is a forward, they read what it made
-        for hidden, teacher, dhidden in zip(
-            x.hidden.split(self.rows), x.teacher_hidden.split(self.rows), self.dhidden.split(self.rows), strict=True
-        ):
-            logits = self.logits[: len(hidden)]
-            if self.case.part != "backward":
-                if loss.forward == 2:
-                    torch.mm(teacher, x.teacher_weight.t(), out=logits)
-                torch.mm(hidden, x.weight.t(), out=logits)
-            if self.case.part != "forward":
-                torch.mm(logits, x.weight, out=dhidden)
-                torch.mm(logits.t(), hidden, out=self.dweight)
-
-
 def input_sets(case: Case, memory: int, file: Path | None = None) -> list[Inputs]:
     """Up to three sets of inputs, fewer where they would take more than a quarter of the memory."""
     count = max(1, min(3, int(0.25 * memory / case.input_bytes())))
@@ -104,51 +49,24 @@ def rounds_for(first: float, rounds: int, seconds: float) -> int:
     return max(1, min(rounds, int(1e3 * seconds / max(first, 1e-3))))
 
 
-QUICK = 50.0  # ms of a product after which one of twice the size, 8 times the work, is not tried
-
-
-def ceilings(case: Case) -> dict[str, float]:
-    """What this machine reaches: the rate of a large square product, FLOP/s, and of a large copy, bytes read and
-    written a second. The better of three. The product grows while it is quick: a CPU that has no bf16 instructions
-    would take minutes for a large one."""
-    clock = Clock(case.device)
-    most = 8192 if case.device == "cuda" else 2048
-    size = most // 8
-    a, b, c = (torch.randn(most, most, device=case.device).to(case.torch_dtype) for _ in range(3))
-
-    def product() -> None:
-        torch.mm(a[:size, :size], b[:size, :size], out=c[:size, :size])
-
-    product()  # which may set up more than it computes
-    while size < most and clock(product) < QUICK:
-        size *= 2
-    source = torch.ones((1 << 30) if case.device == "cuda" else (256 << 20), dtype=torch.int8, device=case.device)
-    sink = torch.empty_like(source)
-
-    def copy() -> None:
-        sink.copy_(source)
-
-    def best(call: Callable[[], Any]) -> float:
-        call()
-        return min(clock(call) for _ in range(3)) / 1e3
-
-    return {"product_flops": 2.0 * size**3 / best(product), "copy_bytes": 2.0 * len(source) / best(copy)}
-
-
 class Race:
     """Rounds of the floor and an implementation, each pair on the same inputs, which turn from round to round."""
 
-    def __init__(self, case: Case, sets: list[Inputs]) -> None:
+    def __init__(self, case: Case, sets: list[Inputs], dtype: torch.dtype | None = None) -> None:
+        """dtype: of the floor."""
         self.case, self.sets = case, sets
-        self.clock, self.floor = Clock(case.device), Floor(case)
+        self.clock, self.floor = Clock(case.device), Floor(case, dtype)
         for x in sets:
-            self.floor(x)
+            self.floor(self.floor.operands(x))
 
-    def pair(self, call: Call, number: int) -> tuple[float, float]:
-        """Milliseconds of the floor, and of the call after it, in this round."""
-        x = self.sets[number % len(self.sets)]
-        bare = self.clock(lambda: self.floor(x))
-        return bare, timed(self.case, call, x, self.clock)
+    def bare(self, number: int) -> float:
+        """Milliseconds of the floor in this round."""
+        operands = self.floor.operands(self.sets[number % len(self.sets)])
+        return self.clock(lambda: self.floor(operands))
+
+    def call(self, call: Call, number: int) -> float:
+        """Milliseconds of an implementation in this round: after the floor, on the same inputs."""
+        return timed(self.case, call, self.sets[number % len(self.sets)], self.clock)
 
 
 def turned(names: list[str], number: int) -> list[str]:
@@ -191,17 +109,18 @@ def give_back() -> None:
             return  # another C library; what it keeps is not counted
 
 
-def peak_bytes(case: Case, implementation: Implementation, call: Call, x: Inputs) -> int | None:
-    """Peak memory of one call over that just before it, returned gradients included.
-
-    Buffers that libraries allocate once are not the loss's, so a call of a few rows and words goes before; of this
-    shape, where something compiles or tunes itself for a shape. None where the system does not say.
-    """
+def warm_up(case: Case, implementation: Implementation, call: Call, x: Inputs) -> None:
+    """The call before memory is measured, since buffers that libraries allocate once are not the loss's: of a few rows
+    and words; of this shape, where something compiles or tunes itself for a shape."""
     shaped = implementation.compiled or case.device == "cuda"
     small = x if shaped else Inputs.make(case._replace(shape=Shape(8, case.shape.h, 64), inputs=RANDOM), 0)
     timed(case, call, small, Clock(case.device))
     small.forget_gradients()
-    del small
+
+
+def peak_bytes(case: Case, call: Call, x: Inputs) -> int | None:
+    """Peak memory of one call over that just before it, returned gradients included. None where the system does not
+    say."""
     give_back()
 
     def run() -> None:
@@ -261,12 +180,16 @@ class Exact:
         self.loss = torch.stack(losses).sum() / self.rows
         self.dhidden, self.dweight = torch.cat(dhidden).div_(self.rows), weight.grad.div_(self.rows)
 
-    def errors(self, call: Call) -> dict[str, float]:
-        """Relative distances, in the 2-norm, of a call's loss and gradients."""
-        x = self.inputs
-        x.forget_gradients()
-        loss = call(x)
+    def called(self, call: Call) -> Tensor:
+        """A call's loss of the same inputs, which have its gradients then."""
+        self.inputs.forget_gradients()
+        loss = call(self.inputs)
         loss.backward()
+        return loss.detach()
+
+    def errors(self, loss: Tensor) -> dict[str, float]:
+        """Relative distances, in the 2-norm, of what `called` found."""
+        x = self.inputs
         assert x.hidden.grad is not None
         assert x.weight.grad is not None
         found: dict[str, tuple[Tensor, Tensor]] = {

@@ -12,6 +12,7 @@ from .tables import Row, by_case
 
 DIMENSIONS = ("n", "v", "h")
 _SAME = {"n": "N", "v": "V", "h": "H"}
+LOST = {"out of memory": "x", "timed out": "+"}  # marks of the first size that was not measured
 
 
 def series(rows: Iterable[Row], dimension: str) -> list[tuple[str, list[Row]]]:
@@ -55,7 +56,7 @@ def _style(names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _scaling(axes: Any, dimension: str, title: str, rows: list[Row], styles: dict[str, dict[str, Any]]) -> None:
-    """Time left, memory right; a cross where an implementation ran out of memory."""
+    """Time left, memory right; a mark of `LOST` where an implementation ended."""
     time, memory = axes
     for name, style in styles.items():
         mine = [row for row in rows if row.implementation == name]
@@ -64,10 +65,12 @@ def _scaling(axes: Any, dimension: str, title: str, rows: list[Row], styles: dic
             points = [(x, y) for x, y in points if not math.isnan(y) and y > 0]
             if points:
                 axis.plot(*zip(*points, strict=True), label=name, **style)
-                fell = [getattr(row, dimension) for row in mine if row.status == "out of memory"]
-                if fell:
-                    axis.plot([points[-1][0], fell[0]], [points[-1][1]] * 2, ":", color=style["color"])
-                    axis.plot(fell[0], points[-1][1], "x", markersize=11, markeredgewidth=3, color=style["color"])
+                last, height = points[-1]
+                for status, mark in LOST.items():
+                    fell = [size for row in mine if row.status == status and (size := getattr(row, dimension)) > last]
+                    if fell:
+                        axis.plot([last, fell[0]], [height] * 2, ":", color=style["color"])
+                        axis.plot(fell[0], height, mark, markersize=11, markeredgewidth=3, color=style["color"])
     floor = sorted({(getattr(row, dimension), row.floor_ms) for row in rows if row.status == "ok"})
     lowest = {x: min(y for other, y in floor if other == x) for x, _ in floor}
     if lowest:
@@ -76,7 +79,7 @@ def _scaling(axes: Any, dimension: str, title: str, rows: list[Row], styles: dic
         axis.set(xscale="log", yscale="log", xlabel=_SAME[dimension], ylabel=unit)
         axis.grid(alpha=0.3)
     time.set_title(title, fontsize=9)
-    memory.set_title("x: out of memory", fontsize=9)
+    memory.set_title("; ".join(f"{mark}: {status}" for status, mark in LOST.items()), fontsize=9)
     time.legend(fontsize=6)
 
 

@@ -85,6 +85,12 @@ class Case(NamedTuple):
         stored = n * v if self.loss == "stored_kl" and self.part != "backward" else 0
         return ((heads + gradients) * (n + v) * h + stored) * self.torch_dtype.itemsize
 
+    def needs_no_less_than(self, other: Case) -> bool:
+        """Whether whoever computes this loss has at least as much to do as for `other`."""
+        kind = (self.dtype, self.part, self.device) == (other.dtype, other.part, other.device)
+        larger = all(mine >= its for mine, its in zip(self.shape, other.shape, strict=True))
+        return kind and larger and self.products() >= other.products()
+
     def input_bytes(self) -> int:
         """Of one set of inputs."""
         n, h, v = self.shape
@@ -102,7 +108,16 @@ _SMOLLM2 = Shape(4096, 576, 49152)
 _LLAMA3 = Shape(8192, 4096, 128256)
 _QWEN3 = Shape(8192, 4096, 151936)
 _GEMMA3 = (Shape(8192, 640, 262144), Shape(8192, 2560, 262144))
+_EDGES = (  # each size swept with the others small; what takes too long for a smaller problem comes after it
+    Shape(1, 8, 2),
+    *(Shape(n, 256, 1024) for n in (1, 16, 256, 2048, 16384, 131072)),
+    *(Shape(64, 256, v) for v in (2, 64, 1024, 16384, 262144)),
+    *(Shape(64, h, 1024) for h in (8, 64, 1024, 8192)),
+)
 _MAIN = ("cross_entropy", "forward_kl", "jensen_shannon")
+
+
+LIMIT = 30.0  # seconds of a call
 
 
 class Preset(NamedTuple):
@@ -114,14 +129,24 @@ class Preset(NamedTuple):
     dtypes: tuple[str, ...] = ("bfloat16",)
     rounds: int = 5
     sweeps: tuple[str, ...] = ()  # over dimensions of the first shape
+    errors: bool = True  # whether they are measured
+    limit: float = LIMIT
 
 
 PRESETS = {
-    "quick": Preset("a small SmolLM2 batch, three losses", (Shape(256, *_SMOLLM2[1:]),), _MAIN, rounds=3),
+    "quick": Preset("a small SmolLM2 batch, three losses", (Shape(256, *_SMOLLM2[1:]),), _MAIN, rounds=3, limit=5.0),
     "smollm2": Preset("SmolLM2-135M's head, every loss", (_SMOLLM2,)),
     "llama3-8b": Preset("Llama 3 8B's head, every loss", (_LLAMA3,)),
     "qwen": Preset("Qwen3 8B's head", (_QWEN3,)),
     "gemma": Preset("Gemma 3 270M's and 4B's heads", _GEMMA3, _MAIN),
+    "edges": Preset(
+        "N 1 to 131072, V 2 to 262144, H 8 to 8192: time and memory of cross-entropy and forward KL",
+        _EDGES,
+        ("cross_entropy", "forward_kl"),
+        rounds=3,
+        errors=False,
+        limit=10.0,
+    ),
     "full": Preset(
         "every head above, then N, V and H swept", (_LLAMA3, _SMOLLM2, _QWEN3, *_GEMMA3), sweeps=("n", "v", "h")
     ),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,12 @@ from .implementations import EAGER, Implementation
 from .peers import everyone
 from .problems import Case
 from .tables import Row
-from .worker import EXACT, FAILED, OK, OUT_OF_MEMORY, TIMED_OUT, Event, Job, main
+from .worker import EXACT, FAILED, OK, OUT_OF_MEMORY, SLOWER, TIMED_OUT, Event, Job, main
 
 WRONG = 0.2  # relative error of a gradient that no rounding explains,
 FAR = 0.1  # where the teacher is at least this KL from the model: nearer ones are spoilt by rounding alone
 
+PATIENCE = 300.0  # seconds for anything but a call: libraries that load, inputs, float64, a compiler
 SPAWN_TIMED = True  # processes that are timed are not forked; tests have no time to measure
 
 
@@ -71,16 +74,49 @@ def commit() -> str:
         return __version__
 
 
+def processor() -> str:
+    """The name of the CPU."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def instructions() -> str:
+    """The instruction set that torch's kernels use here, and whether it was told to."""
+    told = " by ATEN_CPU_CAPABILITY" if "ATEN_CPU_CAPABILITY" in os.environ else ""
+    return torch.backends.cpu.get_cpu_capability() + told
+
+
 def machine(device: str) -> str:
     """What the numbers belong to."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{processor()}, {torch.get_num_threads()} threads, {instructions()}"
 
 
-def watch(job: Job, timeout: float, hear: Callable[[Event], None]) -> tuple[str, str] | None:
+class Patience:
+    """How long a worker may say nothing, by what it said last: `PATIENCE`; in a call the limit, to which what the call
+    compiles is not counted."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.left, self.doing, self.since = limit, limit, "begin", 0.0
+
+    def hear(self, kind: str, now: float) -> float:
+        """Seconds from now on."""
+        if kind == "compiling" and self.doing == "call":
+            self.left -= now - self.since
+        elif kind == "call":
+            self.left = self.limit
+        self.doing, self.since = "call" if kind == "compiled" else kind, now
+        return max(self.left, 0.0) if self.doing == "call" else PATIENCE
+
+    def lost(self) -> str:
+        """Why the worker was given up."""
+        if self.doing == "call":
+            return f"{SLOWER} {self.limit:g} s"
+        return f"{'compiled' if self.doing == 'compiling' else 'said nothing'} for {PATIENCE:.0f} s"
+
+
+def watch(job: Job, hear: Callable[[Event], None]) -> tuple[str, str] | None:
     """Run one worker; None if it came to its end, else the status and the reason of its death."""
     # Forked from a server that has torch and no threads: sooner, and as fresh. What is timed, and CUDA's, is spawned.
     forked = job.case.device == "cpu" and sys.platform == "linux" and not (job.times and SPAWN_TIMED)
@@ -92,14 +128,16 @@ def watch(job: Job, timeout: float, hear: Callable[[Event], None]) -> tuple[str,
         process = context.Process(target=main, args=(job, sender, log.name), daemon=True)
         process.start()
         sender.close()
+        patience, wait = Patience(job.limit), PATIENCE
         try:
-            while receiver.poll(timeout):
+            while receiver.poll(wait):
                 event = receiver.recv()
                 if event is None:
                     process.join(10)  # a library's thread may keep it
                     return None
+                wait = patience.hear(event.kind, time.monotonic())
                 hear(event)
-            return TIMED_OUT, f"said nothing for {timeout:.0f} s"
+            return TIMED_OUT, patience.lost()
         except EOFError:
             process.join()
             last = next(
@@ -115,51 +153,60 @@ def watch(job: Job, timeout: float, hear: Callable[[Event], None]) -> tuple[str,
 
 
 def measure_case(
-    case: Case, names: list[str], *, rounds: int, seconds: float, limit: int, timeout: float, errors: bool,
-    progress: Callable[[str], None], table: Callable[[], dict[str, Implementation]] = everyone,
-    file: Path | None = None, peaks: Mapping[str, int | None] | None = None,
-) -> tuple[dict[str, Seen], dict[str, float]]:  # fmt: skip
-    """What is found of every implementation, and the ceilings of the machine. file: of inputs that are not random;
-    peaks: those that are known already."""
-    seen = {name: Seen() for name in names}
-    ceilings: dict[str, float] = {}
+    case: Case, names: list[str], *, rounds: int, limit: float, memory_limit: int, errors: bool,
+    progress: Callable[[str], None], found: Callable[[str, Seen], None],
+    table: Callable[[], dict[str, Implementation]] = everyone, file: Path | None = None,
+    known: Mapping[str, Seen] | None = None,
+) -> tuple[dict[str, Seen], dict[str, Any]]:  # fmt: skip
+    """What is seen of every implementation, and of the machine: its ceilings, the dtype of the floor. found: told of
+    each implementation when its memory is known, and when all of it is. file: of inputs that are not random; known: of
+    implementations whose peak or whose status is known before."""
+    seen = {name: replace(known[name]) if known and name in known else Seen() for name in names}
+    machine: dict[str, Any] = {}
     remarks: list[str] = []
 
     def alive() -> tuple[str, ...]:
         return tuple(name for name in names if seen[name].status == OK)
 
+    def lose(name: str, status: str, reason: str) -> None:
+        seen[name].status, seen[name].reason = status, reason
+        found(name, seen[name])
+
     def attend(wanted: tuple[str, ...], memory: bool, time: bool) -> None:
         nonlocal errors
         while wanted:
-            job = Job(case, wanted, memory, time, errors, rounds, seconds, limit, table, file)
+            job = Job(case, wanted, memory, time, errors, rounds, limit, memory_limit, table, file)
             now = ""
             for name in wanted if time else ():
                 seen[name].rounds.clear()
 
             def hear(event: Event) -> None:
                 nonlocal now
-                if event.kind == "begin":
+                if event.kind in ("begin", "call"):
                     now = event.name
                     progress(f"{'memory' if memory and not time else 'time'} of {now or 'the floor'}")
-                elif event.kind == "ceilings":
-                    ceilings.update(event.value)
+                elif event.kind == "machine":
+                    machine.update(event.value)
                 elif event.kind == "remark":
                     remarks.append(event.value)
                 elif event.name in seen:
                     one = seen[event.name]
                     if event.kind == "status":
-                        one.status, one.reason = event.value
+                        lose(event.name, *event.value)
                     elif event.kind == "peak":
                         one.peak = event.value
+                        found(event.name, one)
                     elif event.kind == "errors":
                         one.errors = event.value
                         worst = max(event.value["dhidden"], event.value["dweight"])
                         if not worst < WRONG and not 0 < case.distance < FAR:
-                            one.status, one.reason = FAILED, f"its gradient is off by {worst:.0%}: not this loss's"
+                            lose(event.name, FAILED, f"its gradient is off by {worst:.0%}: not this loss's")
                     elif event.kind == "time":
                         one.rounds[event.value[0]] = event.value[1:]
+                    elif event.kind == "done" and one.status == OK:
+                        found(event.name, one)
 
-            death = watch(job, timeout, hear)
+            death = watch(job, hear)
             if death is None:
                 return
             if now == EXACT and errors:
@@ -167,26 +214,27 @@ def measure_case(
                 remarks.append(f"no errors, float64 does not fit: {death[1]}")
                 continue
             for name in [now] if now else wanted:  # what died takes nobody along
-                seen[name].status, seen[name].reason = death
+                lose(name, *death)
             wanted = tuple(name for name in wanted if seen[name].status == OK)
 
+    for name in names:
+        if seen[name].status != OK:
+            found(name, seen[name])
     if case.device == "cuda":  # its allocator counts each call exactly, so one process serves for all of it
         attend(alive(), memory=True, time=True)
     else:
         attend(alive(), memory=False, time=False)  # who does not run here needs no process of its own
         for name in alive():
-            if peaks and name in peaks:  # of the same sizes
-                seen[name].peak = peaks[name]
-            else:
+            if seen[name].peak is None:
                 attend((name,), memory=True, time=False)
         attend(alive(), memory=False, time=True)
     for name in alive():
         seen[name].reason = "; ".join(dict.fromkeys(remarks))
-    return seen, ceilings
+    return seen, machine
 
 
 def rows_of(
-    case: Case, seen: dict[str, Seen], ceilings: dict[str, float], about: dict[str, Any], teacher_kl: float = math.nan
+    case: Case, seen: dict[str, Seen], machine: dict[str, Any], about: dict[str, Any], teacher_kl: float = math.nan
 ) -> list[Row]:
     """The table of a case: medians over rounds, of ratios taken within each."""
     table = everyone()
@@ -206,7 +254,7 @@ def rows_of(
 
     rows = []
     for name, one in seen.items():
-        measured: dict[str, Any] = dict(ceilings)
+        measured: dict[str, Any] = dict(machine)
         if name in times:
             bare, whole = zip(*one.rounds.values(), strict=True)
             ratio = [mine / floor for floor, mine in one.rounds.values()]

@@ -28,7 +28,7 @@ def cases(
     inputs: str = RANDOM,
 ) -> dict[Case, bool]:
     """The cases of a preset, or of these instead, in order, and whether their errors are measured: not in a sweep,
-    which is about time and memory, since float64 at its largest sizes takes long and shows nothing new.
+    nor in edges, which are about time and memory, since float64 at its largest sizes takes long and shows nothing new.
 
     inputs: of a real model there is a case for each distance of a teacher."""
     known = PRESETS[preset or "quick"]
@@ -36,7 +36,7 @@ def cases(
         known = Preset("", (Shape(REAL_ROWS, *REAL[inputs]),), SWEPT)
     bases, kinds = list(shapes or known.shapes), dtypes or known.dtypes
     found = {
-        Case(shape, dtype, loss, part, device, inputs, distance): True
+        Case(shape, dtype, loss, part, device, inputs, distance): known.errors or bool(shapes)
         for shape in bases
         for dtype in kinds
         for loss in losses or known.losses

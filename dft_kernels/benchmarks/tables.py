@@ -18,7 +18,7 @@ from ..files import Source, shown
 from . import problems
 from .implementations import NARROW, OURS
 from .problems import LOSSES, PARTS, RANDOM, REAL, Case, Shape
-from .worker import FAILED, OK, OUT_OF_MEMORY, SKIPPED, TIMED_OUT
+from .worker import FAILED, OK, OUT_OF_MEMORY, SKIPPED, SLOWER, TIMED_OUT
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Row:
     ms_low: float = math.nan
     ms_high: float = math.nan
     floor_ms: float = math.nan
+    floor_dtype: str = ""  # of the bare products: the inputs', or float32 where that is the faster
     over_floor: float = math.nan  # medians of ratios within a round
     over_floor_low: float = math.nan
     over_floor_high: float = math.nan
@@ -76,13 +77,16 @@ class Row:
         return (self.machine, self.case, self.implementation)
 
 
+MAIN = f"{OURS}native"  # what a call takes by itself on a CPU
 HEADER = [column.name for column in fields(Row)]
 CSV_LIMIT = 1 << 24  # bytes
 REASON = 300  # characters of one that are printed
 _NUMBER = {"int": re.compile(r"[0-9]{1,15}"), "float": re.compile(r"-?([0-9]+(\.[0-9]+)?(e[+-]?[0-9]{1,3})?|inf)")}
+_DTYPES = ("bfloat16", "float16", "float32")
 _CHOICES = {
     "device": ("cpu", "cuda"),
-    "dtype": ("bfloat16", "float16", "float32"),
+    "dtype": _DTYPES,
+    "floor_dtype": ("", *_DTYPES),
     "loss": tuple(LOSSES),
     "part": PARTS,
     "inputs": (RANDOM, *REAL),
@@ -181,6 +185,11 @@ def number(value: float, form: str = ".2f", unit: str = "") -> str:
     return "–" if math.isnan(value) else f"{value:{form}}{unit}"
 
 
+def megabytes(count: float) -> str:
+    """Bytes in MB, two digits where they are few; a dash where there are none."""
+    return number(count / 1e6, ".0f" if not abs(count) < 1e7 else ".2g")
+
+
 def render(rows: list[Row]) -> list[Any]:
     """A rich table a case, and the reasons of what was not measured."""
     from rich.markup import escape
@@ -205,18 +214,19 @@ def render(rows: list[Row]) -> list[Any]:
                 f"{number(row.over_floor)} ({number(row.over_floor_low)}..{number(row.over_floor_high)})",
                 number(row.over_eager),
                 number(row.over_best_peer),
-                number(row.peak_bytes / 1e6, ".0f"),
+                megabytes(row.peak_bytes),
                 number(row.error_loss, ".0e"),
                 number(row.error_dhidden, ".1e"),
                 number(row.error_dweight, ".1e"),
             )
         for row in lost:
-            table.add_row(escape(row.implementation), row.status)
+            table.add_row(escape(row.implementation), left_out(row))
         lines = reasons(group)
         if done:
             floors, counts = [row.floor_ms for row in done], {row.error_rows for row in done} - {0, case.shape.n}
             fewer = f"; errors are of the first {max(counts)} rows" if counts else ""
-            lines.insert(0, f"floor: {case.products()} products, {min(floors):.4g}..{max(floors):.4g} ms{fewer}")
+            products = f"{case.products()} products in {done[0].floor_dtype or case.dtype}"
+            lines.insert(0, f"floor: {products}, {min(floors):.4g}..{max(floors):.4g} ms{fewer}")
         if case.distance:
             lines.insert(0, f"KL(teacher || model) is {group[0].teacher_kl:.3g} nats, measured in float64")
         if case.inputs != RANDOM and case.shape.n > problems.TEXT_ROWS:
@@ -241,7 +251,7 @@ def brief(rows: list[Row]) -> Any:
             table.add_row(
                 str(case), ours.implementation.removeprefix(OURS), number(ours.ms, ".4g"), number(ours.over_floor),
                 number(ours.over_eager), number(ours.over_best_peer), others[0].implementation if others else "–",
-                number(ours.peak_bytes / 1e6, ".0f"), number(least / 1e6, ".0f"),
+                megabytes(ours.peak_bytes), megabytes(least),
             )  # fmt: skip
         else:
             states = "; ".join(f"{row.implementation}: {row.status}" for row in group if row.ours)
@@ -261,40 +271,70 @@ def reasons(rows: Iterable[Row]) -> list[str]:
     return [f"{', '.join(dict.fromkeys(names))}: {why}" for why, names in said.items()]
 
 
-def markdown(rows: list[Row], shape: Shape, dtype: str) -> str:
-    """The README's table: time over the floor and peak memory of every implementation, a column a loss."""
+def left_out(row: Row) -> str:
+    """The status of what was not measured, with the limit that it went beyond."""
+    slower = re.match(rf"{SLOWER} (\S+ s)", row.reason)
+    return f"over {slower[1]}" if row.status == TIMED_OUT and slower else row.status
+
+
+def markdown(rows: list[Row], shape: Shape, dtypes: Sequence[str], note: str = "") -> str:
+    """The README's table: time over the floor and peak memory of every implementation, a column a dtype and loss.
+
+    note: why ours is not the lowest peak in the cells where it is not, which are marked; ValueError where such a cell
+    has no note, or a note no cell."""
     whole = ("both", RANDOM)
-    rows = [r for r in rows if r.case.shape == shape and r.dtype == dtype and (r.part, r.inputs) == whole]
+    rows = [r for r in rows if r.case.shape == shape and r.dtype in dtypes and (r.part, r.inputs) == whole]
     machines = list(dict.fromkeys(row.machine for row in rows))
     if len(machines) != 1:
         raise ValueError(
-            f"bench: the CSV must have rows of {shape} in {dtype} of one machine, got {len(machines)} machines. "
-            "Measure them first, or name a CSV for each machine."
+            f"bench: the CSV must have rows of {shape} in {' and '.join(dtypes)} of one machine, got {len(machines)} "
+            "machines. Measure them first, or name a CSV for each machine."
         )
-    losses = [loss for loss in LOSSES if any(row.loss == loss for row in rows)]
-    names = list(dict.fromkeys(row.implementation for row in rows if row.status != "skipped"))
+    cells = {(row.implementation, row.dtype, row.loss): row for row in rows}
+    columns = [(dtype, loss) for dtype in dtypes for loss in LOSSES if any(of[1:] == (dtype, loss) for of in cells)]
+    names = list(dict.fromkeys(row.implementation for row in rows if row.status != SKIPPED))
     absent = dict.fromkeys(row.implementation for row in rows if row.implementation not in names)
-    cells = {(row.implementation, row.loss): row for row in rows}
+    marked = set()
+    for dtype, loss in columns:
+        peaks = {row.implementation: row for row in rows if (row.dtype, row.loss, row.status) == (dtype, loss, OK)}
+        least = min((row.peak_bytes for row in peaks.values() if not row.ours), default=math.inf)
+        if MAIN in peaks and peaks[MAIN].peak_bytes > least:
+            marked.add((MAIN, dtype, loss))
+    if bool(marked) != bool(note):
+        where = ", ".join(f"{LOSSES[loss].title} in {dtype}" for _, dtype, loss in sorted(marked))
+        raise ValueError(
+            f"bench: the note of {shape} must {'say why a peer has a lower peak' if marked else 'be left out'}, got "
+            f"{where or repr(note)}. Change NOTES of bench/readme.py."
+        )
 
-    def cell(name: str, loss: str) -> str:
-        row = cells.get((name, loss))
-        if row is None or row.status == "skipped":
+    def cell(*of: str) -> str:
+        row = cells.get((of[0], of[1], of[2]))
+        if row is None or row.status == SKIPPED:
             return ""
-        if row.status != "ok":
-            return row.status
-        return f"{row.over_floor:.2f}, {row.peak_bytes / 1e6:.0f} MB"
+        if row.status != OK:
+            return left_out(row)
+        return f"{row.over_floor:.2f}, {megabytes(row.peak_bytes)} MB" + (" ¹" if of in marked else "")
 
+    one = len(dtypes) == 1
+    titles = [LOSSES[loss].title + ("" if one else f", {dtype}") for dtype, loss in columns]
     lines = [
-        "| " + " | ".join([f"{shape}, {dtype}", *(LOSSES[loss].title for loss in losses)]) + " |",
-        "|---" * (len(losses) + 1) + "|",
-        *("| " + " | ".join([name, *(cell(name, loss) for loss in losses)]) + " |" for name in names),
+        "| " + " | ".join([f"{shape}, {dtypes[0]}" if one else str(shape), *titles]) + " |",
+        "|---" * (len(columns) + 1) + "|",
+        *("| " + " | ".join([name, *(cell(name, *of) for of in columns)]) + " |" for name in names),
     ]
     commits, dates, torches = (
         ", ".join(dict.fromkeys(getattr(row, what) for row in rows)) for what in ("commit", "date", "torch")
     )
-    others = dict.fromkeys(row.package for row in rows if row.status == "ok" and not row.ours)
+    others = dict.fromkeys(row.package for row in rows if row.status == OK and not row.ours)
     packages = ", ".join([f"torch {torches}", *(name for name in others if name.split()[0] != "torch")])
-    lines += ["", f"{machines[0]}; {packages}; commit {commits}; {dates}."]
+    below = [f"{machines[0]}; {packages}; commit {commits}; {dates}."]
+    wide = [
+        dtype for dtype in dtypes if {row.floor_dtype for row in rows if row.dtype == dtype} & {"float32"} - {dtype}
+    ]
+    if wide:
+        below.append(f"In {' and '.join(wide)} the floor is the products of fp32 copies, which are the faster here.")
     if absent:
-        lines.append(f"Not measured, since they do not run here: {', '.join(absent)}.")
-    return "\n".join(lines)
+        below.append(f"Not measured, since they do not run here: {', '.join(absent)}.")
+    if note:
+        below.append(f"¹ {note}")
+    return "\n".join([*lines, "", " ".join(below)])

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import torch
 
 from . import measure
+from .floor import Clock, ceilings, floor_dtype
 from .implementations import Call, Implementation, Unavailable
 from .inputs import Inputs
 from .problems import Case
 
 SKIPPED, OUT_OF_MEMORY, FAILED, TIMED_OUT, OK = "skipped", "out of memory", "failed", "timed out", "ok"
+SLOWER = "a call took longer than"  # and how many s
 EXACT = "float64"  # what `begin` names while the oracle runs
 SLOW = 5.0  # seconds of a first call after which no second one comes before the rounds
 
@@ -33,30 +35,31 @@ class Job(NamedTuple):
     times: bool
     errors: bool
     rounds: int
-    seconds: float  # that an implementation's rounds may take; one round it gets
-    limit: int  # bytes
+    limit: float  # seconds of a call, after which its implementation is left out; and of an implementation's rounds
+    memory_limit: int  # bytes
     table: Callable[[], dict[str, Implementation]]  # whose names these are
     file: Path | None = None  # of inputs that are not random
 
 
 class Event(NamedTuple):
-    """What a worker says: `begin` of anything long, and what was found."""
+    """What a worker says: what it begins, and what it found. Between `compiling` and `compiled` no call counts."""
 
-    kind: str  # begin, status, peak, time, errors, ceilings, remark (what was left out, and why)
+    kind: str  # begin, call, compiling, compiled; status, peak, time, done, errors, machine, remark (what is amiss)
     name: str  # of the implementation, "" for the case
     value: Any = None
 
 
 def run(job: Job, say: Callable[[Event], None]) -> None:
     """Measure; every finding goes to `say`."""
-    measure.limit_memory(job.limit, job.case.device)
+    measure.limit_memory(job.memory_limit, job.case.device)
     calls: dict[str, Call] = {}
     table = job.table()
 
-    def attempt(name: str, action: Callable[[], Any]) -> Any:
+    def attempt(name: str, action: Callable[[], Any], limited: bool = True) -> Any:
         """The action's result, or None where it fails; then that implementation is measured no further, or none is
-        where the failure is not of one of them."""
-        say(Event("begin", name))
+        where the failure is not of one of them. A named action is one call of the implementation; limited: within
+        `job.limit`."""
+        say(Event("call" if name and limited else "begin", name))
         try:
             return action()
         except Exception as error:  # a peer's own failure on this machine is a result
@@ -80,10 +83,15 @@ def run(job: Job, say: Callable[[Event], None]) -> None:
             say(Event("status", name, (SKIPPED, f"not installed ({error}): pip install 'dft-kernels[bench]'")))
         except Exception as error:  # raised by an import that does not suit this machine
             say(Event("status", name, (SKIPPED, f"{type(error).__name__}: {error}")))
+    if any(table[name].compiled for name in calls):
+        _tell_of_compilation(say)
     if job.memory:
         x = attempt("", partial(Inputs.make, job.case, 0, job.file))
+        tunes = job.case.device == "cuda"  # in its first call, without a word
         for name in list(calls):
-            peak = attempt(name, partial(measure.peak_bytes, job.case, table[name], calls[name], x))
+            attempt(name, partial(measure.warm_up, job.case, table[name], calls[name], x), limited=not tunes)
+            if name in calls:
+                peak = attempt(name, partial(measure.peak_bytes, job.case, calls[name], x))
             x.forget_gradients()
             if name in calls:
                 say(Event("peak", name, peak))
@@ -97,14 +105,23 @@ def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
+def _tell_of_compilation(say: Callable[[Event], None]) -> None:
+    from torch._dynamo.callback import on_compile_end, on_compile_start
+
+    on_compile_start(lambda _: say(Event("compiling", "")))
+    on_compile_end(lambda _: say(Event("compiled", "")))
+
+
 def _time(job: Job, calls: dict[str, Call], attempt: Callable[..., Any], say: Callable[[Event], None]) -> None:
     case = job.case
-    sets = attempt("", partial(measure.input_sets, case, job.limit, job.file))
-    clock, table = measure.Clock(case.device), job.table()
+    sets = attempt("", partial(measure.input_sets, case, job.memory_limit, job.file))
+    dtype: Any = attempt("", partial(floor_dtype, case, sets[0])) if calls else None
+    clock, table = Clock(case.device), job.table()
     exact = None
     if calls:
+        say(Event("machine", "", {"floor_dtype": str(dtype).removeprefix("torch.")}))
         try:
-            say(Event("ceilings", "", measure.ceilings(case)))
+            say(Event("machine", "", ceilings(case, dtype)))
         except (MemoryError, RuntimeError) as error:
             say(Event("remark", "", f"no ceilings: {_brief(error)}"))
     if calls and job.errors and case.part == "both":
@@ -117,11 +134,14 @@ def _time(job: Job, calls: dict[str, Call], attempt: Callable[..., Any], say: Ca
     for name in list(calls):
         started = time.perf_counter()
         if exact is not None:
-            say(Event("begin", name))
+            say(Event("call", name))
             with suppress(Exception):  # if it is the implementation that fails, it fails again below
-                say(Event("errors", name, exact.errors(calls[name])))
+                loss = exact.called(calls[name])
+                say(Event("begin", name))
+                say(Event("errors", name, exact.errors(loss)))
             if exact.rows != case.shape.n and table[name].compiled:
                 torch._dynamo.reset()  # or the full size would run as the second of many
+                _tell_of_compilation(say)
         if exact is None or exact.rows != case.shape.n:
             attempt(name, partial(measure.timed, case, calls[name], sets[0], clock))
         first = 1e3 * (time.perf_counter() - started)
@@ -129,18 +149,21 @@ def _time(job: Job, calls: dict[str, Call], attempt: Callable[..., Any], say: Ca
         if name in calls and (prepares or first < 1e3 * SLOW):
             first = attempt(name, partial(measure.timed, case, calls[name], sets[-1], clock))
         if name in calls:
-            rounds[name] = measure.rounds_for(first, job.rounds, job.seconds)
+            rounds[name] = measure.rounds_for(first, job.rounds, job.limit)
     for x in sets or ():
         x.forget_gradients()
     del exact
     measure.give_back()
-    race: Any = attempt("", partial(measure.Race, case, sets)) if calls else None
+    race: Any = attempt("", partial(measure.Race, case, sets, dtype)) if calls else None
     for number in range(max((rounds[name] for name in calls), default=0)):
         for name in measure.turned(list(calls), number):
             if number < rounds[name]:
-                pair = attempt(name, partial(race.pair, calls[name], number))
+                bare = attempt("", partial(race.bare, number))
+                took = attempt(name, partial(race.call, calls[name], number)) if name in calls else None
                 if name in calls:
-                    say(Event("time", name, (number, *pair)))
+                    say(Event("time", name, (number, bare, took)))
+                    if number == rounds[name] - 1:
+                        say(Event("done", name))
 
 
 def main(job: Job, connection: Any, log: str) -> None:

@@ -1,8 +1,9 @@
 """`dft-kernels bench`: the losses of this library, of PyTorch and of other libraries, against the floor.
 
 A preset, or your own --shape, is measured by every implementation that runs here: time over that of the bare matrix
-products (the floor), peak extra memory, and the distance of loss and gradients to float64. What does not run is named
-with the reason. Each is measured in processes of their own under a memory limit.
+products (the floor: in the inputs' dtype or in fp32, whichever is the faster here), peak extra memory, and the distance
+of loss and gradients to float64. What does not run, or takes too long, is named with the reason. Each is measured in
+processes of their own under a memory limit.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,12 @@ import torch
 from ..backends import BACKENDS
 from ..benchmarks import plots, real, runs, selection, tables
 from ..benchmarks.peers import everyone
-from ..benchmarks.problems import DISTANCES, LOSSES, PARTS, PRESETS, RANDOM, REAL, SWEEPS, Case, Shape
+from ..benchmarks.problems import DISTANCES, LIMIT, LOSSES, PARTS, PRESETS, RANDOM, REAL, SWEEPS, Case, Shape
 from ..benchmarks.tables import Row
-from ..benchmarks.worker import OK
+from ..benchmarks.worker import OK, SKIPPED, TIMED_OUT
 from .arguments import Checked, Number, OutputFile, Parser, UsageError, Whole, device, input_file
-from .flags import add_cache
-from .printing import console
-
-SECONDS = 30.0  # of rounds an implementation; a slower one is measured less often, at least once
-TIMEOUT = 300.0
+from .flags import add_cache, add_quiet
+from .printing import console, progress
 
 
 def parser() -> Parser:
@@ -70,7 +69,12 @@ def parser() -> Parser:
         metavar="GB",
         help="of each process (default: 80 %% of what is available)",
     )
-    add("--timeout", type=Number(above=0), default=TIMEOUT, metavar="S", help="for one call (default: %(default).0f)")
+    add(
+        "--limit", type=Number(above=0), metavar="S",
+        help="seconds: who takes longer for one call is left out of this case, and of those that need no less; what\n"
+        "torch.compile compiles in a call does not count, nor on a GPU a first call, in which kernels are tuned. All\n"
+        f"rounds of one take as long at most (default: {LIMIT:g}; of the preset quick {PRESETS['quick'].limit:g})",
+    )  # fmt: skip
     add("--csv", type=kept, metavar="FILE", help="keep the rows; other runs' rows in it stay, the same are replaced")
     add("--json", type=OutputFile(), metavar="FILE", help="the rows of this run as JSON")
     add(
@@ -83,6 +87,7 @@ def parser() -> Parser:
     )  # fmt: skip
     add("--commit", help="what the rows say was measured (default: what git says)")
     add("--brief", action="store_true", help="one line a case instead of tables")
+    add_quiet(made)
     add(
         "--show",
         type=Checked(_check_rows),
@@ -103,11 +108,12 @@ def _check_kept(text: str) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print, and write."""
-    out = console(160)
+    out = console(160, options.quiet)
     if options.list:
         _list(_device(options), out)
         return 0
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own start and stop lines
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # of semaphores of workers that were ended
     rows = _shown(options, out) if options.show else _measured(options, out)
     if options.plot:
         plots.draw(tables.merged(_kept(options.csv), rows), options.plot)
@@ -178,40 +184,71 @@ def _names(options: argparse.Namespace, case: Case) -> list[str]:
     return selection.names(case.loss, options.backend, options.peer)
 
 
-def _measure(options: argparse.Namespace, plan: dict[Case, bool], out: Any) -> list[Row]:
-    """The rows of all cases; printed and kept case by case."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def _limit(options: argparse.Namespace) -> float:
+    """Seconds of a call: of the preset, unless something else is measured in its place."""
+    own = options.preset is None and (options.shape or options.sweep or options.inputs != RANDOM)
+    return float(options.limit or (LIMIT if own else PRESETS[options.preset or "quick"].limit))
 
-    device = _device(options)
-    limit = int(options.memory_limit * 1e9) if options.memory_limit else runs.default_limit(device)
+
+def _measure(options: argparse.Namespace, plan: dict[Case, bool], out: Any) -> list[Row]:
+    """The rows of all cases: a line as each is measured; a table, and the CSV, case by case."""
+    device, limit = _device(options), _limit(options)
+    memory_limit = int(options.memory_limit * 1e9) if options.memory_limit else runs.default_limit(device)
     rounds = options.rounds or PRESETS[options.preset or "quick"].rounds
     about = runs.about(device, options.commit)
     rows: list[Row] = []
-    peaks: dict[Case, dict[str, int | None]] = {}  # by the case without its distance, which changes no size
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=out, refresh_per_second=1, transient=True) as progress:
-        task = progress.add_task("", total=len(plan))
+    with progress("measuring", sum(len(_names(options, case)) for case in plan), "rows", options.quiet) as bar:
         for case, errors in plan.items():
+            title, over = f"{LOSSES[case.loss].title}, {case.shape}", set[str]()
 
-            def tell(text: str, case: Case = case) -> None:
-                progress.update(task, description=f"{LOSSES[case.loss].title}, {case.shape}: {text}")
+            def tell(text: str, title: str = title) -> None:
+                bar.say(f"{title}: {text}")
 
+            def found(name: str, one: runs.Seen, over: set[str] = over) -> None:
+                if name not in over and (one.status != OK or one.rounds):
+                    over.add(name)
+                    bar(1)
+                if one.status != SKIPPED and not options.brief:
+                    out.print(f"  {name:32} {_said(one)}", markup=False)
+
+            if not options.brief:
+                out.print(str(case), markup=False)
             inputs = None if case.inputs == RANDOM else real.prepared(case, options.cache, tell)
-            known = peaks.setdefault(case._replace(distance=0.0), {})
-            seen, ceilings = runs.measure_case(
-                case, _names(options, case), rounds=rounds, seconds=SECONDS, limit=limit, timeout=options.timeout,
-                errors=errors, progress=tell, file=inputs.file if inputs else None, peaks=known,
+            seen, machine = runs.measure_case(
+                case, _names(options, case), rounds=rounds, limit=limit, memory_limit=memory_limit, errors=errors,
+                progress=tell, found=found, file=inputs.file if inputs else None, known=_known(case, rows),
             )  # fmt: skip
-            known.update({name: one.peak for name, one in seen.items() if one.status == OK})
             new = runs.rows_of(
-                case, seen, ceilings, about, inputs.kl.get(case.distance, math.nan) if inputs else math.nan
+                case, seen, machine, about, inputs.kl.get(case.distance, math.nan) if inputs else math.nan
             )
             rows += new
             if options.csv:
                 tables.write(Path(options.csv), tables.merged(_kept(options.csv), new))
-            _print(new, options.brief, progress.console)
-            progress.update(task, advance=1)
+            _print(new, options.brief, out)
     return rows
+
+
+def _said(one: runs.Seen) -> str:
+    """What is known of an implementation, in a line."""
+    if one.status != OK:
+        return f"{one.status}, {' '.join(one.reason.split())[: tables.REASON]}"
+    if not one.rounds:
+        return f"{tables.megabytes(math.nan if one.peak is None else one.peak)} MB"
+    ms, ratios = [mine for _, mine in one.rounds.values()], [mine / floor for floor, mine in one.rounds.values()]
+    return f"{statistics.median(ms):.4g} ms, {statistics.median(ratios):.2f} x floor"
+
+
+def _known(case: Case, rows: list[Row]) -> dict[str, runs.Seen]:
+    """What rows of this run say of a case before it is measured: the peak, where a teacher's distance alone is another;
+    who takes too long, since it did with less to do."""
+    known = {}
+    for row in rows:
+        if row.status == OK and row.case._replace(distance=case.distance) == case and not math.isnan(row.peak_bytes):
+            known[row.implementation] = runs.Seen(peak=int(row.peak_bytes))
+        elif row.status == TIMED_OUT and case.needs_no_less_than(row.case):
+            reason = row.reason if "with less" in row.reason else f"{row.reason} with less to do: {row.case}"
+            known[row.implementation] = runs.Seen(TIMED_OUT, reason)
+    return known
 
 
 def _print(rows: list[Row], brief: bool, out: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -14,13 +15,17 @@ from cases import PRESENT
 from torch import Tensor
 
 from dft_kernels.backends import BACKENDS
-from dft_kernels.benchmarks import measure, runs
-from dft_kernels.benchmarks.implementations import EAGER, NARROW, Unavailable
+from dft_kernels.benchmarks import floor as bare
+from dft_kernels.benchmarks import measure, runs, worker
+from dft_kernels.benchmarks.implementations import EAGER, NARROW, Call, Implementation, Unavailable
 from dft_kernels.benchmarks.inputs import Inputs
 from dft_kernels.benchmarks.peers import everyone
 from dft_kernels.benchmarks.problems import LOSSES, PARTS, Shape
 
-QUIET: dict[str, Any] = {"rounds": 2, "seconds": 5.0, "limit": 4 << 30, "timeout": 120.0, "errors": False}
+QUIET: dict[str, Any] = {
+    "rounds": 2, "limit": 60.0, "memory_limit": 4 << 30, "errors": False,
+    "progress": lambda _: None, "found": lambda *_: None,
+}  # fmt: skip
 
 # ---- implementations ----
 
@@ -51,7 +56,11 @@ def test_every_implementation_is_the_loss(name: str, loss: str) -> None:
         if everyone()[name].package in ("dft-kernels", "liger-kernel", "cut-cross-entropy"):
             raise
         pytest.skip(str(reason))  # TRL has Python 3.11, F.linear_cross_entropy torch 2.13
-    assert worst(measure.Exact(case, Inputs.make(case, 0)).errors(call)) < (0.05 if narrow else 1e-5)
+    assert worst(errors_of(call, measure.Exact(case, Inputs.make(case, 0)))) < (0.05 if narrow else 1e-5)
+
+
+def errors_of(call: Call, exact: measure.Exact) -> dict[str, float]:
+    return exact.errors(exact.called(call))
 
 
 def worst(errors: dict[str, float]) -> float:
@@ -65,7 +74,7 @@ def test_errors_see_a_wrong_gradient() -> None:
         loss = EAGER.prepare(SMALL)(x)
         return loss + 0.01 * (x.hidden.sum() - x.hidden.detach().sum())
 
-    errors = exact.errors(wrong)
+    errors = errors_of(wrong, exact)
     assert errors["loss"] < 1e-5
     assert errors["dhidden"] > 1e-2
     assert errors["dweight"] < 1e-5
@@ -76,7 +85,7 @@ def test_errors_take_fewer_rows_where_float64_is_dear(monkeypatch: pytest.Monkey
     monkeypatch.setitem(measure.ORACLE_FLOPS, "cpu", 8.0 * h * v * (n // 2))
     exact = measure.Exact(SMALL, Inputs.make(SMALL, 0))
     assert len(exact.dhidden) == n // 2
-    errors = exact.errors(EAGER.prepare(SMALL))
+    errors = errors_of(EAGER.prepare(SMALL), exact)
     assert worst(errors) < 1e-5
     assert errors["rows"] == n // 2
 
@@ -109,8 +118,8 @@ def test_inputs_are_as_they_say() -> None:
 def test_the_floor_is_the_products(loss: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = SMALL._replace(loss=loss, part=part)
     rows, v = 8, case.shape.v
-    monkeypatch.setattr(measure, "FLOOR_BYTES", rows * v * 4)  # three slices
-    x, floor = Inputs.make(case, 0), measure.Floor(case)
+    monkeypatch.setattr(bare, "FLOOR_BYTES", rows * v * 4)  # three slices
+    x, floor = Inputs.make(case, 0), bare.Floor(case)
     made = []
     product = torch.mm
 
@@ -140,9 +149,7 @@ def test_rounds_turn_and_fit_the_time() -> None:
 
 
 def test_workers_survive_what_they_run() -> None:
-    seen, ceilings = runs.measure_case(
-        SMALL, list(crowd()), **{**QUIET, "errors": True}, progress=lambda _: None, table=crowd
-    )
+    seen, ceilings = runs.measure_case(SMALL, list(crowd()), **{**QUIET, "errors": True}, table=crowd)
     status = {name: one.status for name, one in seen.items()}
     assert status == {
         "eager": "ok",
@@ -182,33 +189,132 @@ def test_what_dies_while_it_is_timed_takes_nobody_along(monkeypatch: pytest.Monk
         return watch(job._replace(memory=False), *rest)
 
     monkeypatch.setattr(runs, "watch", as_on_a_gpu)
-    seen, _ = runs.measure_case(case, names, **QUIET, progress=lambda _: None, table=crowd)
+    seen, _ = runs.measure_case(case, names, **QUIET, table=crowd)
     assert jobs[-2:] == [("dies", "eager"), ("eager",)]
     assert (seen["dies"].status, seen["eager"].status) == ("failed", "ok")
     assert len(seen["eager"].rounds) == 2
 
 
-def test_what_says_nothing_is_stopped() -> None:
-    seen, _ = runs.measure_case(
-        SMALL, ["hangs", "eager"], **{**QUIET, "timeout": 12.0}, progress=lambda _: None, table=slow_crowd
-    )
-    assert (seen["hangs"].status, seen["hangs"].reason) == ("timed out", "said nothing for 12 s")
+def test_who_takes_longer_is_left_out_and_the_others_go_on() -> None:
+    told = []
+    seen, machine = runs.measure_case(
+        SMALL, ["hangs", "eager"], table=slow_crowd,
+        **{**QUIET, "limit": 4.0, "found": lambda name, one: told.append((name, one.status, len(one.rounds)))},
+    )  # fmt: skip
+    assert (seen["hangs"].status, seen["hangs"].reason) == ("timed out", "a call took longer than 4 s")
     assert (seen["eager"].status, len(seen["eager"].rounds)) == ("ok", 2)
+    assert told == [("hangs", "timed out", 0), ("eager", "ok", 0), ("eager", "ok", 2)]
+    assert machine["floor_dtype"] == "float32"
+
+
+def test_who_is_known_to_take_longer_is_not_run() -> None:
+    told = []
+    known = {"dies": runs.Seen("timed out", "before"), "eager": runs.Seen(peak=7)}
+    seen, _ = runs.measure_case(
+        SMALL, list(known), known=known, table=crowd, **QUIET | {"found": lambda name, _: told.append(name)}
+    )
+    assert seen["dies"].reason == "before"
+    assert (seen["eager"].peak, len(seen["eager"].rounds)) == (7, 2)
+    assert told == ["dies", "eager"]
+
+
+def test_what_a_call_compiles_does_not_count() -> None:
+    patience = runs.Patience(30.0)
+    assert patience.hear("begin", 0.0) == runs.PATIENCE
+    assert patience.lost() == "said nothing for 300 s"
+    assert patience.hear("call", 10.0) == 30.0
+    assert patience.hear("compiling", 15.0) == runs.PATIENCE
+    assert patience.lost() == "compiled for 300 s"
+    assert patience.hear("compiled", 100.0) == 25.0
+    assert patience.hear("compiling", 110.0) == runs.PATIENCE  # the backward
+    assert patience.hear("compiled", 150.0) == 15.0
+    assert patience.lost() == "a call took longer than 30 s"
+    assert patience.hear("time", 151.0) == runs.PATIENCE
+    assert patience.hear("call", 160.0) == 30.0
+
+
+def test_a_worker_says_when_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(case: Any) -> Call:
+        return torch.compile(EAGER.prepare(case), backend="eager")
+
+    monkeypatch.setattr(measure, "limit_memory", lambda *_: None)  # it would stay in this process
+    table = {"compiled": Implementation("compiled", "torch", tuple(LOSSES), prepare, compiled=True)}
+    job = worker.Job(SMALL, ("compiled",), True, False, False, 1, 60.0, 1 << 30, lambda: table)
+    events: list[worker.Event] = []
+    worker.run(job, events.append)
+    torch._dynamo.reset()  # which forgets the callbacks
+    kinds = [event.kind for event in events]
+    assert kinds == ["begin", "begin", "call", "compiling", "compiled", "call", "peak"]
 
 
 def test_times_survive_the_oracle() -> None:
-    seen, _ = runs.measure_case(
-        SMALL, ["eager"], **{**QUIET, "errors": True}, progress=lambda _: None, table=unlucky_crowd
-    )
+    seen, _ = runs.measure_case(SMALL, ["eager"], **{**QUIET, "errors": True}, table=unlucky_crowd)
     assert (seen["eager"].status, seen["eager"].errors, len(seen["eager"].rounds)) == ("ok", {}, 2)
     assert seen["eager"].reason.startswith("no errors, float64 does not fit: ")
 
 
 def test_a_slow_product_is_not_tried_larger(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU without bf16 instructions, where one of 2048 takes minutes."""
     sizes: set[int] = set()
     multiply = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, out: (sizes.add(len(a)), multiply(a, b, out=out))[1])
-    monkeypatch.setattr(measure, "QUICK", 0.0)
-    assert measure.ceilings(SMALL)["product_flops"] > 0
+    monkeypatch.setattr(bare, "QUICK", 0.0)
+    assert bare.ceilings(SMALL, torch.float32)["product_flops"] > 0
     assert sizes == {256}
+
+
+@pytest.mark.parametrize("slow", [torch.bfloat16, torch.float32])
+def test_the_floor_is_in_the_faster_dtype(slow: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without bf16 instructions, where a product takes a hundred times as long; or with them."""
+    made: list[tuple[torch.dtype, int]] = []
+    multiply = torch.mm
+
+    def product(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+        made.append((out.dtype, len(a)))
+        if out.dtype == slow:
+            time.sleep(0.4 if slow == torch.bfloat16 else 0.01)
+        return multiply(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(bare, "LONG", 100.0)
+    case = SMALL._replace(dtype="bfloat16")
+    x = Inputs.make(case, 0)
+    assert bare.floor_dtype(SMALL, Inputs.make(SMALL, 0)) == torch.float32
+    assert bare.floor_dtype(case._replace(device="cuda"), x) == torch.bfloat16
+    assert made == []
+    assert bare.floor_dtype(case, x) == ({torch.bfloat16, torch.float32} - {slow}).pop()
+    if slow == torch.bfloat16:
+        assert [rows for dtype, rows in made if dtype == slow] == [bare.FIRST_ROWS]  # given up at the first product
+    else:
+        assert {rows for _, rows in made} == {bare.FIRST_ROWS, case.shape.v}  # of logits.t()
+
+
+def test_a_floor_in_fp32_has_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = SMALL._replace(dtype="bfloat16")
+    sets = [Inputs.make(case, seed) for seed in range(2)]
+    race = measure.Race(case, sets, torch.float32)
+    dtypes = []
+    multiply = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: (dtypes.append((a.dtype, b.dtype)), multiply(a, b, out=out))[1])
+    assert race.bare(1) > 0
+    assert set(dtypes) == {(torch.float32, torch.float32)}
+    copies = race.floor.operands(sets[1])
+    for name in ("hidden", "weight", "teacher_hidden", "teacher_weight"):
+        assert not getattr(copies, name).requires_grad
+        torch.testing.assert_close(getattr(copies, name), getattr(sets[1], name).detach().float())
+    assert measure.Race(case, sets).floor.operands(sets[0]) is sets[0]
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "forward_kl"])
+@pytest.mark.parametrize("shape", [Shape(1, 8, 2), Shape(1, 1, 1), Shape(1, 256, 2), Shape(64, 8, 2)])
+def test_the_smallest_problems(loss: str, shape: Shape) -> None:
+    """By every backend that runs here."""
+    case = SMALL._replace(shape=shape, loss=loss)
+    for name, each in everyone().items():
+        if each.ours and name.removeprefix("dft_kernels ") in PRESENT:
+            x = Inputs.make(case, 0)
+            found = each.prepare(case)(x)
+            found.backward()
+            eager = Inputs.make(case, 0)
+            EAGER.prepare(case)(eager).backward()
+            torch.testing.assert_close(x.hidden.grad, eager.hidden.grad, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(x.weight.grad, eager.weight.grad, rtol=1e-4, atol=1e-6)

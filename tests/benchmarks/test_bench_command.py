@@ -1,10 +1,8 @@
-"""`dft-kernels bench`: that tables and pictures say what was measured, and what the command takes and refuses."""
+"""`dft-kernels bench`: what the command takes, prints, keeps and refuses."""
 
 from __future__ import annotations
 
-import csv
 import json
-import math
 import os
 import re
 import signal
@@ -16,141 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from terminals import Terminal
 
-from dft_kernels.benchmarks import plots, runs, selection, tables
+from dft_kernels.benchmarks import runs, selection, tables
 from dft_kernels.benchmarks.peers import everyone
 from dft_kernels.benchmarks.problems import LOSSES, PRESETS, SWEEPS, Case, Shape
-from dft_kernels.benchmarks.tables import Row
 from dft_kernels.commands import bench as command
 from dft_kernels.commands import main as cli
 
 SMALL = Case(Shape(24, 16, 96), "float32", "forward_kl", "both", "cpu")
-
-
-# ---- tables and pictures ----
-
-
-def row(implementation: str = "eager", **others: Any) -> Row:
-    given: dict[str, Any] = {
-        "date": "2026-01-02", "commit": "abc", "machine": "a machine", "python": "3.11", "torch": "2.13",
-        "device": "cpu", "n": 64, "h": 16, "v": 128, "dtype": "bfloat16", "loss": "forward_kl", "part": "both",
-        "implementation": implementation, "package": "torch 2.13", "status": "ok", "reason": "", "rounds": 3,
-        "ms": 20.0, "ms_low": 19.0, "ms_high": 22.0, "floor_ms": 5.0, "over_floor": 4.0, "over_floor_low": 3.9,
-        "over_floor_high": 4.2, "over_eager": 1.0, "over_best_peer": 1.0, "peak_bytes": 3e6, "error_loss": 1e-3,
-        "error_dhidden": 2e-3, "error_dweight": 3e-3, "product_flops": 1e11, "copy_bytes": 1e10,
-    }  # fmt: skip
-    return Row(**(given | others))
-
-
-def test_rows_of_a_case_take_ratios_within_rounds() -> None:
-    ours, eager, best = runs.Seen(), runs.Seen(), runs.Seen()
-    ours.rounds = {0: (10.0, 11.0), 1: (20.0, 22.0), 2: (10.0, 12.0)}
-    eager.rounds = {0: (10.0, 44.0), 1: (20.0, 88.0), 2: (10.0, 48.0)}
-    best.rounds = {0: (10.0, 22.0), 1: (10.0, 22.0)}
-    ours.peak, ours.errors = 7, {"loss": 1e-6, "dhidden": 1e-5, "dweight": 1e-4}
-    gone = runs.Seen("out of memory", "killed")
-    seen = {"dft_kernels native": ours, "eager": eager, "torch.compile(eager)": best, "TRL chunked_divergence": gone}
-    about = {"date": "d", "commit": "c", "machine": "m", "python": "p", "torch": "t"}
-    rows = runs.rows_of(SMALL, seen, {"product_flops": 1.0, "copy_bytes": 2.0}, about)
-    first, second, third, last = rows
-    assert (first.ms, first.ms_low, first.ms_high, first.rounds) == (12.0, 11.0, 22.0, 3)
-    assert first.over_floor == pytest.approx(1.1)
-    assert (first.over_floor_low, first.over_floor_high) == pytest.approx((1.1, 1.2))
-    assert first.over_eager == pytest.approx(0.25)
-    assert first.over_best_peer == pytest.approx(0.75)  # of rounds 0 and 1, the only ones that both have
-    assert (first.peak_bytes, first.error_dweight) == (7, 1e-4)
-    assert second.over_eager == 1.0
-    assert third.over_best_peer == 1.0
-    assert (last.status, last.reason, last.rounds) == ("out of memory", "killed", 0)
-    assert math.isnan(last.ms)
-    assert first.ours
-    assert not second.ours
-
-
-def test_a_csv_keeps_everything(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "rows.csv"
-    gone = row("gone", status="failed", reason='a "quoted", reason', ms=math.nan, peak_bytes=math.nan)
-    tables.write(path, [row(), gone])
-    back = tables.read(path)
-    assert back[0] == row()
-    assert back[1].reason == gone.reason
-    assert math.isnan(back[1].ms)
-    with path.open() as file:
-        assert next(csv.reader(file)) == tables.HEADER
-    newer = row(ms=1.0)
-    other = row(machine="another")
-    assert tables.merged(back, [newer, other]) == [newer, back[1], other]
-
-
-def test_tables_say_who_is_where() -> None:
-    from rich.console import Console
-
-    rows = [
-        row("dft_kernels native", ms=6.0, over_floor=1.2, over_eager=0.3, over_best_peer=0.6, peak_bytes=1e6),
-        row(),
-        row("CCE", ms=10.0, over_floor=2.0, over_best_peer=1.0, peak_bytes=2e6),
-        row("QuACK", status="skipped", reason="QuACK needs [a GPU]"),
-        row("its twin", status="skipped", reason="QuACK needs [a GPU]"),
-        row("TRL chunked_divergence", status="out of memory", reason="[enforce fail at /x/y.cpp:1]", ms=math.nan),
-    ]
-    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    for table in tables.render(rows):
-        console.print(table)
-    text = console.export_text()
-    lines = [line for line in text.splitlines() if line.startswith("│")]
-    assert [line.split("│")[1].strip() for line in lines] == [
-        "dft_kernels native", "CCE", "eager", "TRL chunked_divergence",
-    ]  # fmt: skip
-    assert re.search(r"native +│ +6 \(19\.\.22\) +│ +3 │ +1\.20 .*│ +0\.30 │ +0\.60 │ +1 │", lines[0])
-    assert "TRL chunked_divergence: out of memory, [enforce fail at /x/y.cpp:1]" in text
-    assert "QuACK, its twin: skipped, QuACK needs [a GPU]" in text
-    assert tables.reasons([*rows, *rows])[0] == "QuACK, its twin: skipped, QuACK needs [a GPU]"
-    assert tables.reasons([row(status="failed", reason="a line\nand  more")]) == ["eager: failed, a line and more"]
-    console.print(tables.brief(rows))
-    (line,) = [line for line in console.export_text(clear=False).splitlines() if "forward KL: N 64" in line]
-    assert [cell.strip() for cell in line.split("│")[2:-1]] == [
-        "native", "6", "1.20", "0.30", "0.60", "CCE", "1", "2",
-    ]  # fmt: skip
-    made = tables.markdown(rows, Shape(64, 16, 128), "bfloat16")
-    assert "| dft_kernels native | 1.20, 1 MB |" in made
-    assert "| TRL chunked_divergence | out of memory |" in made
-    assert "Not measured, since they do not run here: QuACK, its twin." in made
-    assert (
-        tables.markdown([*rows, row(inputs="smollm2", distance=0.4, over_floor=9.0)], Shape(64, 16, 128), "bfloat16")
-        == made
-    )
-    for others in ([], [row(machine="another")]):
-        with pytest.raises(ValueError, match="of one machine, got"):
-            tables.markdown([*rows, *others] if others else [], Shape(64, 16, 128), "bfloat16")
-    assert [len(group) for _, group in tables.by_case([*rows, row(machine="another")])] == [6, 1]
-    with pytest.raises(ValueError, match="must have rows of N 1, H 2, V 3 in float32"):
-        tables.markdown(rows, Shape(1, 2, 3), "float32")
-
-
-def test_pictures_of_a_sweep_and_a_roofline(tmp_path: Path) -> None:
-    rows = []
-    for i, n in enumerate((512, 1024, 2048)):
-        rows.append(row("dft_kernels native", n=n, ms=6.0 * n, floor_ms=5.0 * n))
-        out = {"status": "out of memory", "ms": math.nan} if i == 2 else {"ms": 20.0 * n}
-        rows.append(row(n=n, floor_ms=5.0 * n, **out))
-    ((title, group),) = plots.series(rows, "n")
-    assert title == "forward KL: H 16, V 128, bfloat16"
-    assert [r.n for r in group] == [512, 512, 1024, 1024, 2048, 2048]
-    assert plots.series(rows, "v") == []
-    real = [row(n=n, inputs="smollm2", distance=0.01) for n in (512, 1024, 2048)]
-    assert [title for title, _ in plots.series([*rows, *real], "n")] == [
-        "forward KL: H 16, V 128, bfloat16", "forward KL, KL 0.01: H 16, V 128, smollm2, bfloat16",
-    ]  # fmt: skip
-    plots.draw(rows, tmp_path / "new" / "picture.png")
-    from matplotlib import image
-
-    height, width, _ = image.imread(tmp_path / "new" / "picture.png").shape
-    assert (height, width) == (920, 1200)  # two lines of panels
-    with pytest.raises(ValueError, match="a plot needs rows that were measured"):
-        plots.draw([row(status="skipped")], tmp_path / "none.png")
-
-
-# ---- the command ----
 
 
 def bench(*arguments: str) -> int:
@@ -169,7 +41,16 @@ def test_the_command_measures_keeps_and_shows(tmp_path: Path, capsys: pytest.Cap
     ]
     assert all(r.status == "ok" and r.over_floor > 0 and r.error_dweight < 1e-5 for r in kept)
     assert len(json.loads((tmp_path / "j").read_text())) == 2
-    assert "forward KL: N 16, H 8, V 32, float32, cpu" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert said.err == ""  # no bar, where there is no terminal
+    for name in ("dft_kernels native", "eager"):
+        lines = re.findall(rf"^  {name} +(.*)$", said.out, re.M)
+        for memory, time_ in zip(lines[::2], lines[1::2], strict=True):
+            assert re.fullmatch(r"-?[\d.]+ MB", memory)
+            assert re.fullmatch(r"[\d.e+]+ ms, [\d.]+ x floor", time_)
+        assert len(lines) == 6
+    assert said.out.index("  dft_kernels native  ") < said.out.index("┏")  # before the table
+    assert "floor: 4 products in float32" in said.out
     assert bench("--show", str(path), "--plot", str(picture), "--brief") == 0
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert "cross-entropy: N 16" in capsys.readouterr().out
@@ -203,6 +84,10 @@ def test_the_command_lists_who_runs_here(capsys: pytest.CaptureFixture[str]) -> 
         (["--inputs", "smollm2", "--sweep", "n"], "--sweep must be left out with --inputs smollm2, got n"),
         (["--plot", "x.jpg"], "--plot must end in .png, got x.jpg"),
         (["--memory-limit", "-1"], "--memory-limit must be above 0, got -1"),
+        (["--limit", "0"], "--limit must be above 0, got 0"),
+        (["--limit", "soon"], "--limit must be a finite number, got 'soon'"),
+        (["--timeout", "9"], "--timeout must be a flag that there is, got none of that name. Did you mean --limit?"),
+        (["--preset", "edge"], "--preset must be one of 'quick', 'smollm2',"),
         (["--csv", "."], "--csv must be a file's name, got ., a folder"),
         (["--show", "nowhere.csv"], "--show must be a readable file, got nowhere.csv"),
     ],
@@ -241,6 +126,53 @@ def test_stopping_keeps_what_was_finished(
     assert bench("--csv", str(path), "--backend", "--peer", "eager", "--device", "cpu") == 130
     assert [r.case for r in tables.read(path)] == done
     assert str(path) in capsys.readouterr().err
+
+
+def test_who_took_too_long_is_left_out_where_no_less_is_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[Case, dict[str, runs.Seen], float]] = []
+
+    def measured(case: Case, names: list[str], *, known: Any, limit: float, found: Any, **_: Any) -> Any:
+        asked.append((case, known, limit))
+        one = runs.Seen(peak=5)
+        one.rounds = {0: (1.0, 2.0)}
+        seen = dict.fromkeys(names, one) | known
+        if case.loss == "cross_entropy" and case.shape == (8, 8, 8):
+            seen["eager"] = runs.Seen("timed out", "a call took longer than 2 s")
+        for name in names:
+            found(name, seen[name])
+        return seen, {}
+
+    monkeypatch.setattr(runs, "measure_case", measured)
+    few = ["--backend", "--peer", "eager", "F.linear_cross_entropy", "--loss", "cross_entropy", "stored_kl"]
+    assert bench("--shape", "16,8,8", "8,8,8", "8,9,7", *few, "--device", "cpu", "--limit", "2", "--brief") == 0
+    reason = "a call took longer than 2 s with less to do: cross-entropy: N 8, H 8, V 8, bfloat16, cpu"
+    left = {(case.shape, case.loss): known["eager"].reason for case, known, _ in asked if known}
+    assert left == {(Shape(8, 8, 8), "stored_kl"): reason}  # 16,8,8 came before, 8,9,7 has fewer words
+    assert {limit for _, _, limit in asked} == {2.0}
+    assert f"eager: timed out, {reason}" in " ".join(capsys.readouterr().out.split())
+    asked.clear()
+    for preset in ([], ["--preset", "edges"], ["--preset", "smollm2"], ["--shape", "8,8,8"], ["--sweep", "n"]):
+        assert bench(*preset, "--backend", "--peer", "F.linear_cross_entropy", "--device", "cpu", "--quiet") == 0
+    assert list(dict.fromkeys(limit for _, _, limit in asked)) == [5.0, 10.0, 30.0]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    what = ["--shape", "16,8,32", "--dtype", "float32", "--rounds", "1", "--loss", "cross_entropy", "--device", "cpu"]
+    for quiet in ([], ["--quiet"]):
+        with monkeypatch.context() as patch:
+            terminal = Terminal(patch)
+            try:
+                assert bench(*what, "--backend", "native", "--peer", *quiet) == 0
+            finally:
+                said = terminal.said()
+        if quiet:
+            assert said == ""
+        else:
+            assert re.search(r"measuring .* 1/1 rows .* cross-entropy, N 16, H 8, V 32: time of", said)
+            assert "floor: 3 products in float32" in said
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -312,6 +244,12 @@ def test_presets_and_sweeps_hold_what_they_say() -> None:
     full = plan("--preset", "full")
     assert {case.shape.n for case in full} >= set(SWEEPS["n"])
     assert {case.shape.v for case in full} >= set(SWEEPS["v"])
+    edges = plan("--preset", "edges")
+    assert not any(edges.values())
+    assert Shape(1, 8, 2) in {case.shape for case in edges}
+    for place, ends in enumerate([(1, 131072), (8, 8192), (2, 262144)]):
+        sizes = [case.shape[place] for case in edges]
+        assert (min(sizes), max(sizes)) == ends
     swept = plan("--shape", "4,8,16", "--sweep", "n", "--loss", "reverse_kl", "--part", "forward")
     assert [(case.shape.n, errors) for case, errors in swept.items()] == [(4, True), *((n, False) for n in SWEEPS["n"])]
     assert {(case.loss, case.part) for case in swept} == {("reverse_kl", "forward")}

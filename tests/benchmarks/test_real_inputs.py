@@ -140,7 +140,8 @@ def test_bf16_logits_are_measured_where_the_loss_takes_them(monkeypatch: pytest.
         assert implementations.NARROW not in selection.names(loss, backends=["native"])
         one = random._replace(loss=loss)
         call = peers.everyone()[implementations.NARROW].prepare(one)
-        errors = measure.Exact(one, Inputs.make(one, 0)).errors(call)
+        exact = measure.Exact(one, Inputs.make(one, 0))
+        errors = exact.errors(exact.called(call))
         assert max(errors["dhidden"], errors["dweight"]) < 0.05
     assert given == expected
     assert tables.Row(

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import pty
 import re
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from terminals import Terminal
 from tiny_models import WORDS, far, tokenizer  # noqa: F401 - a fixture
 
 from dft_kernels.commands import main as cli
@@ -35,32 +31,6 @@ def lines(tmp_path: Path, tokenizer: Any) -> dict[str, list[str]]:  # noqa: F811
         "gap": ["gap", model, "--text", text, "--target", target, "--count", "4", "--prompt", "4",
                 "--csv", str(tmp_path / "gap.csv"), *short],
     }  # fmt: skip
-
-
-class Terminal:
-    """A pseudo-terminal in the place of stdout and stderr, and what was written to it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.reader, writer = pty.openpty()
-        self.file = os.fdopen(writer, "w", buffering=1)
-        self.parts: list[bytes] = []
-        self.thread = threading.Thread(target=self.read)
-        self.thread.start()
-        for name, value in {"TERM": "xterm", "COLUMNS": "160"}.items():
-            monkeypatch.setenv(name, value)
-        for name in ("stdout", "stderr"):
-            monkeypatch.setattr(sys, name, self.file)
-
-    def read(self) -> None:
-        with contextlib.suppress(OSError):  # EIO: the other end is closed
-            while part := os.read(self.reader, 1 << 16):
-                self.parts.append(part)
-
-    def said(self) -> str:
-        self.file.close()
-        self.thread.join()
-        os.close(self.reader)
-        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", b"".join(self.parts).decode())
 
 
 @pytest.mark.parametrize("name", ["capture", "train", "gap"])

@@ -1,0 +1,38 @@
+"""A terminal for tests of what commands print."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import sys
+import threading
+
+import pytest
+
+
+class Terminal:
+    """A pseudo-terminal in the place of stdout and stderr, and what was written to it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reader, writer = pty.openpty()
+        self.file = os.fdopen(writer, "w", buffering=1)
+        self.parts: list[bytes] = []
+        self.thread = threading.Thread(target=self.read)
+        self.thread.start()
+        for name, value in {"TERM": "xterm", "COLUMNS": "160"}.items():
+            monkeypatch.setenv(name, value)
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, self.file)
+
+    def read(self) -> None:
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while part := os.read(self.reader, 1 << 16):
+                self.parts.append(part)
+
+    def said(self) -> str:
+        self.file.close()
+        self.thread.join()
+        os.close(self.reader)
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", b"".join(self.parts).decode())

@@ -10,6 +10,7 @@
 // log1p, abs, max, select(condition, a, b).
 //
 //     eval(lp, lq, q, a, f, g)   lp = log p, lq = log q, a the divergence's parameter; writes f and g
+//     sums(lp, lq, a, f, s)      where it costs less (on a CPU): f, and s with the same sum over v as g
 //     flat                       sum_v g = 0 for any p and q: the gradient needs no sum over v beforehand
 //     linear                     sum_v g = sum_v q (log q - log p): accumulated beside the log-sum-exps
 //
@@ -104,8 +105,8 @@ struct JensenShannon {
     f = a * Pieces<M>::kl(p, m, over_p) + (T(1) - a) * Pieces<M>::kl(q, m, over_q);
     g = Pieces<M>::times(q, (a - T(1)) * over_q);
   }
-  // f, and s with the same sum over v as g, made of the larger probability x and of y = x (1 + e): g sums to
-  // (1 - a) KL(q || m). M::log1p with two arguments: cpu/simd.h.
+  // From the larger probability x and the other, y = x (1 + e); g sums to (1 - a) KL(q || m), of which f has the
+  // addends. M::log1p with two arguments: cpu/simd.h.
   DFT_FN void sums(N lp, N lq, T a, N& f, N& s) {
     const N lowest = M::set(T(sizeof(T) == 4 ? -87 : -700));  // the log of a probability that counts as 0
     lp = M::select(lp < lowest, lowest, lp), lq = M::select(lq < lowest, lowest, lq);

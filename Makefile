@@ -5,6 +5,7 @@
 # make test-oldest: the tests with the oldest versions that are supported, in a copy with a .venv of its own
 #   OLDEST_PYTHON=python3.12 makes that .venv
 # make sanitize: the C++ code under ASan and UBSan
+# make aarch64: the C++ code compiled for ARM, and its kernels run where there is qemu-aarch64-static (QEMU=/path/to/it)
 # make served: a real vLLM with SmolLM2 on the CPU, in build/served, as a teacher; SERVED=--kills=10, --record: see there
 TORCH ?= torch==2.13.0
 ifdef PYTHON
@@ -18,7 +19,7 @@ PYTEST := -m pytest -n auto --dist worksteal -p no:benchmark
 COPY := tar -c --exclude=./build --exclude=./.venv --exclude=./.git --exclude='*.so' --exclude=_build.json . | tar -x -C
 STAMP := build/installed-$(subst /,_,$(subst =,_,$(PY)-$(TORCH)))
 
-.PHONY: test test-all test-oldest demo install lint sanitize served clean
+.PHONY: test test-all test-oldest demo install lint sanitize aarch64 served clean
 
 test: $(STAMP) lint
 	$(PY) $(PYTEST) -m 'not full'
@@ -52,6 +53,21 @@ sanitize: $(STAMP)
 	cd build/sanitize && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		$(abspath $(PY)) -m pytest tests/backends/test_native.py tests/backends/test_contract.py -k "native and not other_processors"
+
+# by zig, a cross compiler with its C library from the package index; the headers of torch are the same for every CPU
+ZIG := PYTHONPATH=build/aarch64/zig $(PY) -m ziglang c++ -mcpu=generic+v8_2a+bf16 -Icsrc -std=c++20 -fPIC -Wall -Wextra -Werror
+QEMU ?= qemu-aarch64-static
+aarch64: $(STAMP)
+	mkdir -p build/aarch64/include
+	$(PY) -m pip install -q --no-deps --upgrade --target build/aarch64/zig ziglang
+	cp "$$(gcc -print-file-name=include/omp.h)" build/aarch64/include
+	for name in bindings memory ops step; do $(ZIG) -target aarch64-linux-gnu -O2 -fopenmp -DTORCH_EXTENSION_NAME=_C \
+		-isystem build/aarch64/include $$($(PY) -c "import sysconfig, torch.utils.cpp_extension as cpp; \
+		print(*('-isystem ' + path for path in [*cpp.include_paths(), sysconfig.get_path('include')]))") \
+		-c csrc/cpu/$$name.cpp -o build/aarch64/$$name.o || exit 1; done
+	$(ZIG) -target aarch64-linux-musl -static -O3 -fno-math-errno -fno-trapping-math -DDFT_ISA=baseline \
+		csrc/cpu/rows.cpp tests/other_cpus/check_rows.cpp -o build/aarch64/check_rows
+	if command -v $(QEMU); then $(QEMU) build/aarch64/check_rows; else echo "compiled, not run: there is no $(QEMU)"; fi
 
 served: $(STAMP)
 	$(PY) bench/served.py $(SERVED)

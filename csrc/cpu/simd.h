@@ -98,11 +98,11 @@ struct Lanes<float> : Common<float, int32_t> {
     N scale = (N)(((I)shifted << 23) + 0x3f800000);
     return (p(r) * (r * r) + r) * scale + (scale - 1.0f);
   }
-  DFT_INLINE N log1p(N x) {  // x > -1, finite; -inf at -1
-    N u = 1.0f + x;
-    I bits = (I)u - 0x3f3504f3;  // the exponent of u / sqrt(1/2)
-    I e = bits >> 23;
-    N f = (N)((I)u - (e << 23)) - 1.0f;  // u = 2^e (1 + f)
+  // log(1 + x) of finite x >= -1 (-88 at -1), and x - log(1 + x), which does not cancel near 0
+  DFT_INLINE N log1p(N x, N& excess) {
+    I e = ((I)(1.0f + x) - 0x3f3504f3) >> 23;  // 1 + x = 2^e (1 + f) with f from sqrt(1/2) - 1 to sqrt(2) - 1
+    N scale = (N)(0x3f800000 - (e << 23));
+    N f = scale * x + (scale - 1.0f);  // free of the rounding error of 1 + x
     N q = f * -7.8614399e-2f + 1.29026458e-1f;
     q = q * f - 1.31371707e-1f;
     q = q * f + 1.41787261e-1f;
@@ -111,10 +111,14 @@ struct Lanes<float> : Common<float, int32_t> {
     q = q * f - 2.50008374e-1f;
     q = q * f + 3.33333164e-1f;
     N n = __builtin_convertvector(e, N);
-    N y = q * (f * f * f) + n * -2.12194440e-4f;
-    y = y - 0.5f * f * f + f + n * 0.693359375f;
-    y = y + (x - (u - 1.0f)) * max(2.0f - u, N{});  // the rounding error of 1 + x, times an approximation of 1 / u
-    return x == -1.0f ? set(-INFINITY) : y;
+    N below = (0.5f - q * f) * (f * f);  // f - log(1 + f)
+    N y = ((n * -2.12194440e-4f - below) + f) + n * 0.693359375f;
+    excess = e == 0 ? below : x - y;
+    return y;
+  }
+  DFT_INLINE N log1p(N x) {
+    N excess;
+    return log1p(x, excess);
   }
   DFT_INLINE N tanh(N x) {
     N a = abs(x);
@@ -136,6 +140,11 @@ struct Lanes<double> : Common<double, int64_t> {
   }
   DFT_INLINE N log1p(N x) {
     return map(x, [](double v) { return std::log1p(v); });
+  }
+  DFT_INLINE N log1p(N x, N& excess) {
+    N y = log1p(x);
+    excess = x - y;
+    return y;
   }
   DFT_INLINE N tanh(N x) {
     return map(x, [](double v) { return std::tanh(v); });

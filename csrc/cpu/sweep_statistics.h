@@ -26,7 +26,10 @@ void divergence(const Tile<T>& tile, const Divergence<T>& at) {
           N lq = log_of(M::load(z + l), at.inverse, at.model_lse, start + l);
           N lp = log_of(M::load(t + l), at.target_inverse, at.target_lse, start + l);
           N f, g;
-          D<M>::eval(lp, lq, M::exp(lq), at.parameter, f, g);
+          if constexpr (requires { D<M>::sums(lp, lq, at.parameter, f, g); })
+            D<M>::sums(lp, lq, at.parameter, f, g);
+          else
+            D<M>::eval(lp, lq, M::exp(lq), at.parameter, f, g);
           M::store(value + l, M::load(value + l) + f);
           M::store(slope + l, M::load(slope + l) + g);
         }

@@ -16,14 +16,18 @@ within gradient_error times the norms to be expected. Of dhidden that is what th
 of dweight the norm so far and as much more as the last chunk added; the first chunk's are estimated by projections.
 So a call whose chunks cancel may end above gradient_error; `dropped` says so. Columns of labels and of a teacher's
 likeliest tokens are always kept.
+
+What is done with numbers of columns [V] is done in numpy, on the host: it is little, and a parallel loop over so few
+would wait for a thread wherever other processes keep the processors busy.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +45,10 @@ _CAUTION = 0.9  # about that of dweight,
 _PROBES = 16  # directions that the first dweight's norm is estimated in
 _AGAIN = 0.95  # of what dweight may miss, where that was exceeded
 _LEVELS = 256  # of columns, a quarter of an octave each
+
+
+Numbers = np.ndarray[Any, np.dtype[np.float64]]  # [V]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]  # [V]
 
 
 class Spread(NamedTuple):
@@ -66,16 +74,13 @@ def spread_of(dlogits: Tensor, hidden: Tensor) -> Spread:
     return found
 
 
-def kept(values: Tensor, budget: float) -> Tensor:
-    """The mask [V] of all but the smallest values, which sum up to at most `budget`. In integers: the same on every
-    device and in every order."""
-    scale = values.amax().clamp_(min=torch.finfo(values.dtype).tiny)
-    parts = values / scale
-    level = (parts.log2().mul_(4).floor_() + _LEVELS - 1).clamp_(min=0).to(torch.int64)
-    units = (parts.double() * 2.0**40).ceil_().to(torch.int64)
-    sums = torch.zeros(_LEVELS, dtype=torch.int64, device=values.device).scatter_add_(0, level, units).cumsum(0)
-    left_out = (sums.double() <= budget / scale.double() * 2.0**40).sum().clamp_(max=_LEVELS - 1)
-    return level >= left_out
+def kept(values: Numbers, budget: float) -> Mask:
+    """The mask [V] of all but the smallest values, which sum up to at most `budget`."""
+    with np.errstate(divide="ignore"):
+        octaves = np.log2(values / (values.max() or 1.0))
+    level = np.maximum(np.floor(4 * octaves) + _LEVELS - 1, 0).astype(np.int64)
+    sums = np.bincount(level, values, _LEVELS).cumsum()
+    return level >= min(np.count_nonzero(sums <= budget), _LEVELS - 1)
 
 
 AddProducts = Callable[[Tensor, Tensor, Tensor, Tensor], float]  # see `ActiveColumns.products`
@@ -83,11 +88,12 @@ AddProducts = Callable[[Tensor, Tensor, Tensor, Tensor], float]  # see `ActiveCo
 
 class _Gathered(NamedTuple):
     """columns [m + V, R]: m rows that are free, then those of dlogits.T in the order of `order` [V]: kept for dhidden
-    alone, for both products, for dweight alone, for none. counts: of the first three."""
+    alone, for both products, for dweight alone, for none. counts: of the first three; kept: for dweight."""
 
     order: Tensor
     columns: Tensor
     counts: tuple[int, int, int]
+    kept: Mask
 
     @property
     def free(self) -> int:
@@ -164,7 +170,7 @@ class _Weight:
         self.error = error
         self.square = self.norm = 0.0
         self.added: float | None = None  # to the norm, by the last chunk
-        self.left: Tensor | None = None  # [V]: the reach left out so far
+        self.left: Numbers | None = None  # the reach left out so far
 
     def allowed(self, dlogits: Tensor, hidden: Tensor) -> float:
         """The reach that the chunk may leave out."""
@@ -177,22 +183,20 @@ class _Weight:
 
     def bound(self) -> float:
         """Of what it misses."""
-        return 0.0 if self.left is None else _norm(self.left)
+        return 0.0 if self.left is None else _length(self.left)
 
-    def multiply(self, gathered: _Gathered, hidden: Tensor, reached: Tensor, out: Tensor, add: AddProducts) -> None:
+    def multiply(self, gathered: _Gathered, hidden: Tensor, reached: Numbers, out: Tensor, add: AddProducts) -> None:
         """dweight += the columns that are kept, times hidden, and more of them where the norm is less than expected."""
         some, free, columns = gathered.of_weight, gathered.free, gathered.columns
-        ids, before, bound = gathered.order[some], self.norm, self.bound()
-        self._add(out, ids, columns[free + some.start : free + some.stop], hidden, add)
-        left = reached.index_fill(0, ids, 0.0)
-        if _norm(left) > 0 and bound + _norm(left) > self.error * self.norm:
-            more = kept(left.square(), max(0.0, _AGAIN * self.error * self.norm - bound) ** 2) & (left > 0)
-            places = more[gathered.order].nonzero()[:, 0]
-            ids = gathered.order[places]
-            self._add(out, ids, columns.index_select(0, places + free), hidden, add)
-            left = left.index_fill(0, ids, 0.0)
+        before, bound, left = self.norm, self.bound(), np.where(gathered.kept, 0.0, reached)
+        self._add(out, gathered.order[some], columns[free + some.start : free + some.stop], hidden, add)
+        if left.any() and bound + _length(left) > self.error * self.norm:
+            more = kept(left**2, max(0.0, _AGAIN * self.error * self.norm - bound) ** 2) & (left > 0)
+            places = torch.from_numpy(more).to(out.device)[gathered.order].nonzero()[:, 0]
+            self._add(out, gathered.order[places], columns.index_select(0, places + free), hidden, add)
+            left[more] = 0.0
         self.added = self.norm - before
-        self.left = left if self.left is None else self.left.add_(left)
+        self.left = left if self.left is None else self.left + left
 
     def _add(self, out: Tensor, ids: Tensor, left: Tensor, right: Tensor, add: AddProducts) -> None:
         self.square += add(out, ids, left, right)
@@ -245,14 +249,14 @@ class ActiveColumns:
         if found is None:
             self.pays = False
             return False
-        gathered, sides, total = found
+        gathered, sides, total, reached = found
         if dhidden is not None and self._hidden is not None and sides is not None:
             self._hidden.multiply(gathered, sides, dlogits, total, dhidden)
             self._left_out += (len(gathered.order) - gathered.of_hidden) * len(hidden)
         if dweight is not None:
             if first:
                 dweight.zero_()
-            self._weight.multiply(gathered, hidden, spread.reached, dweight, add)
+            self._weight.multiply(gathered, hidden, reached, dweight, add)
             some = gathered.of_weight
             self._left_out += (len(gathered.order) - (some.stop - some.start)) * len(hidden)
         return True
@@ -265,57 +269,59 @@ class ActiveColumns:
         always: Sequence[Tensor | None],
         of_hidden: bool,
         of_weight: bool,
-    ) -> tuple[_Gathered, Tensor | None, float] | None:
-        """A chunk's columns, what dhidden leaves out, projected, and the sum of squares of all; None: all are to be
-        multiplied."""
-        total, vocab = float(spread.squares.sum(dtype=torch.float64)), len(spread.squares)
-        if not 0 < total < math.inf or not math.isfinite(float(spread.reached.sum())):
+    ) -> tuple[_Gathered, Tensor | None, float, Numbers] | None:
+        """A chunk's columns, what dhidden leaves out, projected, the sum of squares of all, and their reach; None: all
+        are to be multiplied."""
+        squares, reached = (x.double().cpu().numpy() for x in spread)
+        total, vocab = float(squares.sum()), len(squares)
+        if not 0 < total < math.inf or not np.isfinite(reached).all():
             return None
-        fixed = torch.zeros(vocab, dtype=torch.bool, device=dlogits.device)
+        fixed = np.zeros(vocab, dtype=np.bool_)
         for ids in always:
             if ids is not None:
-                fixed[ids[(ids >= 0) & (ids < vocab)]] = True
+                known = ids.cpu().numpy()
+                fixed[known[(known >= 0) & (known < vocab)]] = True
 
-        def worth(*masks: Tensor) -> bool:
-            return sum(vocab - int(mask.sum()) for mask in masks) >= _WORTH * vocab
+        def worth(*masks: Mask) -> bool:
+            return bool(sum(vocab - np.count_nonzero(mask) for mask in masks) >= _WORTH * vocab)
 
-        roughly = kept(spread.squares, self.error**2 * total)  # seldom fewer: what is left out adds up in the products
+        roughly = kept(squares, self.error**2 * total)  # seldom fewer: what is left out adds up in the products
         if not worth(*(roughly,) * (of_hidden + of_weight)):
             return None
-        by_weight = [kept(spread.reached.square(), self._weight.allowed(dlogits, hidden) ** 2) | fixed] * of_weight
-        none = torch.zeros_like(fixed)
+        by_weight = [kept(reached**2, self._weight.allowed(dlogits, hidden) ** 2) | fixed] * of_weight
+        none = np.zeros_like(fixed)
         if not of_hidden:
-            return (_gathered(dlogits, none, by_weight[0]), None, total) if worth(*by_weight) else None
+            return (_gathered(dlogits, none, by_weight[0]), None, total, reached) if worth(*by_weight) else None
         of = self._hidden = self._hidden or _Hidden(self.error, self.weight, dlogits.dtype)
         allowed, missed = of.allowed(dlogits, total), of.missed
         for _ in range(_TRIES):
-            mask = kept(spread.squares, (allowed / missed) ** 2) | fixed
+            mask = kept(squares, (allowed / missed) ** 2) | fixed
             if not worth(mask, *by_weight):
                 return None
             gathered = _gathered(dlogits, mask, by_weight[0] if of_weight else none, of.free)
             sides = of.sides(gathered)
             bound = of.sketch.residual(sides)
-            left_out = math.sqrt(float(spread.squares.masked_fill(mask, 0.0).sum(dtype=torch.float64)))
+            left_out = math.sqrt(squares[~mask].sum())
             if left_out > 0:
                 missed = of.missed = _SAFETY * bound / left_out
             if bound <= allowed:
                 of.bound = bound
                 of.bounds += bound**2
-                return gathered, sides, total
+                return gathered, sides, total, reached
         return None
 
 
-def _gathered(dlogits: Tensor, of_hidden: Tensor, of_weight: Tensor, free: int = 0) -> _Gathered:
-    """All columns, by the masks [V] of those that are kept."""
+def _gathered(dlogits: Tensor, of_hidden: Mask, of_weight: Mask, free: int = 0) -> _Gathered:
+    """All columns, by the masks of those that are kept."""
     parts = (of_hidden & ~of_weight, of_hidden & of_weight, ~of_hidden & of_weight, ~of_hidden & ~of_weight)
-    groups = [mask.nonzero()[:, 0] for mask in parts]
-    order = torch.cat(groups)
+    groups = [np.flatnonzero(mask) for mask in parts]
+    order = torch.from_numpy(np.concatenate(groups)).to(dlogits.device)
     columns = scratch([free + len(order), dlogits.shape[0]], dlogits.dtype, dlogits.device)
     if dlogits.stride(0) == 1:
         torch.index_select(dlogits.t(), 0, order, out=columns[free:])
     else:
         columns[free:] = dlogits.index_select(1, order).t()
-    return _Gathered(order, columns, (len(groups[0]), len(groups[1]), len(groups[2])))
+    return _Gathered(order, columns, (len(groups[0]), len(groups[1]), len(groups[2])), of_weight)
 
 
 def _product(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -324,6 +330,10 @@ def _product(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
         gemm.dhidden_(dlogits, weight, out)
     else:
         out.copy_(dlogits @ weight.to(dlogits.dtype))
+
+
+def _length(x: Numbers) -> float:
+    return math.sqrt(float(np.square(x).sum()))
 
 
 def _norm(x: Tensor) -> float:

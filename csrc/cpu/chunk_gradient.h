@@ -100,16 +100,15 @@ void Step<T>::gradient(const ChunkArguments& chunk, const Tensor& statistics, co
 
 template <class T>
 bool Step<T>::keeps_dlogits(const ChunkArguments& chunk) const {
-  const Source<T> model = source(a_.model, chunk.hidden, a_.logits, chunk.down, a_.up);
-  return model.tiles() || (model.blocks() && !model.logits.narrow());
+  return a_.model.weight && (by_tiles(a_.model, chunk.hidden) || a_.logits.element_size() == sizeof(T));
 }
 
 template <class T>
 Tensor Step<T>::dlogits(const ChunkArguments& chunk) const {
-  const Source<T> model = source(a_.model, chunk.hidden, a_.logits, chunk.down, a_.up);
-  const Dlogits at = model.dlogits(model.logits.tile(0, 0), 0);
-  const Tensor whole = at.narrow ? a_.logits.view(at::kBFloat16) : a_.logits;
-  return whole.as_strided({a_.vocab, chunk.hidden.size(0)}, {at.stride, 1});
+  const bool tiles = by_tiles(a_.model, chunk.hidden);  // then over fp32 logits, or over narrow ones
+  const int64_t c = padded_rows(chunk.hidden), stride = tiles && a_.logits.element_size() == sizeof(T) ? 2 * c : c;
+  const Tensor whole = tiles ? a_.logits.view(at::kBFloat16) : a_.logits;
+  return whole.as_strided({a_.vocab, chunk.hidden.size(0)}, {stride, 1});
 }
 
 template <class T>

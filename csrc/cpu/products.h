@@ -283,6 +283,12 @@ class Logits {
   Tensor copies_;  // [threads, kTile c]
 };
 
+// Whether bf16 products with a head run tile by tile
+inline bool by_tiles(const HeadArguments& head, const Tensor& hidden) {
+  return head.weight && hidden.scalar_type() == at::kBFloat16 && hidden.size(1) % 2 == 0 && hidden.size(1) > 0 &&
+         head.weight->stride(1) == 1 && has_tile_product();
+}
+
 // A chunk's logits of one model, and the products that make them
 template <class T>
 struct Source {
@@ -299,8 +305,7 @@ struct Source {
       : head(head), hidden(std::move(x)), logits(std::move(held)), vocab(vocab), c(c) {
     if (hidden.stride(1) != 1) hidden = hidden.contiguous();
     if (head.weight) {
-      const bool tiles = hidden.scalar_type() == at::kBFloat16 && hidden.size(1) % 2 == 0 && hidden.size(1) > 0 &&
-                         head.weight->stride(1) == 1 && has_tile_product();
+      const bool tiles = by_tiles(head, hidden);
       factors.emplace_back(hidden, *head.weight, c, tiles);
       if (down) factors.emplace_back(*down, *up, c, tiles);
     }

@@ -14,8 +14,8 @@ at least the norm ||g|| - b; `dropped` is the larger of the two.
 Kept are the columns with the largest sums of squares (dhidden) and the largest reach (dweight), so that the bounds are
 within gradient_error times the norms to be expected. Of dhidden that is what the last chunk's was to the norm of its D,
 of dweight the norm so far and as much more as the last chunk added; the first chunk's are estimated by projections.
-So a call whose chunks cancel may end above gradient_error; `dropped` says so. Columns of labels and of a teacher's
-likeliest tokens are always kept.
+So a call whose chunks' shares of dweight cancel may end above gradient_error; `dropped` says so. Columns of a chunk's
+labels and of its teacher's likeliest tokens are always kept.
 
 What is done with numbers of columns [V] is done in numpy, on the host: it is little, and a parallel loop over so few
 would wait for a thread wherever other processes keep the processors busy.
@@ -38,8 +38,8 @@ from .sketch import Sketch, normal
 
 _WORTH = 0.25  # of a product of a whole chunk: what must be left out, or gathering costs more
 _TRIES = 3  # at a set of columns whose bound holds
-_FIRST = 4.5  # what dhidden misses of a chunk that none came before, over ||E|| and a row of the head outside of P
-_SAFETY = 1.06  # of a later one, over the last one's
+_FIRST = 4.5  # the first guess of dhidden's bound, over ||E|| times the RMS norm of a row of W (I - P^T P)
+_SAFETY = 1.06  # the guess of a later chunk, over what the last one's was
 _SOME = 64  # rows of the first chunk that the first norm of dhidden is estimated from
 _CAUTION = 0.9  # about that of dweight,
 _PROBES = 16  # directions that the first dweight's norm is estimated in
@@ -129,7 +129,8 @@ class _Hidden:
             some = dlogits[:: max(1, len(dlogits) // _SOME)]
             own = _norm(some) ** 2  # 0: none of these rows has a gradient
             self.growth = self.sketch.norm(some @ self.sketch.projected) ** 2 / own if own > 0 else 0.0
-        return math.sqrt(max(0.0, self.error**2 * (self.squares + self.growth * total) - self.bounds))
+        square = self.error**2 * (self.squares + self.growth * total) - self.bounds
+        return math.sqrt(square) if 0 < square < math.inf else 0.0
 
     @property
     def free(self) -> int:
@@ -141,9 +142,9 @@ class _Hidden:
         start = gathered.of_hidden
         return gathered.columns[gathered.free + start :].t() @ self.sketch.projected[gathered.order[start:]]
 
-    def multiply(self, gathered: _Gathered, sides: Tensor, dlogits: Tensor, total: float, out: Tensor) -> None:
+    def multiply(self, gathered: _Gathered, sides: Tensor, dlogits: Tensor, total: float, out: Tensor) -> int:
         """dhidden: the columns that are kept, and the subspace's share of the others as m columns more; all columns
-        where the norm is so much less than expected that the bound is too large for it."""
+        where the norm is so much less than expected that the bound is too large for it. Returns how many."""
         free, used, columns = self.free, gathered.of_hidden, gathered.columns
         rows = scratch([free + used, out.shape[1]], columns.dtype, columns.device)
         rows[:free] = self.sketch.subspace
@@ -156,11 +157,14 @@ class _Hidden:
         left = columns[: free + used].t()
         _product(left, rows, out)
         square = _norm(out) ** 2
+        if self.bounds > self.error**2 * (self.squares + square):
+            self.bounds -= self.bound**2
+            used = len(self.weight)
+            _product(dlogits, self.weight, out)
+            square = _norm(out) ** 2
         self.growth = square / total
         self.squares += square
-        if self.bounds > self.error**2 * self.squares:
-            self.bounds -= self.bound**2
-            _product(dlogits, self.weight, out)
+        return used
 
 
 class _Weight:
@@ -179,15 +183,17 @@ class _Weight:
             expected = _CAUTION * _norm(dlogits.t() @ (hidden @ probes).to(dlogits.dtype)) / math.sqrt(_PROBES)
         else:
             expected = self.norm + max(0.0, self.added if self.added < self.norm else 0.5 * self.added)
-        return max(0.0, self.error * expected - self.bound())
+        return max(0.0, self.error * expected - self.bound()) if expected < math.inf else 0.0
 
     def bound(self) -> float:
         """Of what it misses."""
         return 0.0 if self.left is None else _length(self.left)
 
-    def multiply(self, gathered: _Gathered, hidden: Tensor, reached: Numbers, out: Tensor, add: AddProducts) -> None:
-        """dweight += the columns that are kept, times hidden, and more of them where the norm is less than expected."""
+    def multiply(self, gathered: _Gathered, hidden: Tensor, reached: Numbers, out: Tensor, add: AddProducts) -> int:
+        """dweight += the columns that are kept, times hidden, and more of them where the norm is less than expected.
+        Returns how many."""
         some, free, columns = gathered.of_weight, gathered.free, gathered.columns
+        used = some.stop - some.start
         before, bound, left = self.norm, self.bound(), np.where(gathered.kept, 0.0, reached)
         self._add(out, gathered.order[some], columns[free + some.start : free + some.stop], hidden, add)
         if left.any() and bound + _length(left) > self.error * self.norm:
@@ -195,8 +201,10 @@ class _Weight:
             places = torch.from_numpy(more).to(out.device)[gathered.order].nonzero()[:, 0]
             self._add(out, gathered.order[places], columns.index_select(0, places + free), hidden, add)
             left[more] = 0.0
+            used += len(places)
         self.added = self.norm - before
         self.left = left if self.left is None else self.left + left
+        return used
 
     def _add(self, out: Tensor, ids: Tensor, left: Tensor, right: Tensor, add: AddProducts) -> None:
         self.square += add(out, ids, left, right)
@@ -222,8 +230,9 @@ class ActiveColumns:
         for gradient, bound in ((dhidden, of_hidden), (dweight, self._weight.bound())):
             if gradient is not None and bound > 0:
                 least = _norm(gradient) - bound
-                worst = max(worst, bound / least if least > 0 else math.inf)
-        return torch.tensor([worst, 1.0 - self._left_out / max(1, products)], dtype=torch.float64)
+                worst = max(worst, bound / least if 0 < least < math.inf else math.inf)
+        share = 1.0 - self._left_out / max(1, products)
+        return torch.tensor([worst, share], dtype=torch.float64, device=self.weight.device)
 
     def products(
         self,
@@ -251,14 +260,13 @@ class ActiveColumns:
             return False
         gathered, sides, total, reached = found
         if dhidden is not None and self._hidden is not None and sides is not None:
-            self._hidden.multiply(gathered, sides, dlogits, total, dhidden)
-            self._left_out += (len(gathered.order) - gathered.of_hidden) * len(hidden)
+            used = self._hidden.multiply(gathered, sides, dlogits, total, dhidden)
+            self._left_out += (len(gathered.order) - used) * len(hidden)
         if dweight is not None:
             if first:
                 dweight.zero_()
-            self._weight.multiply(gathered, hidden, reached, dweight, add)
-            some = gathered.of_weight
-            self._left_out += (len(gathered.order) - (some.stop - some.start)) * len(hidden)
+            used = self._weight.multiply(gathered, hidden, reached, dweight, add)
+            self._left_out += (len(gathered.order) - used) * len(hidden)
         return True
 
     def _chosen(
@@ -288,21 +296,26 @@ class ActiveColumns:
         roughly = kept(squares, self.error**2 * total)  # seldom fewer: what is left out adds up in the products
         if not worth(*(roughly,) * (of_hidden + of_weight)):
             return None
-        by_weight = [kept(reached**2, self._weight.allowed(dlogits, hidden) ** 2) | fixed] * of_weight
+        by_weight = [fixed] * of_weight
+        if of_weight and (top := reached.max()) > 0:
+            by_weight = [kept((reached / top) ** 2, (self._weight.allowed(dlogits, hidden) / top) ** 2) | fixed]
         none = np.zeros_like(fixed)
         if not of_hidden:
             return (_gathered(dlogits, none, by_weight[0]), None, total, reached) if worth(*by_weight) else None
         of = self._hidden = self._hidden or _Hidden(self.error, self.weight, dlogits.dtype)
         allowed, missed = of.allowed(dlogits, total), of.missed
         for _ in range(_TRIES):
-            mask = kept(squares, (allowed / missed) ** 2) | fixed
+            gathered = sides = None  # before others are made
+            mask = kept(squares, (allowed / missed) ** 2 if missed > 0 else math.inf) | fixed
             if not worth(mask, *by_weight):
                 return None
             gathered = _gathered(dlogits, mask, by_weight[0] if of_weight else none, of.free)
             sides = of.sides(gathered)
             bound = of.sketch.residual(sides)
             left_out = math.sqrt(squares[~mask].sum())
-            if left_out > 0:
+            if not math.isfinite(bound):
+                return None
+            if left_out > 0 and bound > 0:
                 missed = of.missed = _SAFETY * bound / left_out
             if bound <= allowed:
                 of.bound = bound

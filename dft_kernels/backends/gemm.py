@@ -113,8 +113,11 @@ def dweight_(dlogits: Tensor, hidden: Tensor, out: Tensor, *, accumulate: bool) 
 def add_products_(out: Tensor, index: Tensor, left: Tensor, right: Tensor) -> float:
     """out [V, H] at `index` [n], each of them once: += left [n, R] @ right [R, H]; by how much that changes the sum of
     squares of `out`, which is in the accumulation dtype, or in the input dtype and 0 there."""
-    product = wide_product(left, right)
-    before = out.index_select(0, index).to(product.dtype)
-    after = before + product
-    out.index_copy_(0, index, after.to(out.dtype))
-    return float((product * after.add_(before)).sum(dtype=torch.float64))  # after^2 - before^2
+    change = torch.zeros((), dtype=torch.float64, device=out.device)
+    for some in tiles(left, vocab=out.shape[1]):
+        product = wide_product(left[some], right)
+        before = out.index_select(0, index[some]).to(product.dtype)
+        after = before + product
+        out.index_copy_(0, index[some], after.to(out.dtype))
+        change += (product * after.add_(before)).sum(dtype=torch.float64)  # after^2 - before^2
+    return float(change)

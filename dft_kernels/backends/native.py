@@ -146,7 +146,8 @@ def _gradient(
         vocab = terms.head.weight.shape[0] if terms.head.weight is not None else chunk.hidden.shape[1]
         at = sparse.gradient_at(found.outcomes, index, chunk, terms, found.rows, settled, vocab, pull)
     given, step, active, spread = workspace.of(chunk), workspace.step, backward.active, None
-    if active is not None and active.pays and step.keeps_dlogits(given):
+    products = backward.dhidden is not None or backward.dweight is not None
+    if active is not None and active.pays and products and step.keeps_dlogits(given):
         spread = Spread(*found.rows.new_empty(2, workspace.vocab))
     step.gradient(
         given,

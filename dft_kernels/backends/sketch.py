@@ -8,8 +8,8 @@ rows that span its strongest directions, and G [H, s] of normal numbers:
 
 Both are E times a matrix [V, m + s] that is made once a call. For any M, ||M G||^2 is a sum of chi-squared variables of
 s degrees of freedom, weighted by the squares of M's singular values; its lower tail is heaviest where M has rank one.
-So with J^2 = s / (the 1e-4 quantile of chi-squared) the bound fails with a probability of at most 1e-4 over G, whatever
-M is. G comes of a fixed seed: calls can be repeated bit by bit.
+So with J^2 = s / (the 1e-4 quantile of chi-squared) the bound fails with a probability of at most 1e-4 over G, for any
+M that was made without G in sight. G comes of a fixed seed: calls can be repeated bit by bit.
 
 Why not ||E|| ||W||: rows of a head share a direction (their cosine with their mean is 0.66 in SmolLM2), so that what is
 left out adds up along it. At ||E|| = 0.001 ||dlogits|| dhidden misses 2.3 %, with the subspace put back 0.2 %, where
@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..dtypes import accumulate_dtype
 
 _SUBSPACE = 16  # m
 _SKETCH = 48  # s
@@ -43,27 +45,32 @@ class Sketch(NamedTuple):
     @classmethod
     def make(cls, weight: Tensor, dtype: torch.dtype) -> Sketch:
         """Of a head [V, H], for dlogits of `dtype`. About 2 V H (m + s) FLOP."""
-        wide, width = torch.promote_types(weight.dtype, torch.float32), weight.shape[1]
+        wide, width = accumulate_dtype(weight.dtype), weight.shape[1]
         random = normal(width, _SUBSPACE + _SKETCH, weight).to(wide)
         basis, test = random[:, : min(_SUBSPACE, width)], random[:, _SUBSPACE:]
         some = weight[:: max(1, len(weight) // _ROWS)].to(wide)
+        some = some / some.abs().amax().clamp_(min=torch.finfo(wide).tiny)  # or squares of them overflow
         for _ in range(_ITERATIONS):
             basis = torch.linalg.qr(some.t() @ (some @ basis)).Q
-        basis = basis.to(dtype).to(wide)  # as it is multiplied
+        basis = basis.to(weight.dtype).to(dtype).to(wide)  # as it is multiplied, in both places
         test = test - basis @ (basis.t() @ test)
         projected = weight @ torch.cat([basis, test], dim=1).to(weight.dtype)
         return cls(basis.t().to(dtype), projected.to(dtype))
 
     def residual(self, sides: Tensor) -> float:
         """A bound of ||E W (I - P^T P)||, from E projected [R, m + s]."""
-        return _MARGIN * float(torch.linalg.vector_norm(sides[:, len(self.subspace) :])) / math.sqrt(_SKETCH)
+        return _MARGIN * _norm(sides[:, len(self.subspace) :]) / math.sqrt(_SKETCH)
 
     def norm(self, sides: Tensor) -> float:
         """About ||E W||."""
-        inside = float(torch.linalg.vector_norm(sides[:, : len(self.subspace)]))
-        return math.hypot(inside, self.residual(sides) / _MARGIN)
+        return math.hypot(_norm(sides[:, : len(self.subspace)]), self.residual(sides) / _MARGIN)
 
 
 def normal(rows: int, columns: int, like: Tensor) -> Tensor:
     """[rows, columns] normal numbers in fp32, the same in every call, on the device of `like`."""
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(_SEED)).to(like.device)
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu").to(like.device)
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))

@@ -200,7 +200,7 @@ class TransformedLoss(torch.autograd.Function):
         both = (*(gradients[n] for n in known), *(tangents[n] for n in known))
         primals = (None if t is None else forward_ad.unpack_dual(t).primal for t in (hidden, weight))
         denominator = torch.ones_like(denominator) if ctx.folded else denominator
-        return (_Tangent.apply(*primals, denominator, *both), *(None,) * (5 + GRADIENTS))
+        return (_Tangent.apply(*primals, denominator, *both), *(None,) * (RESULTS - 1 + GRADIENTS))
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:

@@ -117,7 +117,7 @@ class DFTTrainer(transformers.Trainer):
     With `PrinciplesCollator` as data_collator a model sees its principles before each sequence.
     Everything else is Trainer's: accumulation (a step is divided by the tokens of all of its batches), checkpoints,
     `report_to`. Metrics of the loss's own pass (METRICS, means over all processes' tokens since the last log;
-    OF_CALLS over their calls) join its logs.
+    OF_CALLS over their calls, of `dropped` the largest) join its logs.
 
     Raises ValueError for a loss that is not finite, before the step is taken, naming step and sequences.
     """
@@ -287,7 +287,13 @@ class DFTTrainer(transformers.Trainer):
         for name in OF_CALLS:
             if found[name] is not None:
                 value = found[name].to(count)
-                self._add(name, torch.stack([value, torch.ones_like(value)]))
+                if name == "dropped":  # the largest: a mean of bounds is none
+                    last = self.sums.get(name)
+                    self.sums[name] = torch.stack(
+                        [value if last is None else last[0].maximum(value), value.new_ones(())]
+                    )
+                else:
+                    self._add(name, torch.stack([value, torch.ones_like(value)]))
         seen = inputs.get("attention_mask")
         seen = targets_of(inputs).numel() if seen is None or seen.ndim != 2 else (seen != 0).sum()
         self._add("tokens", torch.stack([count.new_zeros(()) + seen, count]))

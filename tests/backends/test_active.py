@@ -182,17 +182,62 @@ def test_what_is_everywhere_is_multiplied_whole(given: Given, backend: str) -> N
 
 
 @pytest.mark.parametrize("backend", [name for name in PRESENT if name != "triton"])
-def test_cancelling_chunks_are_told(backend: str) -> None:
-    """dweight of the second half of the rows is that of the first, negated: all of the rest is error."""
+@pytest.mark.parametrize("by", [-1.0, -0.97, -0.5])
+def test_cancelling_chunks_are_told(by: float, backend: str) -> None:
+    """dweight of the second half of the rows is `by` times that of the first, which leaves little beside the error."""
     given = language()
-    rows = torch.cat([torch.ones(N), -torch.ones(N)]).double()
+    rows = torch.cat([torch.ones(N), torch.full((N,), by)]).double()
     target = given.options["target"].masked_fill(given.options["target"] < 0, 7).repeat(2)
     more = {"target": target, "row_weight": rows, "reduction": "sum", "chunk_size": N}
     twice = Given(given.hidden.repeat(2, 1), given.weight, more)
     exact, found = run(twice, None, backend=backend), run(twice, ERROR, backend=backend)
-    assert float((found[3] - exact[3]).norm()) <= float(found[1].dropped) * float(exact[3].norm().clamp_min(1e-12))
-    of_hidden, _ = errors(found, exact)
+    of_hidden, of_weight = errors(found, exact)
     assert of_hidden <= ERROR
+    dropped = float(found[1].dropped)
+    assert of_weight <= dropped
+    assert dropped > ERROR
+    assert math.isfinite(dropped) == (by > -1)
+
+
+@pytest.mark.parametrize("backend", [name for name in PRESENT if name != "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda given: given._replace(weight=torch.zeros_like(given.weight)),
+        lambda given: given._replace(weight=given.weight[:, :1].clone(), hidden=given.hidden[:, :1].clone()),
+        lambda given: given._replace(hidden=given.hidden * 1e-18, weight=given.weight * 1e18),
+        lambda given: given._replace(hidden=given.hidden * 1e18, weight=given.weight * 1e-18),
+        lambda given: given._replace(options={**given.options, "row_weight": torch.full((N,), 1e16)}),
+        lambda given: given._replace(weight=given.weight.index_fill(0, torch.arange(0, V, 2), 0.0)),
+    ],
+    ids=["a zero head", "H 1", "a huge head", "huge hidden states", "huge weights of rows", "half of it zero"],
+)
+def test_out_of_the_ordinary(change: Callable[[Given], Given], dtype: torch.dtype, backend: str) -> None:
+    given = change(language())._replace()
+    for chunk_size in (None, 32):
+        more = {"backend": backend, "chunk_size": chunk_size, "reduction": "sum"}
+        exact, found = run(given, None, dtype, **more), run(given, ERROR, dtype, **more)
+        rounding = 1e-4 if dtype == torch.float32 else 2e-2
+        for a, b in zip(found[2:], exact[2:], strict=True):
+            assert bool(a.isfinite().all())
+            if bool((b != 0).any()):
+                off = float((a.double() - b.double()).norm() / b.double().norm())
+                assert off <= float(found[1].dropped) + rounding
+
+
+def test_a_default_device_and_dtype_change_nothing() -> None:
+    given = language()
+    _, metrics, *first = run(given, ERROR, torch.float32)
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float64)
+        _, other, *second = run(given, ERROR, torch.float32)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert metrics.dropped == other.dropped
 
 
 @pytest.mark.parametrize("backend", [name for name in PRESENT if name != "triton"])
@@ -287,6 +332,9 @@ def test_traced_and_transformed_calls_are_the_eager_one() -> None:
         assert torch.equal(hidden.grad, dhidden)
         assert torch.equal(weight.grad, dweight)
         assert more.dropped == metrics.dropped
+    tangents = (torch.ones_like(given.hidden), torch.ones_like(given.weight))
+    _, forward = torch.func.jvp(lambda *leaves: loss(*leaves)[0], (given.hidden, given.weight), tangents)
+    assert forward == pytest.approx(float(dhidden.sum() + dweight.sum()), rel=1e-9)
     grads = torch.func.grad(lambda *leaves: loss(*leaves)[0], (0, 1))(given.hidden, given.weight)
     assert torch.equal(grads[0], dhidden)
     assert torch.equal(grads[1], dweight)

@@ -70,6 +70,9 @@ def main(file: str, folder: str, *names: str) -> None:
         functions[name](Path(folder))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a thread of gloo that lets go of a tensor while the interpreter ends would abort it, seldom
 
 
 if __name__ == "__main__":

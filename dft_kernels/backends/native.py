@@ -163,8 +163,9 @@ def _gradient(
     if active is None or spread is None:
         return
     dhidden, dweight, first = backward.dhidden, backward.dweight, backward.first
-    target = chunk.target
-    likeliest = step.favourites() if isinstance(target, DenseTarget) else None if target is None else target.best()
+    target, likeliest = chunk.target, None
+    if target is not None:
+        likeliest = step.favourites() if isinstance(target, DenseTarget) else target.best()
     dlogits, add = step.dlogits(given).t(), extension.MODULE.add_products
     if not active.products(dlogits, chunk.hidden, spread, (chunk.label, likeliest), dhidden, dweight, first, add):
         step.products(given, dhidden, dweight, first)

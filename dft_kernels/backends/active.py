@@ -37,6 +37,7 @@ from .extension import scratch
 from .sketch import Sketch, normal
 
 _WORTH = 0.25  # of a product of a whole chunk: what must be left out, or gathering costs more
+_PREPARES = 1000  # rows of a product that take as long as what a call prepares, at H 576; fewer at a larger H
 _TRIES = 3  # at a set of columns whose bound holds
 _FIRST = 4.5  # the first guess of dhidden's bound, over ||E|| times the RMS norm of a row of W (I - P^T P)
 _SAFETY = 1.06  # the guess of a later chunk, over what the last one's was
@@ -212,19 +213,20 @@ class _Weight:
 
 
 class ActiveColumns:
-    """The columns that a call multiplies, chunk after chunk. error: gradient_error; weight: the head [V, H]."""
+    """The columns that a call multiplies, chunk after chunk. error: gradient_error; weight: the head [V, H]; rows: of
+    all chunks."""
 
-    def __init__(self, error: float, weight: Tensor) -> None:
-        self.error, self.weight = error / (1.0 + error), weight  # of what is computed
+    def __init__(self, error: float, weight: Tensor, rows: int) -> None:
+        self.error, self.weight, self.rows = error / (1.0 + error), weight, rows  # error: of what is computed
         self.pays = True  # False: the rest of the call is dense
         self._hidden: _Hidden | None = None  # made where it is first needed: it costs products of its own
         self._weight = _Weight(self.error)
         self._left_out = 0  # numbers of dlogits, of both products
 
-    def report(self, dhidden: Tensor | None, dweight: Tensor | None, rows: int) -> Tensor:
+    def report(self, dhidden: Tensor | None, dweight: Tensor | None) -> Tensor:
         """[2] in float64: the bound of the relative error of both gradients, and the share of the columns that was
-        multiplied. rows: of all chunks."""
-        products = rows * len(self.weight) * ((dhidden is not None) + (dweight is not None))
+        multiplied."""
+        products = self.rows * len(self.weight) * ((dhidden is not None) + (dweight is not None))
         worst = 0.0
         of_hidden = 0.0 if self._hidden is None else math.sqrt(self._hidden.bounds)
         for gradient, bound in ((dhidden, of_hidden), (dweight, self._weight.bound())):
@@ -291,7 +293,8 @@ class ActiveColumns:
                 fixed[known[(known >= 0) & (known < vocab)]] = True
 
         def worth(*masks: Mask) -> bool:
-            return bool(sum(vocab - np.count_nonzero(mask) for mask in masks) >= _WORTH * vocab)
+            saved = sum(1.0 - np.count_nonzero(mask) / vocab for mask in masks)  # products
+            return bool(saved >= _WORTH and saved * self.rows >= _PREPARES)
 
         roughly = kept(squares, self.error**2 * total)  # seldom fewer: what is left out adds up in the products
         if not worth(*(roughly,) * (of_hidden + of_weight)):

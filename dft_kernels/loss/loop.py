@@ -71,7 +71,7 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
     into, dweight, dbias, ddown, dup = gradients
     active = None
     if problem.gradient_error is not None and problem.weight is not None and seed is not None:
-        active = ActiveColumns(problem.gradient_error, problem.weight)
+        active = ActiveColumns(problem.gradient_error, problem.weight, selection.count)
     workspace = backend.workspace(planned.rows, vocab, hidden, terms, gradient=seed is not None, kept=planned.kept)
     to_hidden, to_down = (RowGradient(g, selection, planned.rows, backend.overlaps) for g in (into, ddown))
     with _without_autocast(hidden.device.type), _open_teacher(problem, blocks) as targets:
@@ -120,7 +120,7 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
         if outcome.features is not None:
             outcome.features.masked_fill_(selection.ignored[:, None], 0.0)
     if active is not None:
-        outcome.left_out = active.report(into, dweight, selection.count)
+        outcome.left_out = active.report(into, dweight)
     del workspace  # its memory serves the rounding
     outcome.gradients = rounded(problem, gradients)
     return outcome

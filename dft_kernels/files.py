@@ -19,7 +19,7 @@ import typing
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -179,8 +179,9 @@ class Source:
         bounds: Mapping[str, Bounds] = types.MappingProxyType({}),
         beside: Collection[str] = (),
     ) -> T:
-        """The dataclass whose fields an object holds: all of them, of their types, and no other but those `beside`.
-        where: the object's own field; bounds: least and most of fields."""
+        """The dataclass whose fields an object holds: all of them, of their types, and no other but those `beside`;
+        fields may be dataclasses, lists and dicts of such. where: the object's own field; bounds: least and most of
+        fields."""
         prefix = f"{where}." if where else ""
         given = self.typed(where or "the file", value, dict)
         names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
@@ -191,11 +192,25 @@ class Source:
         for name, hint in typing.get_type_hints(kind).items():
             if name not in given:
                 self.fail(f"{prefix}{name}", "be there", "none")
-            kinds = [one for one in (typing.get_args(hint) or (hint,)) if one is not type(None)]
-            optional = len(kinds) < len(typing.get_args(hint))
-            plain = optional and given[name] is None
-            found[name] = None if plain else self.typed(f"{prefix}{name}", given[name], kinds[0], bounds.get(name))
+            found[name] = self._of(hint, f"{prefix}{name}", given[name], bounds.get(name))
         return kind(**found)
+
+    def _of(self, hint: Any, field: str, value: Any, within: Bounds | None) -> Any:
+        """A value of a field's type: one of `typed`, a dataclass, a list or dict of such, or None where that may be."""
+        if hint is Any:
+            return value
+        kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+        if kind in (types.UnionType, typing.Union):
+            (one,) = (each for each in inner if each is not type(None))
+            return None if value is None and len(inner) > 1 else self._of(one, field, value, within)
+        if isinstance(kind, type) and is_dataclass(kind):
+            return self.record(kind, value, field)
+        held = self.typed(field, value, kind, within)
+        if kind is list and inner:
+            return [self._of(inner[0], f"{field}[{at}]", one, within) for at, one in enumerate(held)]
+        if kind is dict and inner:
+            return {name: self._of(inner[1], f"{field}.{shown(name)}", one, within) for name, one in held.items()}
+        return held
 
     # ---- safetensors
 

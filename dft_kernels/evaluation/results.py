@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import fail
 from ..files import Source, replace_text
+from ..generation.sampling import Sampling
 
 FILE, FORMAT = "evaluation.json", 1
 LIMIT = 64 << 20  # bytes of one
@@ -51,18 +52,6 @@ class Value:
     def ratio(self) -> float | None:
         """value / floor, None without."""
         return None if self.value is None or not self.floor else self.value / self.floor
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How text was drawn: what every figure depends on. temperature 0: the likeliest token."""
-
-    temperature: float
-    top_p: float
-    min_p: float
-    seed: int
-    length: int  # tokens at most
-    count: int  # texts
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,25 @@ from ..models.heads import output_layer, unwrapped
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How text is drawn: what every figure of it depends on. temperature 0: the likeliest token; top_p 1 and min_p 0
+    leave nothing out; length: tokens at most; count: texts."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    length: int = 128
+    count: int = 200
+
+    def keywords(self) -> dict[str, Any]:
+        """Those of `generate`."""
+        if self.temperature == 0:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"temperature": self.temperature, "top_p": self.top_p, "min_p": self.min_p or None}
+
+
+@dataclass(frozen=True)
 class Rollouts:
     """Texts [B, T]: prompts, aligned to end together at column `width`, and what the model drew after them."""
 

@@ -17,9 +17,9 @@ def add_cache(parser: Any) -> None:
     )  # fmt: skip
 
 
-def add_text(parser: Any, about: str = "", **more: Any) -> None:
-    """--text, with words before its help."""
-    parser.add_argument("--text", nargs="+", type=Checked(check_text), help=f"{about}{TEXT_HELP}", **more)
+def add_text(parser: Any, about: str = "", flag: str = "--text", **more: Any) -> None:
+    """--text, or another flag for texts, with words before its help."""
+    parser.add_argument(flag, nargs="+", type=Checked(check_text), help=f"{about}{TEXT_HELP}", **more)
 
 
 def add_only(parser: Any, about: str) -> None:
@@ -49,14 +49,20 @@ def add_seed(parser: Any, about: str) -> None:
     parser.add_argument("--seed", type=SEED, default=0, help=about)
 
 
-def add_sampling(parser: Any, temperature: Number, about: str) -> None:
-    """--temperature and --top-p."""
+def add_sampling(parser: Any, temperature: Number, about: str, min_p: bool = False) -> None:
+    """--temperature, --top-p and, where asked for, --min-p."""
     parser.add_argument("--temperature", type=temperature, default=1.0, help=about)
     parser.add_argument(
         "--top-p", type=Number(above=0, most=1), default=1.0, help="sample from the likeliest tokens of this mass"
     )
+    if min_p:
+        parser.add_argument(
+            "--min-p", type=Number(least=0, most=1), default=0.0,
+            help="leave out tokens below this share of the likeliest one's probability",
+        )  # fmt: skip
 
 
 def sampled(options: Any) -> str:
     """How text was drawn, for a reader."""
-    return f"temperature {options.temperature:g}, top-p {options.top_p:g}, seed {options.seed}"
+    min_p = f", min-p {options.min_p:g}" if hasattr(options, "min_p") else ""
+    return f"temperature {options.temperature:g}, top-p {options.top_p:g}{min_p}, seed {options.seed}"

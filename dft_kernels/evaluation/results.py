@@ -119,9 +119,20 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Swept:
+    """One way of sampling of a sweep: mean of abs(value) / floor over the metrics of texts, and how many are beyond
+    their floor."""
+
+    sampling: Sampling
+    distance: float
+    gaps: int
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """One model by one way of sampling. histograms: shares, "sentence words" by words of a sentence and "punctuation"
-    by class; cost: "generation seconds", "tokens per second", "parameters", "peak memory bytes" as far as known."""
+    by class; sweep: of the ways of sampling that this one is the best of; cost: "generation seconds", "tokens per
+    second", "tokens", "empty texts", "parameters"."""
 
     name: str
     sampling: Sampling
@@ -131,6 +142,7 @@ class Evaluated:
     phrases: list[Phrase]
     texts: list[Text]
     slices: list[Slice]
+    sweep: list[Swept]
     histograms: dict[str, list[float]]
     cost: dict[str, float]
 

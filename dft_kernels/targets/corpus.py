@@ -27,7 +27,7 @@ from .target import AGES, GAPS, LETTERS, WINDOW, WORDS, About, Target
 PASSAGE = 8192  # characters
 SPLITS = 16  # random halves that a noise floor is the mean of
 _BATCH = 32  # passages tokenized at a time
-_WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
+WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 _PARAGRAPH = re.compile(r"\n[ \t\r]*\n\s*")
 
 
@@ -58,7 +58,7 @@ def sentence_ends(text: str) -> list[int]:
         for first, last in nupunkt.sent_spans(paragraph) if paragraph.strip() else ():
             sentence = paragraph[first:last]
             end = start + first + len(sentence.rstrip())
-            if _WORD.search(sentence):
+            if WORD.search(sentence):
                 ends.append(end)
             elif ends and sentence.strip():
                 ends[-1] = end
@@ -108,7 +108,7 @@ class Counts:
         """Count a passage. encoding: the tokenizer's output for it, if already computed."""
         sums = {name: value[block : block + 1] for name, value in self.sums.items()}
         ends = sentence_ends(text)
-        found = list(_WORD.finditer(text))
+        found = list(WORD.finditer(text))
         sums["documents"] += 1
         sums["characters"] += len(text)
         sums["words"] += len(found)

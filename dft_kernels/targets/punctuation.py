@@ -16,9 +16,14 @@ _MARK = re.compile(
 )
 
 
+def placed_marks(text: str) -> list[tuple[int, int]]:
+    """Where each mark of a text begins, and its class (an index into CLASSES), in order."""
+    return [(match.start(), (match.lastindex or 1) - 1) for match in _MARK.finditer(text)]
+
+
 def marks(text: str) -> list[int]:
-    """Classes (indices into CLASSES) of a text's marks, in order."""
-    return [(match.lastindex or 1) - 1 for match in _MARK.finditer(text)]
+    """The classes alone."""
+    return [kind for _, kind in placed_marks(text)]
 
 
 def token_marks(tokenizer: Any, vocab_size: int) -> Tensor:

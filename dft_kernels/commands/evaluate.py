@@ -1,0 +1,119 @@
+"""`dft-kernels evaluate`: does a model write like people, and what did it cost."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+import transformers
+
+from ..evaluation import evaluate as work
+from ..evaluation.results import FILE, LEVEL, Evaluation
+from ..generation.sampling import Sampling
+from ..materials.encoders import encoder
+from ..materials.records import Faults
+from ..materials.sources import texts_of, tokenizer_of, trained_model
+from .arguments import Help, Number, Parser, Whole, output_folder
+from .flags import add_cache, add_only, add_quiet, add_sampling, add_seed, add_skip_bad, add_text, sampled
+from .printing import console, progress
+
+
+def parser() -> Parser:
+    """The options of `dft-kernels evaluate`."""
+    made = Parser(
+        prog="dft-kernels evaluate",
+        description="Let models go on from human prompts, and measure how far their writing lies from what people wrote "
+        "there: every metric with its interval, in units of what people differ by from people. What was drawn is kept, "
+        "and a run that was stopped goes on.",
+        formatter_class=Help,
+    )
+    add = made.add_argument
+    add("model", nargs="+", help="folders or names for transformers, what dft-kernels train saved, or smollm2; the "
+        "first is what the others are held against")  # fmt: skip
+    add_text(made, "human writing, of the kind that the models shall write and were not trained on: ", "--human",
+             required=True)  # fmt: skip
+    add_only(made, "is read")
+    add_skip_bad(made)
+    add("--out", type=output_folder, default="evaluation", metavar="DIR", help="where results and samples are written")
+    add("--count", type=Whole(2), default=200, help="texts of each model; as many human ones twice")
+    add("--prompt", type=Whole(1), default=32, help="tokens of a prompt")
+    add("--length", type=Whole(2), default=128, help="tokens that a text has at most")
+    add_sampling(made, Number(least=0), "of every model; 0: the likeliest token", min_p=True)
+    add_seed(made, "of passages, draws and halves")
+    add("--sweep", action="store_true",
+        help=f"try the first model by {len(work.GRID)} other ways of sampling too, and show the best of them")  # fmt: skip
+    add("--base", default=None, help="of adapters; by default what they were trained from")
+    add("--tokenizer", default=None, help="whose tokens are counted; by default the first model's")
+    add("--encoder", default="minilm", help="of texts, for MMD and MAUVE: minilm, which pip brings, a folder of "
+        "sentence-transformers, or none")  # fmt: skip
+    add("--batch", type=Whole(1), default=16, help="texts drawn at a time, of which the draws depend")
+    add_cache(made)
+    add_quiet(made)
+    return made
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check, evaluate, print."""
+    transformers.utils.logging.disable_progress_bar()
+    twice = {name for name in options.model if options.model.count(name) > 1}
+    if twice:
+        raise ValueError(f"evaluate: model must be named once each, got {min(twice)} twice. Leave one out.")
+    chosen = {name: trained_model(name, options.base) for name in options.model}
+    faults = Faults(options.skip_bad)
+    texts = texts_of(options.human, options.cache, options.only, faults)
+    out = console(quiet=options.quiet)
+    for line in faults.said():
+        out.print(line, highlight=False)
+    first = chosen[options.model[0]]
+    source = options.tokenizer or (first.base if first.adapter else first.name)
+    job = work.Job(
+        human=options.human,
+        sampling=Sampling(
+            options.temperature, options.top_p, options.min_p, options.seed, options.length, options.count
+        ),
+        prompt=options.prompt,
+        sweep=work.GRID if options.sweep else (),
+        encoder=None if options.encoder == "none" else encoder(options.encoder, options.cache),
+        batch=options.batch,
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    found = work.evaluate(
+        job,
+        texts,
+        tokenizer_of(str(source), options.cache),
+        [(name, partial(one.load, options.cache)) for name, one in chosen.items()],
+        options.out,
+        partial(progress, quiet=options.quiet),
+    )
+    out.print(render(found, sampled(options)))
+    out.print(f"{options.out / FILE}: dft-kernels report {options.out} draws it", highlight=False)
+    return 0
+
+
+def stopped(options: argparse.Namespace) -> str:
+    """How to go on."""
+    return f"what was drawn is in {options.out}, and the same command goes on"
+
+
+def render(found: Evaluation, about: str) -> Any:
+    """Every metric of every model, in floors."""
+    from rich.table import Table
+
+    made = Table("metric", *(model.name for model in found.models), title="value / what people differ by from people")
+    for at, metric in enumerate(found.metrics):
+        made.add_row(metric.name, *(_cell(model.values[at], metric.kind == LEVEL) for model in found.models))
+    score = [f"{model.score.value:.0f}" if model.score else "" for model in found.models]
+    made.add_row("style diversity score", *score, end_section=True)
+    people = " (people: {:.0f} to {:.0f})".format(*found.human_score[::2]) if found.human_score else ""
+    made.caption = f"above 1: more than 95 % of human halves differ by; score of 100{people}; {about}"
+    return made
+
+
+def _cell(value: Any, level: bool) -> str:
+    if value.value is None or (value.ratio is None and not level):
+        return value.note.partition(":")[0] or "no noise"
+    if level:
+        return f"{value.value:.4g}"
+    low, high = (one / value.floor for one in (value.low, value.high))
+    return f"{value.ratio:+.2f} ({low:+.2f} to {high:+.2f}){' *' if abs(value.ratio) > 1 else ''}"

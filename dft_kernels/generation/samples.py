@@ -1,0 +1,220 @@
+"""Texts of a model for an evaluation, kept as JSON lines: drawn once, in batches, and read without the model.
+
+    {"format": ..., "model": ..., "sampling": {...}, ...}                        what the texts depend on: `Header`
+    {"number": 0, "prompt": ..., "text": ..., "tokens": 128, "seconds": 0.31}    a line a text, in the prompts' order
+
+Batch b of a run is drawn by the seed sampling.seed + b and written at once. A run that was killed drops the batch that
+was being written and goes on, so that its file equals that of a run which was not, but for the seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..errors import fail
+from ..files import Source
+from ..models.heads import check_positions, output_layer
+from ..store.fingerprint import model_fingerprint, tokenizer_fingerprint
+from .journal import Journal
+from .sampling import Sampling, continuations
+
+FORMAT = "dft_kernels samples 1"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the texts of a file depend on. model_sha256: of the weights; generation: what the model's own
+    generation_config sets, as a repetition penalty, which `generate` applies too; device: where they were drawn."""
+
+    format: str
+    model: str
+    model_sha256: str
+    tokenizer_sha256: str
+    sampling: Sampling
+    batch: int
+    prompts_sha256: str
+    generation: dict[str, Any]
+    device: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A text. tokens: that were drawn; seconds: its share of its batch's."""
+
+    number: int
+    prompt: str
+    text: str
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The texts of a model after prompts, in their order. tokens, seconds: of all of them together."""
+
+    header: Header
+    prompts: list[str]
+    texts: list[str]
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Drawn, all batches together; 0 where no time was measured."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def draw(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    file: Path,
+    *,
+    model_name: str,
+    batch: int = 16,
+    tick: Callable[[int], None] | None = None,
+) -> Samples:
+    """What a model writes after prompts, by transformers' `generate`, kept in a file, which is gone on with.
+
+    model, tokenizer: of transformers; the model is left in the mode it was in, torch's random state as it was.
+    prompts: sampling.count texts, encoded as the tokenizer does by default, with its BOS; unequal lengths are padded on
+        the left and masked. The texts are what follows, without special tokens.
+    file: JSON lines, see above. A finished one is read and nothing is drawn. One of other settings (`Header`) is not
+        touched; nor is an unfinished one of other versions or another device gone on with, whose draws would be others.
+    batch: prompts at a time, of which the draws depend.
+    tick: called with the number of texts there are more, those of an earlier run too.
+
+    Errors: ValueError, by argument or by file and line, before anything is drawn.
+    Cost: the draws, and one sha256 over the weights: drawing a token reads them all too, so that it is of the order of
+    a few tokens, and a model that was trained again into the same folder is not taken for the one before.
+    """
+    ids = _encoded(tokenizer, prompts, sampling, model)
+    header = asdict(_header(model, tokenizer, prompts, sampling, model_name, batch))
+    journal = Journal.begin(_source("draw", file), header)
+    found = _checked(journal)
+    finished = len(found.texts) == len(prompts)
+    journal.check(header, ("versions", "device") if finished else ())
+    if not finished:
+        journal.keep(len(found.texts) // batch * batch)
+    if tick is not None and journal.lines:
+        tick(len(journal.lines))
+    for start in range(len(journal.lines), len(prompts), batch):
+        rows = range(start, min(start + batch, len(prompts)))
+        began = time.perf_counter()
+        seed = sampling.seed + start // batch
+        drawn = continuations(
+            model, tokenizer, [ids[row] for row in rows], sampling.length, seed, **sampling.keywords()
+        )
+        seconds = round((time.perf_counter() - began) / len(rows), 6)
+        journal.add(
+            asdict(_Line(row, prompts[row], _text(tokenizer, ids[row], new), len(new), seconds))
+            for row, new in zip(rows, drawn, strict=True)
+        )
+        if tick is not None:
+            tick(len(rows))
+    return _checked(journal)
+
+
+def read(file: Path) -> Samples:
+    """The texts of a file that `draw` has finished; ValueError, by file and line, for any other."""
+    found = _checked(Journal.read(_source("samples", file)))
+    count = found.header.sampling.count
+    if len(found.texts) != count:
+        source = _source("samples", file)
+        source.fail("the file", f"hold {count} texts", len(found.texts), "Run what draws it again: it goes on")
+    return found
+
+
+def _source(function: str, file: Path) -> Source:
+    remedy = "Delete it and draw again, or name another folder"
+    return Source(function, file, remedy, "Draw them first")
+
+
+def _encoded(tokenizer: Any, prompts: Sequence[str], sampling: Sampling, model: Any) -> list[list[int]]:
+    """The prompts' token ids."""
+    if len(prompts) != sampling.count or not prompts:
+        fail("draw", "prompts", f"be sampling.count, {sampling.count}", len(prompts), "Give one for each text")
+    ids = [tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
+    for number, row in enumerate(ids):
+        if not row:
+            fail("draw", f"prompts[{number}]", "hold a token", repr(prompts[number]), "Leave it out")
+    longest = max(map(len, ids)) + sampling.length
+    remedy = "Shorten them, or draw fewer tokens"
+    check_positions(model, longest, "draw", "prompts", "have, with sampling.length,", remedy)
+    return ids
+
+
+def _header(
+    model: Any, tokenizer: Any, prompts: Sequence[str], sampling: Sampling, model_name: str, batch: int
+) -> Header:
+    device = output_layer(model).weight.device
+    own = model.generation_config.to_diff_dict() if getattr(model, "generation_config", None) is not None else {}
+    return Header(
+        format=FORMAT,
+        model=model_name,
+        model_sha256=model_fingerprint(model),
+        tokenizer_sha256=tokenizer_fingerprint(tokenizer),
+        sampling=sampling,
+        batch=batch,
+        prompts_sha256=_digest(prompts),
+        generation={name: value for name, value in own.items() if name[0] != "_" and name != "transformers_version"},
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+    )
+
+
+def _digest(prompts: Sequence[str]) -> str:
+    """sha256 of texts in their order."""
+    found = hashlib.sha256()
+    for prompt in prompts:
+        data = prompt.encode("utf-8")
+        found.update(len(data).to_bytes(8, "little") + data)
+    return found.hexdigest()
+
+
+def _text(tokenizer: Any, before: list[int], new: list[int]) -> str:
+    """The text of new tokens as it stands behind the prompt: decoded alone, some tokenizers drop its first space."""
+
+    def decoded(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    whole, prompt = decoded([*before, *new]), decoded(before)
+    return whole.removeprefix(prompt) if whole.startswith(prompt) else decoded(new)
+
+
+def _checked(journal: Journal) -> Samples:
+    """A file's content, of its types, in its order, of its prompts."""
+    source = journal.source
+    if journal.header.get("format") != FORMAT:
+        source.fail("format", f"be {FORMAT!r}", journal.header.get("format"))
+    header = source.record(Header, journal.header, bounds={"batch": (1, 1 << 31)})
+    limits = {"tokens": (0, header.sampling.length), "seconds": (0, 1e9)}
+    lines: list[_Line] = []
+    for number, value in enumerate(journal.lines):
+        line = source.record(_Line, value, f"line {number + 2}", limits)
+        if line.number != number:
+            source.fail(f"line {number + 2}.number", f"be {number}", line.number)
+        lines.append(line)
+    if len(lines) > header.sampling.count:
+        source.fail("the file", f"hold at most sampling.count, {header.sampling.count}, texts", len(lines))
+    prompts = [line.prompt for line in lines]
+    if len(lines) == header.sampling.count and _digest(prompts) != header.prompts_sha256:
+        source.fail("prompts", "have the header's prompts_sha256", "others")
+    return Samples(
+        header,
+        prompts,
+        [line.text for line in lines],
+        sum(line.tokens for line in lines),
+        sum(line.seconds for line in lines),
+    )

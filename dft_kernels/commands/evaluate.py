@@ -9,12 +9,14 @@ from typing import Any
 import transformers
 
 from ..evaluation import evaluate as work
+from ..evaluation import slices
 from ..evaluation.results import FILE, LEVEL, Evaluation
+from ..evaluation.subject import Job
 from ..generation.sampling import Sampling
 from ..materials.encoders import encoder
 from ..materials.records import Faults
 from ..materials.sources import texts_of, tokenizer_of, trained_model
-from .arguments import Help, Number, Parser, Whole, output_folder
+from .arguments import Help, Number, Parser, Whole, input_file, output_folder
 from .flags import add_cache, add_only, add_quiet, add_sampling, add_seed, add_skip_bad, add_text, sampled
 from .printing import console, progress
 
@@ -23,9 +25,9 @@ def parser() -> Parser:
     """The options of `dft-kernels evaluate`."""
     made = Parser(
         prog="dft-kernels evaluate",
-        description="Let models go on from human prompts, and measure how far their writing lies from what people wrote "
-        "there: every metric with its interval, in units of what people differ by from people. What was drawn is kept, "
-        "and a run that was stopped goes on.",
+        description="Let models go on from human prompts, and measure how far their writing lies from what people "
+        "wrote there: every metric with its interval, in units of what people differ by from people. What was drawn is "
+        "kept, and a run that was stopped goes on.",
         formatter_class=Help,
     )
     add = made.add_argument
@@ -41,8 +43,12 @@ def parser() -> Parser:
     add("--length", type=Whole(2), default=128, help="tokens that a text has at most")
     add_sampling(made, Number(least=0), "of every model; 0: the likeliest token", min_p=True)
     add_seed(made, "of passages, draws and halves")
-    add("--sweep", action="store_true",
-        help=f"try the first model by {len(work.GRID)} other ways of sampling too, and show the best of them")  # fmt: skip
+    sweep = f"try the first model by {len(work.GRID)} other ways of sampling too, and show the best of them"
+    add("--sweep", action="store_true", help=sweep)
+    add("--slices", type=input_file, default=None, metavar="FILE", help="words that slices are chosen by, and that "
+        "are swapped, in place of English ones for women and men")  # fmt: skip
+    add("--counterfactual", action="store_true", help="draw again after prompts whose words are swapped, he for she")
+    add("--again", action="store_true", help="measure the samples that --out holds, without the models")
     add("--base", default=None, help="of adapters; by default what they were trained from")
     add("--tokenizer", default=None, help="whose tokens are counted; by default the first model's")
     add("--encoder", default="minilm", help="of texts, for MMD and MAUVE: minilm, which pip brings, a folder of "
@@ -67,13 +73,16 @@ def run(options: argparse.Namespace) -> int:
         out.print(line, highlight=False)
     first = chosen[options.model[0]]
     source = options.tokenizer or (first.base if first.adapter else first.name)
-    job = work.Job(
+    job = Job(
         human=options.human,
         sampling=Sampling(
             options.temperature, options.top_p, options.min_p, options.seed, options.length, options.count
         ),
         prompt=options.prompt,
         sweep=work.GRID if options.sweep else (),
+        words=slices.read(options.slices),
+        counterfactual=options.counterfactual,
+        again=options.again,
         encoder=None if options.encoder == "none" else encoder(options.encoder, options.cache),
         batch=options.batch,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -139,14 +140,16 @@ class Documents:
         rows = []
         for placed in self._placed:
             kinds = [kind for _, kind in placed]
-            rows.append(np.bincount([a * K + b for a, b in zip(kinds, kinds[1:], strict=False)], minlength=K * K))
+            rows.append(np.bincount([a * K + b for a, b in pairwise(kinds)], minlength=K * K))
         return np.array(rows)
 
 
 def phrases(words: Sequence[Sequence[str]], longest: int = 3) -> tuple[Any, list[str]]:
     """Counts of all n-grams of words up to `longest`, sparse [D, F], and what they are."""
     found = [_counted(words, n) for n in range(1, longest + 1)]
-    return sparse.hstack([counts for counts, _ in found], format="csr"), [" ".join(g) for _, names in found for g in names]
+    return sparse.hstack([counts for counts, _ in found], format="csr"), [
+        " ".join(g) for _, names in found for g in names
+    ]
 
 
 def _counted(rows: Sequence[Sequence[Hashable]], n: int) -> tuple[Any, list[tuple[Any, ...]]]:

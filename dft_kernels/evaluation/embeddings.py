@@ -72,7 +72,7 @@ def mmd2(gram: Floats, a: Rows, b: Rows) -> float:
 
         1/(m(m-1)) sum_{i != j} k(a_i, a_j) + 1/(n(n-1)) sum_{i != j} k(b_i, b_j) - 2/(mn) sum_ij k(a_i, b_j)
 
-    (Gretton et al., A Kernel Two-Sample Test, JMLR 13, 2012, eq. 3). It is about 0 where both are from one
+    (Gretton et al., A Kernel Two-Sample Test, JMLR 13, 2012, Lemma 6). It is about 0 where both are from one
     distribution, below 0 as often as above. Rows of a side are different rows of the pool, whose texts may be equal.
     ValueError below two rows a side. Cost: m^2 + n^2 + mn numbers read.
     """

@@ -88,9 +88,8 @@ class Distance(Metric):
     lacks: Callable[[], str] | None = None
 
     def missing(self, sample: Sample) -> str:
-        if self.embedded and sample.documents.embeddings is None:
-            return "not measured: no encoder was named"
-        return self.lacks() if self.lacks is not None else ""
+        none = _no_distance(sample.documents) if self.embedded else ""
+        return none or (self.lacks() if self.lacks is not None else "")
 
     def at(self, sample: Sample, prompts: Rows) -> tuple[float, float | None, float | None]:
         return self.of(sample.documents, sample.rows[prompts], prompts), None, None
@@ -199,11 +198,17 @@ def _rate(kind: int) -> Callable[[Documents, Rows], float]:
 
 
 def _gram(documents: Documents) -> Any:
-    def make() -> Any:
-        pool = documents.embeddings
-        return embeddings.gram(pool, embeddings.bandwidths(pool[documents.human]))
+    """The kernel of the pool [D, D]."""
+    pool = documents.embeddings
+    return documents.kept("gram", lambda: embeddings.gram(pool, embeddings.bandwidths(pool[documents.human])))
 
-    return documents.kept("gram", make)
+
+def _no_distance(documents: Documents) -> str:
+    """Why embeddings say nothing: there are none, or all of them are the same."""
+    if documents.embeddings is None:
+        return "not measured: no encoder was named"
+    same = np.ptp(documents.embeddings[documents.human], axis=0).max() == 0
+    return "too few: all human texts are the same to the encoder" if same else ""
 
 
 def _mauve(documents: Documents, a: Rows, b: Rows) -> float:
@@ -246,7 +251,7 @@ METRICS: tuple[Metric, ...] = (
         "MMD², embeddings", "meaning", DISTANCE, "kernel units",
         "mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over different texts: unbiased, so that it may be below 0; k: "
         "mean of three Gaussian kernels whose squared bandwidths are 1/2, 1 and 2 times the median of human pairs",
-        "Gretton et al., JMLR 13, 2012, equation 3",
+        "Gretton et al., A Kernel Two-Sample Test, JMLR 13, 2012",
         of=lambda documents, a, b: embeddings.mmd2(_gram(documents), a, b),
         test=lambda documents, a, b, seed: embeddings.permutation_p(_gram(documents), a, b, seed=seed),
         embedded=True,
@@ -255,7 +260,7 @@ METRICS: tuple[Metric, ...] = (
         "1 - MAUVE", "meaning", DISTANCE, "area",
         "1 less the area under the divergence curve of both sides' embeddings, quantised by k-means",
         "Pillutla et al., arXiv:2102.01454, by mauve-text, of sentence embeddings in place of GPT-2's",
-        of=_mauve, halves=50,
+        of=_mauve,
         embedded=True, lacks=_no_mauve,
     ),
     *(

@@ -15,7 +15,8 @@ from ..models.heads import head_of, hidden_states, in_mode, output_layer, projec
 
 @dataclass(frozen=True)
 class Read:
-    """Sums over the tokens of each text, in nats [D]: their number, -log q of them, and entropy of q where they stand."""
+    """Sums over the tokens of each text [D]: their number, and in nats -log q of them and the entropy of q before
+    them."""
 
     tokens: Any
     cross_entropy: Any
@@ -66,9 +67,9 @@ def read(
             ids, mask = torch.zeros(2, len(at), width, dtype=torch.long, device=layer.weight.device)
             labels = torch.full_like(ids, -100)
             for row, one in enumerate(at):
-                of, own = map(torch.tensor, encoded[one])
+                of, mine = (torch.tensor(part, device=ids.device) for part in encoded[one])
                 ids[row, : len(of)], mask[row, : len(of)] = of, 1
-                labels[row, : len(of)] = torch.where(own.bool(), of, -100)
+                labels[row, : len(of)] = torch.where(mine, of, -100)
             hidden = hidden_states(model, ids, mask)
             target = shift_labels(labels)
             loss, metrics = linear_distribution_loss(

@@ -1,0 +1,163 @@
+"""What one model contributes to an evaluation: its texts, what it expects, what it knows.
+
+All of it takes the model and takes long, so that it is kept in the folder as it is done: samples/ (JSON lines, a text
+each), readings/ (JSON, sums a text). A run that is stopped goes on, and metrics can be made again without the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import Source, replace_text
+from ..generation import samples
+from ..generation.sampling import Sampling
+from ..store.fingerprint import model_fingerprint, tokenizer_fingerprint
+from ..targets.corpus import encode
+from . import slices
+from .people import People, cut
+from .reading import Read, Reading, read
+from .results import Accuracy
+
+Bars = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]  # name, total, unit
+Load = Callable[[], tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to evaluate by. human: names of the texts, for the record; prompt: tokens of a prompt; sampling: of every
+    model; sweep: ways of sampling (temperature, top_p, min_p) that the first model is tried by besides; encoder: of
+    materials.encoders, None for none; words: of slices; counterfactual: draw after swapped prompts too; questions: of
+    each retention task, 0 for none; again: measure what the folder holds, without the models."""
+
+    human: list[str]
+    sampling: Sampling = field(default_factory=Sampling)
+    prompt: int = 32
+    sweep: tuple[tuple[float, float, float], ...] = ()
+    encoder: Any = None
+    words: slices.Words = field(default_factory=slices.read)
+    counterfactual: bool = False
+    questions: int = 0
+    batch: int = 16
+    again: bool = False
+
+    def swept(self) -> Iterator[Sampling]:
+        """The ways of sampling of the sweep, but for `sampling` itself."""
+        for temperature, top_p, min_p in self.sweep:
+            one = replace(self.sampling, temperature=temperature, top_p=top_p, min_p=min_p)
+            if one != self.sampling:
+                yield one
+
+
+@dataclass(frozen=True)
+class Subject:
+    """texts: after the reference's prompts; swapped: after those of prompts `swapped_at` whose words were swapped;
+    tried: texts by each sampling of the sweep."""
+
+    name: str
+    sampling: Sampling
+    texts: list[str]
+    swapped: list[str] = field(default_factory=list)
+    swapped_at: list[int] = field(default_factory=list)
+    tried: list[list[str]] = field(default_factory=list)
+    reading: Reading | None = None
+    retention: list[Accuracy] = field(default_factory=list)
+    cost: dict[str, float] = field(default_factory=dict)
+
+
+def gathered(
+    job: Job, those: People, tokenizer: Any, name: str, load: Load, folder: Path, bars: Bars, sweep: Sequence[Any] = ()
+) -> Subject:
+    """All of a model, loaded where something is still to be done. tokenizer: by which texts are cut to one length."""
+    model, own = (None, None) if job.again else load()
+    prompts = [passage.prompt for passage in those.reference]
+    other = [slices.swapped(prompt, job.words) for prompt in prompts] if job.counterfactual else prompts
+    at = [number for number, (a, b) in enumerate(zip(prompts, other, strict=True)) if a != b]
+
+    def drawn(prompts: list[str], sampling: Sampling, part: str = "") -> samples.Samples:
+        settings = f"t{sampling.temperature:g}-p{sampling.top_p:g}-m{sampling.min_p:g}{part}"
+        file = folder / "samples" / f"{file_name(name)}-{settings}.jsonl"
+        if job.again:
+            return samples.read(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        same = tokenizer_fingerprint(own) == tokenizer_fingerprint(tokenizer)
+        length = sampling.length if same else _length(those, own)
+        asked = replace(sampling, count=len(prompts), length=length)
+        with bars(f"{name}: writing", len(prompts), "texts") as bar:
+            return samples.draw(model, own, prompts, asked, file, model_name=name, batch=job.batch, tick=bar)
+
+    def texts(found: samples.Samples) -> list[str]:
+        return [cut(text, tokenizer, job.sampling.length) for text in found.texts]
+
+    own_text = drawn(prompts, job.sampling)
+    written = texts(own_text)
+    return Subject(
+        name,
+        job.sampling,
+        written,
+        texts(drawn([other[number] for number in at], job.sampling, "-swapped")) if at else [],
+        at,
+        [texts(drawn(prompts, one)) for one in job.swept()] if sweep else [],
+        _reading(job, those, name, model, own, written, folder, bars),
+        [],
+        {
+            "generation seconds": own_text.seconds, "tokens": float(own_text.tokens),
+            "tokens per second": own_text.tokens_per_second,
+            "empty texts": float(sum(not text.strip() for text in written)),
+        },
+    )  # fmt: skip
+
+
+def _reading(
+    job: Job, those: People, name: str, model: Any, own: Any, written: list[str], folder: Path, bars: Bars
+) -> Reading:
+    """What the model expects of human texts and of its own, read once."""
+    file, people = folder / "readings" / f"{file_name(name)}.json", those.all
+    prompts, texts = [passage.prompt for passage in people], [passage.text for passage in people]
+    of = hashlib.sha256(json.dumps([prompts, texts, written]).encode()).hexdigest()
+    source = Source("evaluate", file, "Delete it: it is made again", "Evaluate without --again first")
+    if job.again or file.exists():
+        kept = source.record(_Kept, source.json(1 << 26))
+        if kept.texts_sha256 == of and (job.again or kept.model_sha256 == model_fingerprint(model)):
+            return Reading(*(Read(*map(np.array, (one["tokens"], one["cross_entropy"], one["entropy"]))) for one in
+                             (kept.human, kept.own)))  # fmt: skip
+        if job.again:
+            source.fail("texts_sha256", "be of the texts of this run", "others", "Evaluate without --again")
+    with bars(f"{name}: reading", len(people) + len(written), "texts") as bar:
+        reading = Reading(
+            read(model, own, prompts, texts, tick=bar), read(model, own, prompts[: len(written)], written, tick=bar)
+        )
+    listed = [{key: value.tolist() for key, value in vars(one).items()} for one in (reading.human, reading.own)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(file, json.dumps(asdict(_Kept(model_fingerprint(model), of, *listed))))
+    return reading
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A file of readings/: sums by text, of `Read`."""
+
+    model_sha256: str
+    texts_sha256: str
+    human: dict[str, list[float]]
+    own: dict[str, list[float]]
+
+
+def _length(those: People, own: Any) -> int:
+    """Tokens of another tokenizer that hold as much text as any human one does."""
+    return max(len(one.ids) for one in encode(own, [passage.text for passage in those.all]))
+
+
+def file_name(name: str) -> str:
+    """Of a model: what a file can be called, and no two models alike."""
+    plain = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[-60:]
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return plain if plain == name else f"{plain}-{digest[:8]}"

@@ -1,0 +1,109 @@
+"""`dft-kernels evaluate` on a tiny model: what it writes, that it goes on, and what it says of wrong input."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import far, tokenizer  # noqa: F401 - a fixture
+
+from dft_kernels.commands import main as cli
+from dft_kernels.evaluation import results
+from dft_kernels.evaluation.metrics import METRICS
+from dft_kernels.generation import samples
+
+COUNT = 24
+
+
+@pytest.fixture
+def here(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+    import random
+
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("start", 0), ("tuned", 1)):
+        model = far()
+        if seed:
+            model.get_output_embeddings().weight.data.mul_(0.5)
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    generator = random.Random(0)
+    lines = []
+    for _ in range(3 * COUNT):
+        some = [f"word{generator.randrange(80)}" for _ in range(30)]
+        lines.append({"text": ("She " if generator.random() < 0.5 else "He ") + " ".join(some) + "."})
+    Path("human.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def evaluate(*more: str, models: tuple[str, ...] = ("start",)) -> int:
+    given = ["evaluate", *models, "--human", "human.jsonl", "--count", str(COUNT), "--prompt", "4", "--length", "12"]
+    return cli.main([*given, "--encoder", "none", "--out", "out", "--cache", "cache", *more])
+
+
+def test_a_run_writes_all_of_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("--sweep", "--counterfactual", models=("start", "tuned")) == 0
+    said = capsys.readouterr().out
+    found = results.load(here / "out")
+    assert [model.name for model in found.models] == ["start", "tuned", "start, best of 8 samplings"]
+    assert [about.name for about in found.metrics] == [metric.name for metric in METRICS]
+    for model in found.models[:2]:
+        values = {value.metric: value for value in model.values}
+        assert values["token L2, 1-grams"].ratio is not None
+        assert values["perplexity"].value is not None
+        assert values["MMD², embeddings"].note == "not measured: no encoder was named"
+        assert model.sampling == samples.Sampling(count=COUNT, length=12)
+        assert model.cost["tokens"] > 0
+        assert len(model.texts) == 10
+    best = found.models[2]
+    assert min(best.sweep, key=lambda one: one.distance).sampling == best.sampling
+    assert found.settings["human"] == ["human.jsonl"]
+    with (here / "out/evaluation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * len(METRICS)
+    assert {row["temperature"] for row in rows if row["model"] == "start"} == {"1.0"}
+    assert "token L2, 1-grams" in said
+    assert (
+        len(list((here / "out/samples").iterdir())) == 2 + 2 + 7
+    )  # swapped ones, and a sweep of 8 of which one is the first
+
+
+def test_it_goes_on_and_measures_again_without_the_models(here: Path) -> None:
+    assert evaluate("--counterfactual", "--quiet") == 0
+    first = json.loads((here / "out/evaluation.json").read_text())
+    file = next(one for one in (here / "out/samples").iterdir() if "swapped" not in one.name)
+    whole = file.read_text()
+    file.write_text(whole[: len(whole) // 2])
+    (here / "out/readings/start.json").unlink()
+    assert evaluate("--counterfactual", "--quiet") == 0
+    again = json.loads((here / "out/evaluation.json").read_text())
+    for one in (first, again):
+        one["models"][0].pop("cost")
+    assert again == first
+    for weights in (here / "start").glob("*.safetensors"):
+        weights.write_bytes(b"")
+    assert evaluate("--counterfactual", "--again", "--quiet") == 0
+    without = json.loads((here / "out/evaluation.json").read_text())
+    without["models"][0].pop("cost")
+    assert without == first
+
+
+def test_wrong_input_is_one_line_before_any_work(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty.txt").write_text("")
+    for more, said in (
+        (("--count", "100"), "--human must hold 200 passages of 16 tokens"),
+        (("--human", "empty.txt"), "--human must hold 48 passages"),
+        (("--tokenizer", "nothing"), "--tokenizer must be a folder or name"),
+        (("--encoder", "start"), "modules.json"),
+        (("--slices", "human.jsonl"), "human.jsonl"),
+        (("--again",), "Draw them first"),
+    ):
+        assert evaluate(*more) == 1, more
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+    assert evaluate(models=("start", "start")) == 1
+    assert "named once each" in capsys.readouterr().err
+    assert not Path("out/evaluation.json").exists()

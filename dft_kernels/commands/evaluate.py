@@ -86,7 +86,6 @@ def run(options: argparse.Namespace) -> int:
         encoder=None if options.encoder == "none" else encoder(options.encoder, options.cache),
         batch=options.batch,
     )
-    options.out.mkdir(parents=True, exist_ok=True)
     found = work.evaluate(
         job,
         texts,

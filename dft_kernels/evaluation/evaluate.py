@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import __version__
 from ..files import replace_text
 from ..generation.sampling import Sampling
 from ..materials.encoders import embed
@@ -47,9 +48,8 @@ def evaluate(
 
     tokenizer: by whose tokens passages are cut and n-grams are counted, whatever a model's own. models: names, and
     functions that load model and tokenizer, called one after another. bars: makes progress bars."""
-    from .. import __version__
-
     those = people(texts, tokenizer, job.prompt, job.sampling.length, job.sampling.count, job.sampling.seed)
+    folder.mkdir(parents=True, exist_ok=True)
     subjects = []
     for number, (name, load) in enumerate(models):
         subjects.append(gathered(job, those, tokenizer, name, load, folder, bars, job.sweep if number == 0 else ()))

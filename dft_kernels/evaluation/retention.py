@@ -216,9 +216,14 @@ def _by_harness(model: Any, tokenizer: Any, tasks: Sequence[str], count: int | N
     lm_eval, wrapper = _harness(tasks)
     rows: dict[str, list[Accuracy]] = {}
     for task in tasks:
-        found = lm_eval.simple_evaluate(
-            model=wrapper(pretrained=model, tokenizer=tokenizer), tasks=[task], limit=count, log_samples=False
-        )
+        try:
+            found = lm_eval.simple_evaluate(
+                model=wrapper(pretrained=model, tokenizer=tokenizer), tasks=[task], limit=count, log_samples=False
+            )
+        except Exception as error:  # whatever its tasks, their data's readers or the network raise
+            why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            remedy = "Check its name, and that its hub is reachable"
+            fail("retention", "tasks", "be some that lm-evaluation-harness can ask", f"{task}: {why}", remedy)
         rows[task] = []
         for name, sizes in found["n-samples"].items():
             values = found["results"][name]

@@ -315,6 +315,8 @@ def test_other_tasks_are_the_harnesss(asking: Any, monkeypatch: pytest.MonkeyPat
 
     def simple_evaluate(model: Any, tasks: list[str], limit: int | None, log_samples: bool) -> dict[str, Any]:
         given.append((model, tasks, limit))
+        if tasks == ["unknown"]:
+            raise KeyError("unknown")
         sizes = {"original": 50, "effective": limit or 50}
         return {
             "results": {
@@ -343,6 +345,10 @@ def test_other_tasks_are_the_harnesss(asking: Any, monkeypatch: pytest.MonkeyPat
         ValueError, match=r"retention: tasks must be measured by an accuracy, got rouge with .*rouge1,none"
     ):
         asking(model, tasks=["rouge"])
+    with pytest.raises(
+        ValueError, match=r"retention: tasks must be some that .* can ask, got unknown: 'unknown'\. Check"
+    ):
+        asking(model, tasks=["unknown"])
 
 
 # ---- the questions themselves

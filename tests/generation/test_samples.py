@@ -197,6 +197,11 @@ def test_damage_is_named(drawing: Any, tmp_path: Path) -> None:
     file.mkdir()
     with pytest.raises(ValueError, match=r"draw: .*must be a readable regular file, got a folder"):
         drawing(file)
+    (tmp_path / "text").write_text("")
+    with pytest.raises(
+        ValueError, match=r"draw: .*text/a\.jsonl: the file must be writable, got .*Name another folder"
+    ):
+        drawing(tmp_path / "text" / "a.jsonl")
 
 
 def test_bad_prompts(drawing: Any, tmp_path: Path) -> None:

@@ -129,8 +129,12 @@ def accuracy_of(task: str, asked: Sequence[Question], answers: dict[int, tuple[l
         normalised += max(each, key=lambda choice: sums[choice] / lengths[choice]) == one.gold
     count = len(answers)
     share, several = right / count, len(asked[0].choices) > 1
-    error = math.sqrt(share * (1 - share) / count)
-    return Accuracy(task, count, len(asked), share, error, normalised / count if several else None)
+    return _row(task, count, len(asked), share, normalised / count if several else None)
+
+
+def _row(task: str, count: int, of: int, share: float, normalised: float | None) -> Accuracy:
+    """With its standard error."""
+    return Accuracy(task, count, of, share, math.sqrt(share * (1 - share) / count), normalised)
 
 
 def _answered(
@@ -228,14 +232,8 @@ def _by_harness(model: Any, tokenizer: Any, tasks: Sequence[str], count: int | N
         for name, sizes in found["n-samples"].items():
             values = found["results"][name]
             if "acc,none" in values:
-                share, asked = float(values["acc,none"]), int(sizes["effective"])
-                error, normalised = math.sqrt(share * (1 - share) / asked), values.get("acc_norm,none")
-                rows[task].append(
-                    Accuracy(
-                        name, asked, int(sizes["original"]), share, error,
-                        None if normalised is None else float(normalised),
-                    )
-                )  # fmt: skip
+                asked, normalised = int(sizes["effective"]), values.get("acc_norm,none")
+                rows[task].append(_row(name, asked, int(sizes["original"]), float(values["acc,none"]), normalised))
         if not rows[task]:
             metrics = ", ".join(sorted({metric for values in found["results"].values() for metric in values}))
             fail("retention", "tasks", "be measured by an accuracy", f"{task} with {metrics}", "Leave it out")

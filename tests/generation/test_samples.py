@@ -212,6 +212,9 @@ def test_bad_prompts(drawing: Any, tmp_path: Path) -> None:
         drawing(file, [PROMPTS[0], "", *PROMPTS[2:]])
     with pytest.raises(ValueError, match=r"draw: prompts must have, with sampling.length, at most 64 tokens"):
         drawing(file, sampling=replace(SAMPLING, length=64))
+    for given in ({"batch": 0}, {"sampling": replace(SAMPLING, length=0)}):
+        with pytest.raises(ValueError, match=r"draw: batch and sampling.length must be at least 1, got \("):
+            drawing(file, **given)
     assert not file.exists()
 
 

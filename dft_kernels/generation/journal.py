@@ -7,7 +7,8 @@ which a kill leaves, is none.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,13 +46,10 @@ class Journal:
     def begin(cls, source: Source, header: dict[str, Any]) -> Journal:
         """Write the header of a new file, or read one that is there, whatever its header."""
         line = _line(header)
-        try:
-            kept = source.path.exists() and not line.startswith(source.data(LIMIT))  # more than some of the header
-            if not kept:
+        if not source.path.exists() or line.startswith(source.data(LIMIT)):  # killed while it wrote the header
+            with _writing(source, "Name another folder"):
                 source.path.parent.mkdir(parents=True, exist_ok=True)
                 source.path.write_bytes(line)
-        except OSError as error:
-            source.fail("the file", "be writable", error.strerror or str(error), "Name another folder")
         return cls.read(source)
 
     def check(self, header: Mapping[str, Any], beside: Collection[str] = ()) -> None:
@@ -65,22 +63,27 @@ class Journal:
         """Leave the first lines alone, in the file too, and what a kill has left of one out."""
         self.lines, self.ends = self.lines[:count], self.ends[: count + 1]
         if self.source.size() > self.ends[-1]:
-            with self.source.path.open("r+b") as file:
+            with _writing(self.source, "Name another folder"), self.source.path.open("r+b") as file:
                 file.truncate(self.ends[-1])
 
     def add(self, lines: Iterable[dict[str, Any]]) -> None:
         """Append lines; when it returns they are the system's to write."""
         made = list(lines)
         written = [_line(one) for one in made]
-        try:
-            with self.source.path.open("ab") as file:
-                file.write(b"".join(written))
-        except OSError as error:
-            remedy = "Make room, and run it again: it goes on"
-            self.source.fail("the file", "be writable", error.strerror or str(error), remedy)
+        with _writing(self.source, "Make room, and run it again: it goes on"), self.source.path.open("ab") as file:
+            file.write(b"".join(written))
         for one in written:
             self.ends.append(self.ends[-1] + len(one))
         self.lines += made
+
+
+@contextmanager
+def _writing(source: Source, remedy: str) -> Iterator[None]:
+    """Errors of the system as ValueErrors that name the file."""
+    try:
+        yield
+    except OSError as error:
+        source.fail("the file", "be writable", error.strerror or str(error), remedy)
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

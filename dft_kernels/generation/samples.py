@@ -95,9 +95,12 @@ def draw(
     tick: called with the number of texts there are more, those of an earlier run too.
 
     Errors: ValueError, by argument or by file and line, before anything is drawn.
-    Cost: the draws, and one sha256 over the weights: drawing a token reads them all too, so that it is of the order of
-    a few tokens, and a model that was trained again into the same folder is not taken for the one before.
+    Cost: the draws, and one sha256 over the weights (0.6 s for SmolLM2's 538 MB on one CPU core), less than a batch's
+    first tokens, each of which reads them too; by it a model that was trained again into the same folder is not taken
+    for the one before.
     """
+    if min(batch, sampling.length) < 1:
+        fail("draw", "batch and sampling.length", "be at least 1", (batch, sampling.length), "Draw some")
     ids = _encoded(tokenizer, prompts, sampling, model)
     header = asdict(_header(model, tokenizer, prompts, sampling, model_name, batch))
     journal = Journal.begin(_source("draw", file), header)

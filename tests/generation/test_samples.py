@@ -197,6 +197,11 @@ def test_damage_is_named(drawing: Any, tmp_path: Path) -> None:
     file.mkdir()
     with pytest.raises(ValueError, match=r"draw: .*must be a readable regular file, got a folder"):
         drawing(file)
+    (tmp_path / "text").write_text("")
+    with pytest.raises(
+        ValueError, match=r"draw: .*text/a\.jsonl: the file must be writable, got .*Name another folder"
+    ):
+        drawing(tmp_path / "text" / "a.jsonl")
 
 
 def test_bad_prompts(drawing: Any, tmp_path: Path) -> None:
@@ -207,6 +212,9 @@ def test_bad_prompts(drawing: Any, tmp_path: Path) -> None:
         drawing(file, [PROMPTS[0], "", *PROMPTS[2:]])
     with pytest.raises(ValueError, match=r"draw: prompts must have, with sampling.length, at most 64 tokens"):
         drawing(file, sampling=replace(SAMPLING, length=64))
+    for given in ({"batch": 0}, {"sampling": replace(SAMPLING, length=0)}):
+        with pytest.raises(ValueError, match=r"draw: batch and sampling.length must be at least 1, got \("):
+            drawing(file, **given)
     assert not file.exists()
 
 

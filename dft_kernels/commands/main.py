@@ -29,6 +29,8 @@ COMMANDS = {
                      ("safetensors", "rich")),
     "target": Command("statistics of human writing: build one from texts, list, show, blend", ("safetensors", "rich")),
     "gap": Command("how far a model's writing lies from such a target, statistic by statistic", _TRAINING),
+    "report": Command("what evaluations found, as one HTML page: is there a gap, was it closed, what did it cost",
+                      ("jinja2", "matplotlib"), "evaluate"),
     "bench": Command("this loss against the bare matrix products, PyTorch's and other libraries' losses",
                      ("rich", "matplotlib"), "bench"),
     "info": Command("versions, backends available and why not, instruction sets, build stamp, defaults"),

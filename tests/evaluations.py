@@ -31,7 +31,8 @@ TABLE = {  # group: metrics (name, kind, unit, human statistic)
                   ("distinct-3", DIFFERENCE, "share", 0.95), ("MATTR", DIFFERENCE, "share", 0.78),
                   ("MTLD", DIFFERENCE, "tokens", 84.0), ("self-BLEU", DIFFERENCE, "", 0.21),
                   ("compression ratio", DIFFERENCE, "", 2.31)],
-    "sentences": [("sentence length, mean", DIFFERENCE, "words", 18.4), ("sentence length, SD", DIFFERENCE, "words", 11.2),
+    "sentences": [("sentence length, mean", DIFFERENCE, "words", 18.4),
+                  ("sentence length, SD", DIFFERENCE, "words", 11.2),
                   ("sentence length, Wasserstein-1", DISTANCE, "words", 0.0), ("burstiness", DIFFERENCE, "", -0.24),
                   ("three sentences in a row with the same opening", DIFFERENCE, "share of sentences", 0.011),
                   ("paragraph length, mean", DIFFERENCE, "sentences", 4.1)],
@@ -140,7 +141,8 @@ def model(name: str, strength: float, seed: int, cost: float = 0.0) -> Evaluated
         [Accuracy(task, 1000, {"lambada": 5153, "hellaswag": 10042}.get(task, 2376), at - cost * (1 + n), 0.0155,
                   None if task == "lambada" else at + 0.02) for n, (task, at) in enumerate(tasks.items())],
         _phrases(draw, strength), texts, _slices(draw),
-        {"sentence words": _lengths(16 + strength, 0.7 - 0.06 * strength), "punctuation": [x / sum(marks) for x in marks]},
+        {"sentence words": _lengths(16 + strength, 0.7 - 0.06 * strength),
+         "punctuation": [x / sum(marks) for x in marks]},
         {"generation seconds": 412.5 - seed, "tokens per second": 62.1 + seed, "parameters": 134515008.0,
          "peak memory bytes": 1.21e9},
     )  # fmt: skip
@@ -150,7 +152,7 @@ HUMAN_MARKS = [0.43, 0.03, 0.02, 0.05, 0.27, 0.03, 0.02, 0.09, 0.05, 0.01]
 
 
 def evaluation(models: int = 4, note: str = "") -> Evaluation:
-    """As many models as there are NAMES at most: the first far from people, the others nearer. note: of its settings."""
+    """As many models as there are NAMES at most: the first far from people, the others nearer. note: a setting."""
     made = [model(NAMES[at], (4.0, 1.4, 0.5, 3.0)[at], at, (0.0, 0.004, 0.02, 0.012)[at]) for at in range(models)]
     abouts = [
         About(name, group, kind, unit, "|f_model − f_human|₂, f = counts / their sum" if kind == DISTANCE else

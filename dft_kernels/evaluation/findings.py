@@ -85,7 +85,8 @@ def _size(value: Value) -> Value:
 
 
 def lead(run: Evaluation, labels: Sequence[str]) -> Said:
-    """The answer in two sentences. Of several models the one that closed most, less what it opened, stands for all."""
+    """The answer in two sentences. Of several models the one that closed most, and of these opened least, stands for
+    all."""
     first, found = labels[0], judged(run, run.models[0])
     gaps = [name for name, gap in found.items() if gap]
     many = Cell(str(len(found)), f"{first}: metrics that have a number, a floor and an interval")
@@ -96,7 +97,8 @@ def lead(run: Evaluation, labels: Sequence[str]) -> Said:
     if len(run.models) == 1:
         return said
     changes = [change(run, run.models[0], model) for model in run.models[1:]]
-    best = max(range(len(changes)), key=lambda at: len(changes[at].closed) - len(changes[at].opened))
+    order = sorted(range(len(changes)), key=lambda at: (-len(changes[at].closed), len(changes[at].opened)))
+    best = order[0]
     one, label = changes[best], labels[best + 1]
     many = _count(one.closed, f"{label}: gaps of {first} that it closed")
     if not gaps:
@@ -104,9 +106,18 @@ def lead(run: Evaluation, labels: Sequence[str]) -> Said:
     if not any(each.closed for each in changes):
         said += [f" {label} closed none of them." if len(changes) == 1 else " No other model closed any of them."]
         return said
-    said += [f" {label} closed ", many, " of them" if len(changes) == 1 else " of them, the most of all"]
+    said += [f" {label} closed ", many, " of them"]
+    if len(order) > 1:
+        alone = len(changes[order[1]].closed) < len(one.closed)
+        said += [", the most of all" if alone else ", and no other more"]
+    if one.unclear:
+        said += [
+            " (in ",
+            _count(one.unclear, f"{label}: closed, with intervals that overlap"),
+            " the intervals overlap)",
+        ]
     if one.opened:
-        said += [" and opened ", _count(one.opened, f"{label}: gaps that {first} does not have"), " others"]
+        said += [", and opened ", _count(one.opened, f"{label}: gaps that {first} does not have"), " more"]
     tasks = _tasks(run.models[0], run.models[best + 1])
     lost = [task for task, (value, half) in tasks.items() if value < -half]
     if not tasks:
@@ -227,13 +238,12 @@ def _cost(run: Evaluation, labels: Sequence[str]) -> list[Answer]:
     if len(run.models) == 1:
         known = "its accuracy is below" if first.retention else "no retention task was run"
         return [Answer(None, [f"There is no other model to compare with; {known}"])]
-    return [
-        Answer(
-            at, [*_accuracy(labels[0], labels[at], first, model), *_levels(run, labels[0], labels[at], first, model)]
-        )
-        for at, model in enumerate(run.models)
-        if at
-    ]
+    answers = []
+    for at, (label, model) in enumerate(zip(labels, run.models, strict=True)):
+        if at:
+            said = [*_accuracy(labels[0], label, first, model), *_levels(run, labels[0], label, first, model)]
+            answers.append(Answer(at, said))
+    return answers
 
 
 def accuracy_change(first: Evaluated, other: Evaluated, task: str) -> tuple[float, float] | None:

@@ -66,11 +66,11 @@ def _shown(run: Evaluation, runs: Sequence[Evaluation]) -> dict[str, Any]:
         "lead": findings.lead(run, names),
         "question": findings.question(run, names),
         "forest": [
-            (group, *(figures.forest(run, names, abouts, to, f"forest{at}-{size}", narrow=bool(size)) for size in (0, 1)))
+            (group, *(figures.forest(run, names, abouts, to, f"forest{at}-{n}", narrow=bool(n)) for n in (0, 1)))
             for at, (group, abouts) in enumerate(groups.items())
         ],
         "left_out": figures.left_out(run, compared, names),
-        "score": [figures.score(run, names, f"score{size}", narrow=bool(size)) for size in (0, 1)]
+        "score": [figures.score(run, names, f"score{n}", narrow=bool(n)) for n in (0, 1)]
         if any(model.score for model in run.models)
         else [],
         "parts": _parts(run, names),
@@ -115,8 +115,7 @@ def _rows(run: Evaluation, names: Sequence[str], about: About) -> list[dict[str,
             "number of documents": f"{value.documents:,}",
         }
         cells = [Cell(text, titled(label, about, value, what)) for what, text in shown.items()]
-        found.append({"at": at, "cells": cells, "note": value.note, "gap": bool(findings.has_gap(value)),
-                      "level": about.kind == LEVEL})  # fmt: skip
+        found.append({"at": at, "cells": cells, "note": value.note, "gap": bool(findings.has_gap(value))})  # fmt: skip
     return found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,8 +101,8 @@ def forest(
         for tick in ticks:
             x = to.at(tick, left, right)
             picture.line([x, x], [top - 6, bottom + 4], INK if tick == 0 else RULE, linewidth=1 if tick else 1.2)
-            for y in (9, bottom + 15):
-                picture.text(x, y, f"{tick:g}".replace("-", "−"), MUTED, "center")
+            for height in (9, bottom + 15):
+                picture.text(x, height, f"{tick:g}".replace("-", "−"), MUTED, "center")
         y = float(top)
         for about, words, above, height in zip(group, lines, head, heights, strict=True):
             for at, line in enumerate(words):
@@ -133,6 +134,8 @@ def _ratio(value: Value) -> str:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
+    if any(unicodedata.east_asian_width(one) in "WF" for one in text):
+        width //= 2  # such a character is two wide
     return textwrap.wrap(" ".join(text.split()), width, max_lines=2, placeholder=" …") or [""]
 
 

@@ -7,7 +7,7 @@ has a gap and another has none.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field, replace
 
 from .results import LEVEL, Evaluated, Evaluation, Value
@@ -93,7 +93,10 @@ def lead(run: Evaluation, labels: Sequence[str]) -> Said:
     if not found:
         return [f"Whether {first} writes like people is unknown: no metric has a number, a floor and an interval."]
     said: list[str | Cell] = [f"{first} has a gap in ", _count(gaps, f"{first}: metrics with a gap"), " of ", many]
-    said = [*said, " metrics."] if gaps else [f"No gap was found between {first} and people in ", many, " metrics."]
+    metrics = _many(found, "metric")
+    said = (
+        [*said, f" {metrics}."] if gaps else [f"No gap was found between {first} and people in ", many, f" {metrics}."]
+    )
     if len(run.models) == 1:
         return said
     changes = [change(run, run.models[0], model) for model in run.models[1:]]
@@ -125,8 +128,8 @@ def lead(run: Evaluation, labels: Sequence[str]) -> Said:
     if not lost:
         return [*said, "; no loss of accuracy is shown."]
     title = f"{label}: tasks on which accuracy fell beyond its 95 % interval: {'; '.join(lost)}"
-    return [*said, "; it lost accuracy on ", Cell(str(len(lost)), title), " of ",
-            Cell(str(len(tasks)), f"{label}: retention tasks that {first} did too"), " tasks."]  # fmt: skip
+    both = Cell(str(len(tasks)), f"{label}: retention tasks that {first} did too")
+    return [*said, "; it lost accuracy on ", Cell(str(len(lost)), title), " of ", both, f" {_many(tasks, 'task')}."]
 
 
 def question(run: Evaluation, labels: Sequence[str]) -> dict[str, list[Answer]]:
@@ -142,6 +145,10 @@ def _count(names: Sequence[str], title: str) -> Cell:
     return Cell(str(len(names)), title)
 
 
+def _many(those: Sized, name: str) -> str:
+    return name if len(those) == 1 else f"{name}s"
+
+
 def _gap(run: Evaluation, label: str, at: int) -> Answer:
     model = run.models[at]
     found, of = judged(run, model), by_name(model.values)
@@ -150,15 +157,21 @@ def _gap(run: Evaluation, label: str, at: int) -> Answer:
         return Answer(at, ["unknown: no metric has a number, a floor and an interval"])
     many = Cell(str(len(found)), f"{label}: metrics that have a number, a floor and an interval")
     if not gaps:
-        return Answer(at, ["no gap was found in ", many, " metrics; ", *_score(run, label, model)])
+        return Answer(at, ["no gap was found in ", many, f" {_many(found, 'metric')}; ", *_score(run, label, model)])
     abouts = {about.name: about for about in run.metrics}
     worst = max(gaps, key=lambda name: abs(of[name].ratio or math.inf))
     ratio = of[worst].ratio
     shown: Said = ["over a floor of 0"]
     if ratio is not None:
         shown = [Cell(number(ratio), titled(label, abouts[worst], of[worst], "value / floor")), " floors"]
-    said = ["a gap in ", _count(gaps, f"{label}: metrics with a gap"), " of ", many,
-            f" metrics, the largest in {worst}, ", *shown, "; ", *_score(run, label, model)]  # fmt: skip
+    said: list[str | Cell] = [
+        "a gap in ",
+        _count(gaps, f"{label}: metrics with a gap"),
+        " of ",
+        many,
+        f" {_many(found, 'metric')}",
+    ]
+    said += [f", the largest in {worst}, ", *shown, "; ", *_score(run, label, model)]
     return Answer(at, said, {"gaps": gaps})
 
 
@@ -166,7 +179,7 @@ def _score(run: Evaluation, label: str, model: Evaluated) -> Said:
     if model.score is None:
         return ["style diversity was not measured"]
     score = model.score
-    said = [
+    said: list[str | Cell] = [
         "style diversity score ",
         Cell(number(score.value), f"{label}: style diversity score, 0 to 100, {interval(score.low, score.high)}"),
     ]
@@ -204,10 +217,10 @@ def _closed(run: Evaluation, labels: Sequence[str]) -> list[Answer]:
         if not one.had:
             said: list[str | Cell] = [f"{first} had no gap to close"]
         elif not one.closed:
-            said = ["none of the ", had, f" gaps of {first} was closed"]
+            said = ["none of the ", had, f" {_many(one.had, 'gap')} of {first} was closed"]
         else:
             said = ["closed ", _count(one.closed, f"{against} whose gap was closed"), " of the ", had]
-            said += [f" gaps of {first}"]
+            said += [f" {_many(one.had, 'gap')} of {first}"]
         if one.unclear:
             said += ["; in ", _count(one.unclear, f"{against} closed, with intervals that overlap"), " of these the "]
             said += ["intervals of both overlap, and that they differ is not shown"]
@@ -281,8 +294,11 @@ def _accuracy(first: str, label: str, was: Evaluated, now: Evaluated) -> Said:
     if same:
         title = f"{label}: tasks whose change of accuracy has 0 in its 95 % interval: {'; '.join(same)}"
         said += ["; on " if said else "on ", Cell(str(len(same)), title), " of "]
-        said += [Cell(str(len(both)), f"{label}: retention tasks that {first} did too"), " tasks no change of accuracy"]
-        said += [" is shown"]
+        said += [
+            Cell(str(len(both)), f"{label}: retention tasks that {first} did too"),
+            f" {_many(both, 'task')} no change",
+        ]
+        said += [" of accuracy is shown"]
     return said
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from ..errors import fail
 from . import figures, findings
-from .results import LEVEL, About, Evaluated, Evaluation, Phrase, Slice, Text, together
+from .results import DIFFERENCE, LEVEL, About, Evaluated, Evaluation, Phrase, Slice, Text, together
 from .svg import key
-from .wording import MISSING, Cell, by_name, cleaned, interval, labels, number, span, titled
+from .wording import MISSING, Z95, Cell, by_name, cleaned, interval, labels, number, span, titled
 
 TEXTS, PHRASES = 10, 10  # texts that are shown, and words and phrases before the fold
 _SAMPLING = ("temperature", "top_p", "min_p", "seed", "length", "count")
@@ -101,11 +101,12 @@ def _rows(run: Evaluation, names: Sequence[str], about: About) -> list[dict[str,
     found = []
     for at, (label, model) in enumerate(zip(names, run.models, strict=True)):
         value = by_name(model.values).get(about.name)
-        if value is None:
-            found.append({"at": at, "cells": [], "note": "not in its run"})
+        if value is None or value.value is None:
+            why = "not in its run" if value is None else value.note or "not measured"
+            found.append({"at": at, "why": why, "cells": [], "note": "", "gap": False})
             continue
         shown = {
-            "": number(value.value, sign=value.value is not None and about.kind == "difference"),
+            "": number(value.value, sign=about.kind == DIFFERENCE),
             "95 % interval": span(value.low, value.high),
             "human floor": number(value.floor),
             "value / floor": number(value.ratio),
@@ -115,7 +116,8 @@ def _rows(run: Evaluation, names: Sequence[str], about: About) -> list[dict[str,
             "number of documents": f"{value.documents:,}",
         }
         cells = [Cell(text, titled(label, about, value, what)) for what, text in shown.items()]
-        found.append({"at": at, "cells": cells, "note": value.note, "gap": bool(findings.has_gap(value))})  # fmt: skip
+        gap = bool(findings.has_gap(value))
+        found.append({"at": at, "why": "", "cells": cells, "note": value.note, "gap": gap})
     return found
 
 
@@ -201,7 +203,7 @@ def _retention(run: Evaluation, names: Sequence[str]) -> list[tuple[str, list[di
             if one is None:
                 line.append(None)
                 continue
-            half = findings.Z95 * one.error
+            half = Z95 * one.error
             low, high = 100 * max(0.0, one.accuracy - half), 100 * min(1.0, one.accuracy + half)
             changed = findings.accuracy_change(run.models[0], model, task) if at else None
             said = f"{label}: {task}, accuracy, %, {interval(low, high)}, {one.questions:,} of {one.of:,} questions"

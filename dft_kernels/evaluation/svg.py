@@ -110,8 +110,11 @@ class Picture:
             self.figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
                                 transparent=True)  # fmt: skip
         root = ElementTree.fromstring(file.getvalue())
-        used = {value.rpartition("#")[2].rstrip(")") for one in root.iter() for value in one.attrib.values()
-                if "#" in value and not value.startswith("fill:")}  # fmt: skip
+        for defined in root.iter(f"{_SVG}defs"):  # matplotlib's rules for *, which would be the whole page's
+            for sheet in defined.findall(f"{_SVG}style"):
+                defined.remove(sheet)
+        values = [value for one in root.iter() for value in one.attrib.values()]
+        used = {name for value in values for name in re.findall(r"(?:^|url\()#(\w+)", value)}
         for one in root.iter():
             one.tag = one.tag.removeprefix(_SVG)
             note = self.notes.get(one.get("id", ""))

@@ -34,6 +34,7 @@ BASES: dict[tuple[str, ...], list[str]] = {  # what each command needs, before a
     ("target", "blend"): ["literary", "satire", "--weights", "0.5", "0.5", "--out", "new"],
     ("target", "presets"): ["--tokenizer", "model", "--out", "new"],
     ("gap",): ["model", "--target", "literary", "--text", FILE],
+    ("report",): ["run", "--out", "new.html"],
     ("bench",): ["--device", "cpu"],
     ("info",): [],
 }
@@ -52,7 +53,7 @@ PATHS: dict[Any, list[str]] = {
 MODELS = [MISSING, FOLDER, BINARY]
 WORDS: dict[str, list[str]] = {  # what is a text for argparse
     "model": MODELS, "base": MODELS, "teacher": [*MODELS, "http://me:key@host", "https://"], "tokenizer": MODELS,
-    "target": [MISSING, FOLDER, BINARY],
+    "target": [MISSING, FOLDER, BINARY], "run": [MISSING, FOLDER, BINARY],
     "principles": [MISSING, FOLDER, BINARY], "terms": ["nothing=1", "token_l2=much", "token_l2=nan", "token_l2"],
     "rollout_terms": ["nothing=1", "calibration=1", "reference_kl=inf"],
     "divergence": ["nothing"], "temperature_scaling": ["nothing"], "dtype": ["nothing", "int8"],

@@ -18,6 +18,7 @@ from .svg import BAND, HUMAN, HUMAN_LINE, INK, MUTED, RULE, Picture, plain, tint
 from .wording import by_name, interval, number, span, titled
 
 WIDE, NARROW, SMALL = 720, 328, 300
+MOST = 10_000  # floors that a forest shows
 
 # ---- the forest
 
@@ -35,7 +36,8 @@ class Scale:
         return math.copysign(abs(value) if abs(value) <= 1 else 1 + math.log10(abs(value)) * 1.4, value)
 
     def at(self, value: float, left: float, right: float) -> float:
-        """The place of a value between two ends."""
+        """The place of a value between two ends, at which it stops."""
+        value = min(max(value, self.low), self.high)
         low, high = self.bent(self.low), self.bent(self.high)
         return left + (right - left) * (self.bent(value) - low) / (high - low)
 
@@ -82,7 +84,7 @@ def scale(run: Evaluation, abouts: Sequence[About]) -> Scale:
     ]
     two_sided = any(about.kind != DISTANCE for about in abouts)
     low, high = min([0.0, *found]), max([0.0, *found])
-    return Scale(min(1.15 * low, -2.0 if two_sided else -0.2), max(1.15 * high, 2.0))
+    return Scale(max(-MOST, min(1.15 * low, -2.0 if two_sided else -0.2)), min(MOST, max(1.15 * high, 2.0)))
 
 
 def forest(
@@ -97,7 +99,7 @@ def forest(
     bottom = top + sum(head) + sum(heights)
     with plain():
         picture = Picture(width, bottom + 24)
-        ticks = to.ticks(30, right - left)
+        ticks = to.ticks(30 if max(-to.low, to.high) < 1000 else 44, right - left)
         for tick in ticks:
             x = to.at(tick, left, right)
             picture.line([x, x], [top - 6, bottom + 4], INK if tick == 0 else RULE, linewidth=1 if tick else 1.2)

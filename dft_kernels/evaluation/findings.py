@@ -214,8 +214,10 @@ def _closed(run: Evaluation, labels: Sequence[str]) -> list[Answer]:
         one = change(run, run.models[0], run.models[at])
         against = f"{labels[at]} against {first}: metrics"
         had = _count(one.had, f"{first}: metrics with a gap")
-        if not one.had:
-            said: list[str | Cell] = [f"{first} had no gap to close"]
+        if not judged(run, run.models[0]):
+            said: list[str | Cell] = [f"unknown: whether {first} had a gap is"]
+        elif not one.had:
+            said = [f"{first} had no gap to close"]
         elif not one.closed:
             said = ["none of the ", had, f" {_many(one.had, 'gap')} of {first} was closed"]
         else:

@@ -69,6 +69,7 @@ def _shown(run: Evaluation, runs: Sequence[Evaluation]) -> dict[str, Any]:
             (group, *(figures.forest(run, names, abouts, to, f"forest{at}-{n}", narrow=bool(n)) for n in (0, 1)))
             for at, (group, abouts) in enumerate(groups.items())
         ],
+        "edge": f"{figures.MOST:,}" if figures.MOST in (-to.low, to.high) else "",
         "left_out": figures.left_out(run, compared, names),
         "score": [figures.score(run, names, f"score{n}", narrow=bool(n)) for n in (0, 1)]
         if any(model.score for model in run.models)

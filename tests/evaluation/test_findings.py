@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -96,6 +97,9 @@ def test_where_there_is_no_gap_or_no_other_model() -> None:
     assert words(findings.lead(run, NAMES)) == f"{NAMES[0]} has a gap in 1 of 1 metric."
     run = made({"a": FAR}, kind=LEVEL)
     assert answers(run, "Is there a gap?") == ["unknown: no metric has a number, a floor and an interval"]
+    run = made({"a": FAR}, {"a": FAR}, kind=LEVEL)
+    assert answers(run, "Was it closed?") == [f"unknown: whether {NAMES[0]} had a gap is"]
+    assert words(findings.lead(run, NAMES)).startswith(f"Whether {NAMES[0]} writes like people is unknown")
 
 
 def test_no_more_gaps_than_chance_is_said() -> None:
@@ -150,3 +154,14 @@ def test_distances_are_one_sided() -> None:
     assert -1 < figures.scale(run, run.metrics).low < 0
     both = made({"a": FAR})
     assert figures.scale(both, both.metrics).low <= -2
+
+
+def test_a_scale_ends_and_its_ticks_have_room() -> None:
+    run = made({"a": (1e300, -1e300, 1e301), "b": NEAR})
+    to = figures.scale(run, run.metrics)
+    assert (to.low, to.high) == (-figures.MOST, figures.MOST)
+    assert to.at(1e300, 0, 100) == 100
+    for width in (300, 500):
+        places = [to.at(tick, 0, width) for tick in to.ticks(44, width)]
+        assert {-1, 0, 1} <= {*to.ticks(20, width)}
+        assert all(after - before >= 44 for before, after in pairwise(places))

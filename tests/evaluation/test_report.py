@@ -16,7 +16,7 @@ from evaluations import NAMES, evaluation
 
 from dft_kernels.commands import main as cli
 from dft_kernels.evaluation import report
-from dft_kernels.evaluation.results import Phrase
+from dft_kernels.evaluation.results import Evaluation, Phrase, Text
 
 NASTY = (
     "</style></title><script src=//x.y>alert(1)</script><img src=x onerror=alert(2)> \"'`&amp; \x00\x07\x1b[31m\x85 "
@@ -246,6 +246,40 @@ def test_runs_with_other_metrics_and_settings_stand_together() -> None:
     seen = re.sub(r"\s+", " ", Reader(report.page([less, other])).of("main")[0]["text"])
     assert f"{one.metrics[0].name}, {NAMES[0]}: not in its run" in seen
     assert "permutations1000; 5" in seen
+
+
+def bare(models: int) -> Evaluation:
+    """Without anything that a run may lack."""
+    run = evaluation(models)
+    empty = {"score": None, "retention": [], "phrases": [], "texts": [], "slices": [], "histograms": {}, "cost": {}}
+    models_ = [replace(model, values=[], **empty) for model in run.models]
+    return replace(run, models=models_, metrics=[], human_score=[], human_histograms={}, settings={})
+
+
+def odd() -> Evaluation:
+    """With numbers at their ends: no interval, a floor of 0, no number at all, a huge one, shares of another length."""
+    run = evaluation(1)
+    (model,) = run.models
+    changes: list[dict[str, Any]] = [
+        {"low": None}, {"floor": 0.0}, {"floor": None}, {"value": None, "note": ""}, {"value": 1e300, "high": 1e301},
+        {"value": 0.0, "low": 0.0, "high": 0.0}, {"note": "of 20 documents"},
+    ]  # fmt: skip
+    values = [replace(value, **change) for value, change in zip(model.values, changes * 9, strict=False)]
+    phrases = [replace(model.phrases[0], ratio=0.0, low=0.0, human_count=0), replace(model.phrases[1], phrase=" ")]
+    shares = {"punctuation": [0.0] * 10, "sentence words": [1.0]}
+    model = replace(model, values=values, phrases=phrases, histograms=shares, texts=[Text("", "", "")])
+    return replace(run, models=[model], human_histograms={"punctuation": [0.0] * 10, "sentence words": [1.0]})
+
+
+@pytest.mark.parametrize("run", [bare(1), bare(2), odd(), replace(evaluation(1), models=evaluation(4).models * 3)],
+                         ids=["bare", "two bare", "odd", "twelve models"])  # fmt: skip
+def test_it_is_whole_whatever_a_run_holds(run: Evaluation) -> None:
+    read = Reader(report.page([run]))
+    ids = [one["@id"] for one in read.all if "@id" in one]
+    assert len(ids) == len(set(ids))
+    text = read.of("body")[0]["text"]
+    assert not re.search(r"\bnan\b|\binf\b|None|undefined", text)
+    assert len(read.of("h2")) == 11
 
 
 # ---- the command

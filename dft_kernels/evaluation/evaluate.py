@@ -57,7 +57,8 @@ def evaluate(
     settings = {
         "human": job.human, "human_sha256": those.sha256, "tokenizer": tokenizer_fingerprint(tokenizer),
         "encoder": None if job.encoder is None else job.encoder.name, "count": job.sampling.count,
-        "prompt": job.prompt, "length": job.sampling.length, "seed": job.sampling.seed, "questions": job.questions,
+        "prompt": job.prompt, "length": job.sampling.length, "seed": job.sampling.seed,
+        "tasks": list(job.tasks), "questions": job.questions,
         "batch": job.batch,
         **{name: version(name) for name in ("torch", "transformers", "numpy", "nupunkt", "lexicalrichness")},
     }  # fmt: skip

@@ -1,7 +1,7 @@
 """What one model contributes to an evaluation: its texts, what it expects, what it knows.
 
 All of it takes the model and takes long, so that it is kept in the folder as it is done: samples/ (JSON lines, a text
-each), readings/ (JSON, sums a text). A run that is stopped goes on, and metrics can be made again without the model.
+each), answers/ (a question each), readings/ (JSON, sums a text). A run that is stopped goes on, and metrics can be made again without the model.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from ..generation import samples
 from ..generation.sampling import Sampling
 from ..store.fingerprint import model_fingerprint, tokenizer_fingerprint
 from ..targets.corpus import encode
-from . import slices
+from . import results, slices
 from .people import People, cut
 from .reading import Read, Reading, read
 from .results import Accuracy
+from .retention import questions_asked, retention
 
 Bars = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]  # name, total, unit
 Load = Callable[[], tuple[Any, Any]]
@@ -35,8 +36,9 @@ Load = Callable[[], tuple[Any, Any]]
 class Job:
     """What to evaluate by. human: names of the texts, for the record; prompt: tokens of a prompt; sampling: of every
     model; sweep: ways of sampling (temperature, top_p, min_p) that the first model is tried by besides; encoder: of
-    materials.encoders, None for none; words: of slices; counterfactual: draw after swapped prompts too; questions: of
-    each retention task, 0 for none; again: measure what the folder holds, without the models."""
+    materials.encoders, None for none; words: of slices; counterfactual: draw after swapped prompts too; tasks: of
+    retention, so many questions of each, fetched into `cache`; again: measure what the folder holds, without the models.
+    """
 
     human: list[str]
     sampling: Sampling = field(default_factory=Sampling)
@@ -45,7 +47,9 @@ class Job:
     encoder: Any = None
     words: slices.Words = field(default_factory=slices.read)
     counterfactual: bool = False
-    questions: int = 0
+    tasks: tuple[str, ...] = ()
+    questions: int | None = None
+    cache: Path = Path()
     batch: int = 16
     again: bool = False
 
@@ -107,7 +111,7 @@ def gathered(
         at,
         [texts(drawn(prompts, one)) for one in job.swept()] if sweep else [],
         _reading(job, those, name, model, own, written, folder, bars),
-        [],
+        _retention(job, name, model, own, folder, bars),
         {
             "generation seconds": own_text.seconds, "tokens": float(own_text.tokens),
             "tokens per second": own_text.tokens_per_second,
@@ -139,6 +143,21 @@ def _reading(
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_text(file, json.dumps(asdict(_Kept(model_fingerprint(model), of, *listed))))
     return reading
+
+
+def _retention(job: Job, name: str, model: Any, own: Any, folder: Path, bars: Bars) -> list[Accuracy]:
+    """What the model knows; without the model, what the run before found."""
+    if job.again:
+        return [row for one in results.load(folder).models if one.name == name for row in one.retention]
+    if not job.tasks:
+        return []
+    file = folder / "answers" / f"{file_name(name)}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with bars(f"{name}: answering", questions_asked(job.tasks, job.cache, job.questions), "questions") as bar:
+        return retention(
+            model, own, job.tasks, job.cache, file, model_name=name, count=job.questions, seed=job.sampling.seed,
+            tick=bar,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

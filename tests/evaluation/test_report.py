@@ -271,8 +271,12 @@ def odd() -> Evaluation:
     return replace(run, models=[model], human_histograms={"punctuation": [0.0] * 10, "sentence words": [1.0]})
 
 
-@pytest.mark.parametrize("run", [bare(1), bare(2), odd(), replace(evaluation(1), models=evaluation(4).models * 3)],
-                         ids=["bare", "two bare", "odd", "twelve models"])  # fmt: skip
+def many() -> Evaluation:
+    """Of more models than there are colours, some of one name and sampling."""
+    return replace(evaluation(1), models=(evaluation().models * 3)[:9])
+
+
+@pytest.mark.parametrize("run", [bare(1), bare(2), odd(), many()], ids=["bare", "two bare", "odd", "nine models"])
 def test_it_is_whole_whatever_a_run_holds(run: Evaluation) -> None:
     read = Reader(report.page([run]))
     ids = [one["@id"] for one in read.all if "@id" in one]

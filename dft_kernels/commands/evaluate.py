@@ -10,6 +10,7 @@ import transformers
 
 from ..evaluation import evaluate as work
 from ..evaluation import slices
+from ..evaluation.findings import has_gap
 from ..evaluation.results import FILE, LEVEL, Evaluation
 from ..evaluation.subject import Job
 from ..generation.sampling import Sampling
@@ -125,7 +126,7 @@ def render(found: Evaluation, about: str) -> Any:
     score = [f"{model.score.value:.0f}" if model.score else "" for model in found.models]
     made.add_row("style diversity score", *score, end_section=True)
     people = " (people: {:.0f} to {:.0f})".format(*found.human_score[::2]) if found.human_score else ""
-    made.caption = f"above 1: more than 95 % of human halves differ by; score of 100{people}; {about}"
+    made.caption = f"*: a gap, beyond 95 % of human halves, whose interval excludes 0; score of 100{people}; {about}"
     return made
 
 
@@ -135,4 +136,4 @@ def _cell(value: Any, level: bool) -> str:
     if level:
         return f"{value.value:.4g}"
     low, high = (one / value.floor for one in (value.low, value.high))
-    return f"{value.ratio:+.2f} ({low:+.2f} to {high:+.2f}){' *' if abs(value.ratio) > 1 else ''}"
+    return f"{value.ratio:+.2f} ({low:+.2f} to {high:+.2f}){' *' if has_gap(value) else ''}"

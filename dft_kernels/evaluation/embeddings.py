@@ -141,12 +141,16 @@ def mauve(pool: Floats, a: Rows, b: Rows, seed: int = 0) -> float | None:
 
 @contextlib.contextmanager
 def _quiet(faiss: Any) -> Iterator[None]:
-    """On one thread, and without k-means' word to stderr that 10 points a cluster are few: 10 are the method's own."""
+    """On one thread, since a small SVD waits for the others 15 times as long as it takes, and without k-means' word to
+    stderr that 10 points a cluster are few: 10 are the method's own."""
+    from threadpoolctl import threadpool_limits
+
     kmeans, threads = faiss.Kmeans, faiss.omp_get_max_threads()
     faiss.Kmeans = functools.partial(kmeans, min_points_per_centroid=1)
     faiss.omp_set_num_threads(1)
     try:
-        yield
+        with threadpool_limits(1):
+            yield
     finally:
         faiss.Kmeans = kmeans
         faiss.omp_set_num_threads(threads)

@@ -260,7 +260,7 @@ METRICS: tuple[Metric, ...] = (
         "1 - MAUVE", "meaning", DISTANCE, "area",
         "1 less the area under the divergence curve of both sides' embeddings, quantised by k-means",
         "Pillutla et al., arXiv:2102.01454, by mauve-text, of sentence embeddings in place of GPT-2's",
-        of=_mauve,
+        of=_mauve, halves=50,
         embedded=True, lacks=_no_mauve,
     ),
     *(

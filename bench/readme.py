@@ -263,6 +263,50 @@ def threads_table(rows: Rows) -> str:
     return markdown(head, lines, f"{what}; load average before: {first['load']}; {where(rows)}")
 
 
+def floors_table(rows: Rows) -> str:
+    """Of bench/evaluation.py: a row a metric, a column a kind of text."""
+    texts = list(dict.fromkeys(row["texts"] for row in rows))
+    of = {(row["metric"], row["texts"]): row for row in rows}
+
+    def cell(row: dict[str, str] | None) -> str:
+        return f"{100 * float(row['within']):.0f} %" if row else ""
+
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    lines = [[metric, *(cell(of.get((metric, text))) for text in texts)] for metric in metrics]
+    means = [[float(row["within"]) for row in rows if row["texts"] == text] for text in texts]
+    lines.append(["all", *(f"{100 * sum(those) / len(those):.1f} %" for those in means)])
+    scores = [next(float(row["score"]) for row in rows if row["texts"] == text) for text in texts]
+    lines.append(["style diversity score", *(f"{score:.0f}" for score in scores)])
+    first = rows[0]
+    size = (
+        f"{first['draws']} draws of 3 x {first['count']} passages of {first['length']} tokens, {first['halves']} halves"
+    )
+    return markdown(["people within the floor of people", *texts], lines, f"{size}; {where(rows)}")
+
+
+def evaluation_table(rows: Rows) -> str:
+    """Of evaluation.csv: a row a metric, a column a model, in floors; levels as they are."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    of = {(row["metric"], row["model"]): row for row in rows}
+
+    def cell(row: dict[str, str]) -> str:
+        if not row["ratio"]:
+            return row["note"]
+        if row["metric"] == "perplexity":
+            return f"{float(row['value']):.1f}"
+        value, low, high, floor = (float(row[name]) for name in ("value", "low", "high", "floor"))
+        return f"{value / floor:+.1f} ({low / floor:+.1f} to {high / floor:+.1f})"
+
+    lines = [[metric, *(cell(of[metric, model]) for model in models)]
+             for metric in dict.fromkeys(row["metric"] for row in rows)]  # fmt: skip
+    first = rows[0]
+    caption = (
+        f"{first['count']} texts of {first['length']} tokens after prompts of {first['prompt']}; temperature "
+        f"{first['temperature']}, top-p {first['top_p']}, min-p {first['min_p']}, seed {first['seed']}; {first['date']}"
+    )
+    return markdown(["value in floors (95 % interval)", *models], lines, caption)
+
+
 def summary_table(rows: Rows) -> str:
     """Of a CSV that is the table already: its cells as they stand; its last column, `about`, is the caption."""
     head = [name for name in rows[0] if name != "about"]
@@ -280,6 +324,8 @@ KINDS: dict[str, Callable[[Rows], str]] = {
     "active": active_table,  # bench/active.py
     "active-training": active_training_table,
     "threads": threads_table,  # bench/threads.py
+    "floors": floors_table,  # bench/evaluation.py
+    "evaluation": evaluation_table,  # dft-kernels evaluate
     "errors": errors_table,  # dft-kernels bench --inputs
     "every-error": every_error_table,
     "summary": summary_table,  # written by hand from the runs that its last column names

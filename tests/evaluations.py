@@ -16,6 +16,7 @@ from dft_kernels.evaluation.results import (
     Phrase,
     Score,
     Slice,
+    Swept,
     Text,
     Value,
 )
@@ -141,6 +142,7 @@ def model(name: str, strength: float, seed: int, cost: float = 0.0) -> Evaluated
         [Accuracy(task, 1000, {"lambada": 5153, "hellaswag": 10042}.get(task, 2376), at - cost * (1 + n), 0.0155,
                   None if task == "lambada" else at + 0.02) for n, (task, at) in enumerate(tasks.items())],
         _phrases(draw, strength), texts, _slices(draw),
+        [] if seed else [Swept(Sampling(0.7), 2.1, 11), Swept(Sampling(), 3.2, 19), Swept(Sampling(1.2), None, 0)],
         {"sentence words": _lengths(16 + strength, 0.7 - 0.06 * strength),
          "punctuation": [x / sum(marks) for x in marks]},
         {"generation seconds": 412.5 - seed, "tokens per second": 62.1 + seed, "parameters": 134515008.0,

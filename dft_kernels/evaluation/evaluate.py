@@ -128,7 +128,8 @@ def _best(
     ways: list[Sampling] = [job.sampling, *job.swept()]
     samples = [sample, *(Sample(sample.documents, at) for at in tried)]
     sweep = [Swept(how, *swept(found, one)) for how, one in zip(ways, samples, strict=True)]
-    at = min(range(len(sweep)), key=lambda at: sweep[at].distance)
+    known = [(one.distance, at) for at, one in enumerate(sweep) if one.distance is not None]
+    at = min(known)[1] if known else 0
     name = f"{first.name}, best of {len(sweep)} samplings"
     with bars("measuring", len(METRICS), "metrics") as bar:
         best = measured({name: samples[at]}, seed=job.sampling.seed, tick=bar)[name]

@@ -113,15 +113,14 @@ def _quantiles(values: Any, at: Any) -> Any:
     return np.quantile(values, at, axis=0, method="weibull")
 
 
-def swept(found: Sequence[Found], sample: Sample) -> tuple[float, int]:
+def swept(found: Sequence[Found], sample: Sample) -> tuple[float | None, int]:
     """Of other texts, by the floors that were found: mean of abs(value) / floor over the metrics of texts, and how many
-    lie beyond theirs. Inf and 0 where there is nothing to compare."""
-    ratios = []
-    for one in found:
-        if one.value.floor and not one.metric.own_noise:
-            ratios.append(abs(one.metric.at(sample, np.arange(len(sample.rows)))[0]) / one.value.floor)
-    ratios = [ratio if np.isfinite(ratio) else float("inf") for ratio in ratios]
-    return (float(np.mean(ratios)) if ratios else float("inf")), sum(ratio > 1 for ratio in ratios)
+    lie beyond theirs; None where there is nothing to compare."""
+    every = np.arange(len(sample.rows))
+    those = [one for one in found if one.value.floor and not one.metric.own_noise]
+    ratios = np.array([abs(one.metric.at(sample, every)[0]) / float(one.value.floor or 1) for one in those])
+    ratios = ratios[np.isfinite(ratios)]
+    return (float(ratios.mean()) if len(ratios) else None), int((ratios > 1).sum())
 
 
 def style_score(found: Sequence[Found]) -> tuple[Score, list[float]] | None:

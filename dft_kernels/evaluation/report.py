@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import fail
 from . import figures, findings
-from .results import DIFFERENCE, LEVEL, About, Evaluated, Evaluation, Phrase, Slice, Text, together
+from .results import DIFFERENCE, LEVEL, About, Evaluated, Evaluation, Phrase, Slice, Swept, Text, together
 from .svg import key
 from .wording import MISSING, Z95, Cell, by_name, cleaned, interval, labels, number, span, titled
 
@@ -93,8 +93,24 @@ def _shown(run: Evaluation, runs: Sequence[Evaluation]) -> dict[str, Any]:
              for one in _SAMPLING]
             for label, model in zip(names, run.models, strict=True)
         ],
+        "sweeps": [
+            (label, [_swept(label, one) for one in model.sweep])
+            for label, model in zip(names, run.models, strict=True)
+            if model.sweep
+        ],
         "FOLD": PHRASES,
     }  # fmt: skip
+
+
+def _swept(label: str, one: Swept) -> list[Cell]:
+    """A way of sampling that was tried."""
+    how = one.sampling
+    said = f"{label}: tried at temperature {how.temperature:g}, top-p {how.top_p:g}, min-p {how.min_p:g}"
+    return [
+        *(Cell(f"{getattr(how, name):g}", f"{said}: {name}") for name in ("temperature", "top_p", "min_p")),
+        Cell(number(one.distance), f"{said}: mean of |value| / floor over the metrics of texts"),
+        Cell(str(one.gaps), f"{said}: metrics beyond their floor"),
+    ]
 
 
 def _rows(run: Evaluation, names: Sequence[str], about: About) -> list[dict[str, Any]]:

@@ -120,11 +120,11 @@ class Slice:
 
 @dataclass(frozen=True)
 class Swept:
-    """One way of sampling of a sweep: mean of abs(value) / floor over the metrics of texts, and how many are beyond
-    their floor."""
+    """One way of sampling of a sweep. distance: mean of abs(value) / floor over the metrics of texts, None where none has
+    a floor; gaps: how many are beyond it."""
 
     sampling: Sampling
-    distance: float
+    distance: float | None
     gaps: int
 
 

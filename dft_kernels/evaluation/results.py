@@ -120,8 +120,8 @@ class Slice:
 
 @dataclass(frozen=True)
 class Swept:
-    """One way of sampling of a sweep. distance: mean of abs(value) / floor over the metrics of texts, None where none has
-    a floor; gaps: how many are beyond it."""
+    """One way of sampling of a sweep. distance: mean of abs(value) / floor over the metrics of texts, None without any
+    floor; gaps: how many are beyond it."""
 
     sampling: Sampling
     distance: float | None

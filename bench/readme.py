@@ -278,8 +278,9 @@ def floors_table(rows: Rows) -> str:
     scores = [next(float(row["score"]) for row in rows if row["texts"] == text) for text in texts]
     lines.append(["style diversity score", *(f"{score:.0f}" for score in scores)])
     first = rows[0]
-    size = f"{first['draws']} draws, {first['count']} texts of {first['length']} tokens a side, {first['halves']} halves"
-    return markdown(["people within the floor of people", *texts], lines, f"{size}; {where(rows)}")
+    size = f"{first['count']} texts of {first['length']} tokens a side, {first['halves']} halves"
+    head = ["people within the floor of people", *texts]
+    return markdown(head, lines, f"{first['draws']} draws, {size}; {where(rows)}")
 
 
 def evaluation_table(rows: Rows) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 
 from ..evaluation import evaluate as work
-from ..evaluation import slices
+from ..evaluation import retention, slices
 from ..evaluation.findings import has_gap
 from ..evaluation.results import FILE, LEVEL, Evaluation
 from ..evaluation.subject import Job
@@ -18,7 +18,7 @@ from ..materials.encoders import encoder
 from ..materials.questions import TASKS
 from ..materials.records import Faults
 from ..materials.sources import texts_of, tokenizer_of, trained_model
-from .arguments import Help, Number, Parser, Whole, each_of, input_file, output_folder
+from .arguments import Help, Number, Parser, Whole, input_file, output_folder
 from .flags import add_cache, add_only, add_quiet, add_sampling, add_seed, add_skip_bad, add_text, sampled
 from .printing import console, progress
 
@@ -50,12 +50,9 @@ def parser() -> Parser:
     add("--slices", type=input_file, default=None, metavar="FILE", help="words that slices are chosen by, and that "
         "are swapped, in place of English ones for women and men")  # fmt: skip
     add("--counterfactual", action="store_true", help="draw again after prompts whose words are swapped, he for she")
-    add(
-        "--retention",
-        **each_of(list(TASKS)),
-        default=None,
-        help=f"ask questions too, of {', '.join(TASKS)}, which pip brings",
-    )
+    add("--retention", dest="tasks", nargs="*", default=None, metavar="TASK",
+        help=f"ask questions too, of {', '.join(TASKS)}, or of tasks of lm-evaluation-harness where it is installed; "
+        f"without names of the first {len(TASKS)}")  # fmt: skip
     add("--questions", type=Whole(1), default=200, help="of each task")
     add("--again", action="store_true", help="measure the samples that --out holds, without the models")
     add("--base", default=None, help="of adapters; by default what they were trained from")
@@ -75,6 +72,9 @@ def run(options: argparse.Namespace) -> int:
     if twice:
         raise ValueError(f"evaluate: model must be named once each, got {min(twice)} twice. Leave one out.")
     chosen = {name: trained_model(name, options.base) for name in options.model}
+    tasks = () if options.tasks is None else tuple(options.tasks or TASKS)
+    if tasks:
+        retention.check(tasks, options.questions)
     faults = Faults(options.skip_bad)
     texts = texts_of(options.human, options.cache, options.only, faults)
     out = console(quiet=options.quiet)
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         sweep=work.GRID if options.sweep else (),
         words=slices.read(options.slices),
         counterfactual=options.counterfactual,
-        tasks=() if options.retention is None else tuple(options.retention or TASKS),
+        tasks=tasks,
         questions=options.questions,
         cache=options.cache,
         again=options.again,

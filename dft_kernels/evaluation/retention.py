@@ -82,7 +82,7 @@ def retention(
     Errors: ValueError, by argument or by file and line. Cost: one forward pass over contexts and choices, see
     `choices.log_likelihoods`; `questions_asked` tells how many questions there will be.
     """
-    _check(tasks, count)
+    check(tasks, count)
     asked = {task: questions(task, cache) for task in tasks if task in TASKS}
     found = _answered(model, tokenizer, asked, file, model_name, count, seed, batch_tokens, tick) if asked else {}
     others = [task for task in tasks if task not in TASKS]
@@ -96,8 +96,8 @@ def questions_asked(tasks: Iterable[str], cache: Path, count: int | None = None)
     return sum(size if count is None else min(size, count) for size in sizes)
 
 
-def _check(tasks: Sequence[str], count: int | None) -> None:
-    """Before anything is fetched or read."""
+def check(tasks: Sequence[str], count: int | None) -> None:
+    """ValueError for what `retention` does not take, before anything is fetched or read."""
     if not tasks or len(set(tasks)) < len(tasks):
         fail("retention", "tasks", "be names, none of them twice", list(tasks), f"Choose of {', '.join(TASKS)}")
     if count is not None and count < 1:

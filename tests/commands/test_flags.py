@@ -54,7 +54,7 @@ PATHS: dict[Any, list[str]] = {
 MODELS = [MISSING, FOLDER, BINARY]
 WORDS: dict[str, list[str]] = {  # what is a text for argparse
     "model": MODELS, "base": MODELS, "teacher": [*MODELS, "http://me:key@host", "https://"], "tokenizer": MODELS,
-    "encoder": MODELS, "retention": ["nothing"], "run": [MISSING, FOLDER, BINARY], "target": [MISSING, FOLDER, BINARY],
+    "encoder": MODELS, "tasks": ["nothing"], "run": [MISSING, FOLDER, BINARY], "target": [MISSING, FOLDER, BINARY],
     "principles": [MISSING, FOLDER, BINARY], "terms": ["nothing=1", "token_l2=much", "token_l2=nan", "token_l2"],
     "rollout_terms": ["nothing=1", "calibration=1", "reference_kl=inf"],
     "divergence": ["nothing"], "temperature_scaling": ["nothing"], "dtype": ["nothing", "int8"],

@@ -20,6 +20,8 @@ from ..files import replace_text
 from ..generation.sampling import Sampling
 from ..materials.encoders import embed
 from ..store.fingerprint import tokenizer_fingerprint
+from ..targets.punctuation import CLASSES
+from ..targets.target import WORDS
 from . import slices
 from .documents import Documents
 from .measure import Found, measured, standing_out, style_score, swept
@@ -156,11 +158,16 @@ def _evaluated(those: People, made: Subject, sample: Sample, found: list[Found],
 
 
 def _histograms(documents: Documents, rows: Any) -> dict[str, list[float]]:
-    def shares(counts: Any) -> list[float]:
-        total = counts[rows].sum(0)
-        return (total / max(1, total.sum())).tolist()
+    """Shares, in as many bins whatever the pool holds: runs are shown together."""
 
-    return {"sentence words": shares(documents.sentence_lengths), "punctuation": shares(documents.marks)}
+    def shares(counts: Any, bins: int) -> list[float]:
+        total = np.zeros(max(bins, counts.shape[1]))
+        total[: counts.shape[1]] = counts[rows].sum(0)
+        total[bins - 1] = total[bins - 1 :].sum()
+        return (total[:bins] / max(1, total[:bins].sum())).tolist()
+
+    lengths, marks = shares(documents.sentence_lengths, WORDS), shares(documents.marks, len(CLASSES))
+    return {"sentence words": lengths, "punctuation": marks}
 
 
 def _table(evaluation: Evaluation) -> str:

@@ -57,6 +57,10 @@ def test_a_run_writes_all_of_it(here: Path, capsys: pytest.CaptureFixture[str]) 
         assert model.sampling == samples.Sampling(count=COUNT, length=12)
         assert model.cost["tokens"] > 0
         assert len(model.texts) == 10
+        assert {name: len(bins) for name, bins in model.histograms.items()} == {
+            "sentence words": 257,
+            "punctuation": 10,
+        }
     best = found.models[2]
     assert min(best.sweep, key=lambda one: one.distance).sampling == best.sampling
     assert found.settings["human"] == ["human.jsonl"]

@@ -51,10 +51,8 @@ def test_versions_that_do_not_go_together_are_named() -> None:
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inform"]) == 2
-    assert (
-        "COMMAND must be one of bench, capture, demo, gap, info, sample, store, target, train, got 'inform'"
-        in capsys.readouterr().err
-    )
+    known = "bench, capture, demo, evaluate, gap, info, report, sample, store, target, train"
+    assert f"COMMAND must be one of {known}, got 'inform'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -6,19 +6,21 @@ import argparse
 from functools import partial
 from typing import Any
 
+import torch
 import transformers
 
+from ..errors import fail
 from ..evaluation import evaluate as work
 from ..evaluation import retention, slices
 from ..evaluation.findings import has_gap
 from ..evaluation.results import FILE, LEVEL, Evaluation
-from ..evaluation.subject import Job
+from ..evaluation.subject import Job, check_fast
 from ..generation.sampling import Sampling
 from ..materials.encoders import encoder
 from ..materials.questions import TASKS
 from ..materials.records import Faults
-from ..materials.sources import texts_of, tokenizer_of, trained_model
-from .arguments import Help, Number, Parser, Whole, input_file, output_folder
+from ..materials.sources import SMOLLM2, Trained, texts_of, tokenizer_of, trained_model
+from .arguments import Help, Number, Parser, Whole, device, input_file, output_folder
 from .flags import add_cache, add_only, add_quiet, add_sampling, add_seed, add_skip_bad, add_text, sampled
 from .printing import console, progress
 
@@ -45,7 +47,7 @@ def parser() -> Parser:
     add("--length", type=Whole(2), default=128, help="tokens that a text has at most")
     add_sampling(made, Number(least=0), "of every model; 0: the likeliest token", min_p=True)
     add_seed(made, "of passages, draws and halves")
-    sweep = f"try the first model by {len(work.GRID)} other ways of sampling too, and show the best of them"
+    sweep = f"try the first model by {len(work.GRID)} ways of sampling too, and hold the others against the best one"
     add("--sweep", action="store_true", help=sweep)
     add("--slices", type=input_file, default=None, metavar="FILE", help="words that slices are chosen by, and that "
         "are swapped, in place of English ones for women and men")  # fmt: skip
@@ -59,6 +61,7 @@ def parser() -> Parser:
     add("--tokenizer", default=None, help="whose tokens are counted; by default the first model's")
     add("--encoder", default="minilm", help="of texts, for MMD and MAUVE: minilm, which pip brings, a folder of "
         "sentence-transformers, or none")  # fmt: skip
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="of the models")
     add("--batch", type=Whole(1), default=16, help="texts drawn at a time, of which the draws depend")
     add_cache(made)
     add_quiet(made)
@@ -75,13 +78,17 @@ def run(options: argparse.Namespace) -> int:
     tasks = () if options.tasks is None else tuple(options.tasks or TASKS)
     if tasks:
         retention.check(tasks, options.questions)
+        retention.questions_asked(tasks, options.cache, options.questions)  # fetched, before anything is drawn
     faults = Faults(options.skip_bad)
-    texts = texts_of(options.human, options.cache, options.only, faults)
+    texts = texts_of(options.human, options.cache, options.only, faults, "human")
     out = console(quiet=options.quiet)
     for line in faults.said():
         out.print(line, highlight=False)
-    first = chosen[options.model[0]]
-    source = options.tokenizer or (first.base if first.adapter else first.name)
+    sources = {name: str(one.base if one.adapter else one.name) for name, one in chosen.items()}
+    for name, source in sources.items():
+        _check_positions(name, source, options)
+    tokenizer = tokenizer_of(options.tokenizer or sources[options.model[0]], options.cache)
+    check_fast(tokenizer, options.tokenizer or options.model[0])
     job = Job(
         human=options.human,
         sampling=Sampling(
@@ -101,14 +108,34 @@ def run(options: argparse.Namespace) -> int:
     found = work.evaluate(
         job,
         texts,
-        tokenizer_of(str(source), options.cache),
-        [(name, partial(one.load, options.cache)) for name, one in chosen.items()],
+        tokenizer,
+        [(name, partial(_loaded, one, options)) for name, one in chosen.items()],
         options.out,
         partial(progress, quiet=options.quiet),
     )
     out.print(render(found, sampled(options)))
-    out.print(f"{options.out / FILE}: dft-kernels report {options.out} draws it", highlight=False)
+    few = {name: count for name, count in found.settings["slices"].items() if count < slices.LEAST}
+    if few:
+        said = ", ".join(f"{name} {count}" for name, count in few.items())
+        out.print(f"too few prompts for slices, of {slices.LEAST}: {said}", highlight=False, markup=False)
+    out.print(f"{options.out / FILE}: dft-kernels report {options.out} draws it", highlight=False, markup=False)
     return 0
+
+
+def _loaded(one: Trained, options: argparse.Namespace) -> tuple[Any, Any]:
+    model, tokenizer = one.load(options.cache)
+    return model.to(options.device), tokenizer
+
+
+def _check_positions(name: str, source: str, options: argparse.Namespace) -> None:
+    """Of every model, before the first one draws."""
+    if source == SMOLLM2:
+        return
+    config = transformers.AutoConfig.from_pretrained(source).get_text_config()
+    most, longest = getattr(config, "max_position_embeddings", None), options.prompt + options.length
+    if most is not None and longest > most:
+        got = f"a sequence of {longest}"
+        fail("evaluate", "length", f"be, with the prompt, at most the {most} positions of {name}", got, "Lower it")
 
 
 def stopped(options: argparse.Namespace) -> str:
@@ -118,9 +145,12 @@ def stopped(options: argparse.Namespace) -> str:
 
 def render(found: Evaluation, about: str) -> Any:
     """Every metric of every model, in floors."""
+    from rich.markup import escape
     from rich.table import Table
 
-    made = Table("metric", *(model.name for model in found.models), title="value / what people differ by from people")
+    made = Table(
+        "metric", *(escape(model.name) for model in found.models), title="value / what people differ by from people"
+    )
     for at, metric in enumerate(found.metrics):
         made.add_row(metric.name, *(_cell(model.values[at], metric.kind == LEVEL) for model in found.models))
     score = [f"{model.score.value:.0f}" if model.score else "" for model in found.models]

@@ -26,10 +26,18 @@ _CLOSED = re.compile(r"[.!?…][\"'”’»)\]]*\s*$")
 
 class Documents:
     """Texts, of which `human` are rows; their tokens by one tokenizer, and their embeddings [D, E] float64 where there
-    are any."""
+    are any. prompts: what each goes on from; None: nothing."""
 
-    def __init__(self, texts: Sequence[str], human: Rows, tokenizer: Any, embeddings: Any = None) -> None:
+    def __init__(
+        self,
+        texts: Sequence[str],
+        human: Rows,
+        tokenizer: Any,
+        embeddings: Any = None,
+        prompts: Sequence[str] | None = None,
+    ) -> None:
         self.texts, self.human, self.tokenizer, self.embeddings = list(texts), human, tokenizer, embeddings
+        self.prompts = [""] * len(self.texts) if prompts is None else list(prompts)
         self._kept: dict[Any, Any] = {}
 
     def __len__(self) -> int:
@@ -40,6 +48,12 @@ class Documents:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
+
+    @cached_property
+    def spaced(self) -> bool:
+        """Whether the human texts have spaces between their words, one character in twenty at least."""
+        texts = [self.texts[row] for row in self.human]
+        return 20 * sum(map(str.isspace, "".join(texts))) >= sum(map(len, texts))
 
     # ---- words and tokens
 
@@ -86,17 +100,19 @@ class Documents:
 
     @cached_property
     def sentences(self) -> list[list[list[str]]]:
-        """The words of each sentence, without one that the end of the text cuts off."""
-        return [self._sentences(text) for text in self.texts]
+        """The words of each sentence that is whole: without the rest of one that began in the prompt, and without one
+        that the end of the text cuts off."""
+        return [self._sentences(*pair) for pair in zip(self.prompts, self.texts, strict=True)]
 
-    def _sentences(self, text: str) -> list[list[str]]:
+    def _sentences(self, prompt: str, text: str) -> list[list[str]]:
         ends = sentence_ends(text)
         found: list[list[str]] = [[] for _ in ends]
         for match in WORD.finditer(text):
             at = int(np.searchsorted(ends, match.start(), side="right"))
             if at < len(found):
                 found[at].append(match.group().lower())
-        return found if _CLOSED.search(text) else found[:-1]
+        begun = bool(prompt.strip()) and not _CLOSED.search(prompt)
+        return found[begun:] if _CLOSED.search(text) else found[begun:-1]
 
     @cached_property
     def sentence_lengths(self) -> Any:

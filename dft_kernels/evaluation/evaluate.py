@@ -52,6 +52,7 @@ def evaluate(
     functions that load model and tokenizer, called one after another. bars: makes progress bars."""
     those = people(texts, tokenizer, job.prompt, job.sampling.length, job.sampling.count, job.sampling.seed)
     folder.mkdir(parents=True, exist_ok=True)
+    by_words = slices.slices_of([passage.prompt for passage in those.reference], job.words)
     subjects = []
     for number, (name, load) in enumerate(models):
         subjects.append(gathered(job, those, tokenizer, name, load, folder, bars, job.sweep if number == 0 else ()))
@@ -61,7 +62,7 @@ def evaluate(
         "encoder": None if job.encoder is None else job.encoder.name, "count": job.sampling.count,
         "prompt": job.prompt, "length": job.sampling.length, "seed": job.sampling.seed,
         "tasks": list(job.tasks), "questions": job.questions,
-        "batch": job.batch,
+        "slices": {name: len(rows) for name, rows in by_words.items()}, "words_sha256": job.words.sha256,
         **{name: version(name) for name in ("torch", "transformers", "numpy", "nupunkt", "lexicalrichness")},
     }  # fmt: skip
     evaluation = replace(found, version=__version__, date=datetime.date.today().isoformat(), settings=settings)
@@ -82,11 +83,14 @@ def _results(job: Job, those: People, tokenizer: Any, subjects: list[Subject], b
     rows = {one.name: placed(one.texts) for one in subjects}
     tried = [placed(texts) for texts in subjects[0].tried]
     swapped = {one.name: placed(one.swapped) for one in subjects}
+    written = [passage.prompt for passage in those.reference]
+    prompts = [*(passage.prompt for passage in those.all), *written * (len(subjects) + len(tried))]
+    prompts += [one for subject in subjects for one in subject.swapped_prompts]
     vectors = None
     if job.encoder is not None:
         with bars("embedding", len(pool), "texts") as bar:
             vectors = embed(job.encoder, pool, tick=bar).double().numpy()
-    documents = Documents(pool, np.arange(len(those.all)), tokenizer, vectors)
+    documents = Documents(pool, np.arange(len(those.all)), tokenizer, vectors, prompts)
     samples = {one.name: Sample(documents, rows[one.name], one.reading) for one in subjects}
     with bars("measuring", len(METRICS) * len(samples), "metrics") as bar:
         found = measured(samples, seed=job.sampling.seed, tick=bar)
@@ -96,7 +100,11 @@ def _results(job: Job, those: People, tokenizer: Any, subjects: list[Subject], b
             of = _slices(job, those, samples[one.name], swapped[one.name], one.swapped_at, bar)
         models.append(_evaluated(those, one, samples[one.name], found[one.name], of))
     if tried:
-        models.append(_best(job, those, subjects[0], samples[subjects[0].name], tried, found[subjects[0].name], bars))
+        first = subjects[0]
+        models = [
+            *_swept(job, those, first, samples[first.name], tried, found[first.name], bars, models[0]),
+            *models[1:],
+        ]
     score = next((score for score in map(style_score, found.values()) if score is not None), None)
     about = [About(**{each.name: getattr(one, each.name) for each in fields(About)}) for one in METRICS]
     human = _histograms(documents, np.arange(n))
@@ -108,13 +116,15 @@ def _slices(job: Job, those: People, sample: Sample, swapped: Any, swapped_at: l
     prompts, out = [passage.prompt for passage in those.reference], []
     by_words = slices.slices_of(prompts, job.words)
     for metric in METRICS:
-        if isinstance(metric, Statistic):
+        if isinstance(metric, Statistic) and not metric.missing(sample):
             made = partial(
                 slices.difference, metric.name, partial(metric.of, sample.documents), halves=metric.halves,
                 seed=job.sampling.seed,
             )  # fmt: skip
             for first, second in combinations(by_words, 2):
                 a, b = by_words[first], by_words[second]
+                if metric.sized:
+                    a, b = (side[: min(len(a), len(b))] for side in (a, b))
                 out.append(made((first, second), (sample.rows[a], sample.rows[b]), (a, b)))
             if len(swapped):
                 out.append(made(("as written", "swapped"), (sample.rows[swapped_at], swapped), None))
@@ -122,22 +132,30 @@ def _slices(job: Job, those: People, sample: Sample, swapped: Any, swapped_at: l
     return [one for one in out if one is not None]
 
 
-def _best(
-    job: Job, those: People, first: Subject, sample: Sample, tried: list[Any], found: list[Found], bars: Bars
-) -> Evaluated:
-    """Of the ways of sampling that the first model was tried by, its own among them, the one nearest to people: chosen
-    on the same texts as it is measured on, so that it looks a little better than it is."""
+def _swept(
+    job: Job,
+    those: People,
+    first: Subject,
+    sample: Sample,
+    tried: list[Any],
+    found: list[Found],
+    bars: Bars,
+    plain: Evaluated,
+) -> list[Evaluated]:
+    """The first model by the best of its ways of sampling, `plain` among them, before what it is as asked for: others
+    have that to beat. Chosen on the same texts as it is measured on, it looks a little better than it is."""
     ways: list[Sampling] = [job.sampling, *job.swept()]
     samples = [sample, *(Sample(sample.documents, at) for at in tried)]
     sweep = [Swept(how, *swept(found, one)) for how, one in zip(ways, samples, strict=True)]
     known = [(one.distance, at) for at, one in enumerate(sweep) if one.distance is not None]
     at = min(known)[1] if known else 0
+    if at == 0:
+        return [replace(plain, sweep=sweep)]
     name = f"{first.name}, best of {len(sweep)} samplings"
     with bars("measuring", len(METRICS), "metrics") as bar:
         best = measured({name: samples[at]}, seed=job.sampling.seed, tick=bar)[name]
-    texts = [first.texts, *first.tried][at]
-    made = Subject(name, ways[at], texts)
-    return replace(_evaluated(those, made, samples[at], best, []), sweep=sweep)
+    made = Subject(name, ways[at], first.tried[at - 1], retention=first.retention, drawn=first.drawn)
+    return [replace(_evaluated(those, made, samples[at], best, []), sweep=sweep), plain]
 
 
 def _evaluated(those: People, made: Subject, sample: Sample, found: list[Found], of: list[Slice]) -> Evaluated:
@@ -154,6 +172,7 @@ def _evaluated(those: People, made: Subject, sample: Sample, found: list[Found],
         sweep=[],
         histograms=_histograms(sample.documents, sample.rows),
         cost=made.cost,
+        drawn=made.drawn,
     )
 
 

@@ -85,6 +85,9 @@ def measured(
 
 def _found(metric: Metric, sample: Sample, halves: Halves, seed: int, noise: Any) -> Found:
     n, empty = len(sample.rows), np.zeros(0)
+    if metric.counts is not None:
+        counted = metric.counts(sample.documents)
+        n = int(min(counted[rows].sum() for rows in (sample.rows, np.arange(n))))
 
     def none(note: str) -> Found:
         return Found(metric, Value(metric.name, None, None, None, None, None, None, None, n, note), empty, empty)
@@ -92,11 +95,12 @@ def _found(metric: Metric, sample: Sample, halves: Halves, seed: int, noise: Any
     if missing := metric.missing(sample):
         return none(missing)
     if n < FEW:
-        return none(f"too few: {n} documents, of {FEW} that an interval takes")
-    value, model, human = metric.at(sample, np.arange(n))
+        return none(f"too few: {n} documents that it can be taken of, of {FEW} that an interval takes")
+    value, model, human = metric.at(sample, np.arange(len(sample.rows)))
     spread = np.array([metric.at(sample, half)[0] for half in halves.prompts[: metric.halves]])
     if noise is None:
         noise = np.array([metric.noise(sample, *pair) for pair in halves.human[: metric.halves]])
+        noise = noise - noise.mean() if metric.centred else noise
     if not np.isfinite([value, *spread, *noise]).all():
         return none("too few: documents, or halves of them, hold nothing that it is taken of")
     spread = value + spread - spread.mean()
@@ -140,9 +144,10 @@ def style_score(found: Sequence[Found]) -> tuple[Score, list[float]] | None:
 
     parts = scored([np.array([one.value.value]) for one in those])[:, 0]
     named = {one.metric.name: float(part) for one, part in zip(those, parts, strict=True)}
-    low, high = 100 * _quantiles(scored([one.spread[:drawn] for one in those]).mean(0), OUTER)
+    spread = scored([one.spread[:drawn] for one in those]).mean(0)
+    low, high = (100 * min(1.0, max(0.0, x)) for x in parts.mean() + _quantiles(spread - spread.mean(), OUTER))
     people = 100 * _quantiles(scored([one.noise[:drawn] for one in those]).mean(0), (0.05, 0.5, 0.95))
-    return Score(float(100 * parts.mean()), float(low), float(high), named), people.tolist()
+    return Score(float(100 * parts.mean()), low, high, named), people.tolist()
 
 
 def standing_out(documents: Documents, rows: Rows, *, count: int = 20, seed: int = 0) -> list[Phrase]:

@@ -41,15 +41,19 @@ class Sample:
 @dataclass(frozen=True)
 class Metric(About):
     """An entry. style: part of the style diversity score; halves: how many random halves its floor and interval
-    take; own_noise: its floor is of a model."""
+    take; words: it is of words, which spaces must separate; counts: which documents [D] it is taken of, None for all;
+    own_noise: its floor is of a model; centred: of its noise only the spread counts."""
 
     style: bool = False
     halves: int = HALVES
+    words: bool = True
+    counts: Callable[[Documents], Any] | None = None
+    centred: bool = False
     own_noise: ClassVar[bool] = False
 
     def missing(self, sample: Sample) -> str:
         """Why it cannot be measured; "" where it can."""
-        return ""
+        return "not measured: no spaces separate the words" if self.words and not sample.documents.spaced else ""
 
     def at(self, sample: Sample, prompts: Rows) -> tuple[float, float | None, float | None]:
         """Value, and the statistics of model and human text where it has such, of the texts after some prompts."""
@@ -66,9 +70,10 @@ class Metric(About):
 
 @dataclass(frozen=True)
 class Statistic(Metric):
-    """of: of one side; the value is the model's less the human one."""
+    """of: of one side; the value is the model's less the human one. sized: it depends on how many texts there are."""
 
     of: Callable[[Documents, Rows], float] = field(kw_only=True)
+    sized: bool = False
 
     def at(self, sample: Sample, prompts: Rows) -> tuple[float, float | None, float | None]:
         model, human = self.of(sample.documents, sample.rows[prompts]), self.of(sample.documents, prompts)
@@ -88,7 +93,7 @@ class Distance(Metric):
     lacks: Callable[[], str] | None = None
 
     def missing(self, sample: Sample) -> str:
-        none = _no_distance(sample.documents) if self.embedded else ""
+        none = _no_distance(sample.documents) if self.embedded else super().missing(sample)
         return none or (self.lacks() if self.lacks is not None else "")
 
     def at(self, sample: Sample, prompts: Rows) -> tuple[float, float | None, float | None]:
@@ -104,11 +109,12 @@ class Distance(Metric):
 
 @dataclass(frozen=True)
 class Expectation(Metric):
-    """of: of what a model expects of some human texts, and of its own after the same prompts.
+    """of: of what a model expects of some human texts, and of some others, its own.
 
-    Its floor is what the draw of n human texts moves it by: the difference of two sides of n over sqrt(2)."""
+    Its floor is what the draw of n texts moves it by: the difference of two sides of n human ones over sqrt(2); where
+    it is `centred`, between two sides, as far as that is off from its mean."""
 
-    of: Callable[[Read, Read, Rows], tuple[float, float | None, float | None]] = field(kw_only=True)
+    of: Callable[[Read, Rows, Read, Rows], tuple[float, float | None, float | None]] = field(kw_only=True)
     own_noise: ClassVar[bool] = True
 
     def missing(self, sample: Sample) -> str:
@@ -116,12 +122,14 @@ class Expectation(Metric):
 
     def at(self, sample: Sample, prompts: Rows) -> tuple[float, float | None, float | None]:
         assert sample.reading is not None
-        return self.of(sample.reading.human, sample.reading.own, prompts)
+        return self.of(sample.reading.human, prompts, sample.reading.own, prompts)
 
     def noise(self, sample: Sample, a: Rows, b: Rows) -> float:
         assert sample.reading is not None
         human = sample.reading.human
-        return (self.of(human, human, a)[0] - self.of(human, human, b)[0]) / math.sqrt(2)
+        if self.centred:
+            return self.of(human, a, human, b)[0]
+        return (self.of(human, a, human, a)[0] - self.of(human, b, human, b)[0]) / math.sqrt(2)
 
 
 def _share(counts: Any, rows: Rows) -> Any:
@@ -220,18 +228,26 @@ def _no_mauve() -> str:
     return "" if importlib.util.find_spec("mauve") else embeddings.MAUVE_ABSENT
 
 
-def _perplexity(human: Read, own: Read, rows: Rows) -> tuple[float, float | None, float | None]:
+def _perplexity(human: Read, rows: Rows, own: Read, its: Rows) -> tuple[float, float | None, float | None]:
     value = math.exp(human.mean("cross_entropy", rows))
     return value, value, None
 
 
-def _entropy_gap(human: Read, own: Read, rows: Rows) -> tuple[float, float | None, float | None]:
-    entropy, text = own.mean("entropy", rows), human.mean("cross_entropy", rows)
+def _entropy_gap(human: Read, rows: Rows, own: Read, its: Rows) -> tuple[float, float | None, float | None]:
+    entropy, text = own.mean("entropy", its), human.mean("cross_entropy", rows)
     return entropy - text, entropy, text
 
 
-def _calibration(human: Read, own: Read, rows: Rows) -> tuple[float, float | None, float | None]:
-    return _entropy_gap(human, human, rows)
+def _calibration(human: Read, rows: Rows, own: Read, its: Rows) -> tuple[float, float | None, float | None]:
+    return _entropy_gap(human, rows, human, rows)
+
+
+def _long_enough(documents: Documents) -> Any:
+    return documents.word_counts >= WINDOW
+
+
+def _with_sentences(documents: Documents) -> Any:
+    return documents.sentence_lengths.sum(1) > 0
 
 
 _MARKS = {
@@ -243,7 +259,7 @@ METRICS: tuple[Metric, ...] = (
         Distance(
             f"token L2, {n}-grams", "frequencies", DISTANCE, "probability",
             f"‖f_model - f_human‖, f the shares of all {n}-grams of tokens",
-            "targets.distances.l2", of=_token_l2(n),
+            "targets.distances.l2", of=_token_l2(n), words=False,
         )
         for n in (1, 2, 3)
     ),
@@ -266,7 +282,7 @@ METRICS: tuple[Metric, ...] = (
     *(
         Statistic(
             f"distinct-{n}", "diversity", DIFFERENCE, "share", f"different {n}-grams of words / all of them",
-            "Li et al., arXiv:1510.03055", of=_distinct(n), style=n == 2,
+            "Li et al., arXiv:1510.03055", of=_distinct(n), style=n == 2, sized=True,
         )
         for n in (1, 2, 3)
     ),
@@ -274,43 +290,53 @@ METRICS: tuple[Metric, ...] = (
         "MATTR", "diversity", DIFFERENCE, "share",
         f"different words of a window of {WINDOW} / {WINDOW}, mean over its places in a text, and over texts",
         "Covington and McFall, Journal of Quantitative Linguistics 17(2), 2010, by lexicalrichness", of=_mean("mattr"),
-        style=True,
+        style=True, counts=_long_enough,
     ),
     Statistic(
         "MTLD", "diversity", DIFFERENCE, "words",
         "mean length of runs of words whose type-token ratio stays above 0.72, forwards and backwards, mean over texts",
         "McCarthy and Jarvis, Behavior Research Methods 42(2), 2010, by lexicalrichness", of=_mean("mtld"), style=True,
+        counts=_long_enough,
     ),
     Statistic(
         "self-BLEU", "diversity", DIFFERENCE, "0 to 100", "mean BLEU-4 of a text against all others of its side",
-        "Zhu et al., arXiv:1802.01886", of=_self_bleu, style=True,
+        "Zhu et al., arXiv:1802.01886", of=_self_bleu, style=True, sized=True,
     ),
     Statistic(
         "compression ratio", "diversity", DIFFERENCE, "ratio", "bytes / bytes after DEFLATE, of all texts in a row",
         "Shaib et al., arXiv:2403.00553",
         of=lambda documents, rows: compression_ratio([documents.texts[row] for row in rows]), style=True, halves=100,
+        sized=True, words=False,
     ),
     Statistic(
-        "sentence length, mean", "rhythm", DIFFERENCE, "words", "mean words of a sentence that ends in its text",
+        "text length", "rhythm", DIFFERENCE, "words", "mean words of a text; distinct-n, self-BLEU and compression "
+        "depend on it too", "this package",
+        of=lambda documents, rows: float(documents.word_counts[rows].mean()),
+    ),
+    Statistic(
+        "sentence length, mean", "rhythm", DIFFERENCE, "words", "mean words of a sentence that is whole in its text",
         "sentences by nupunkt", of=lambda documents, rows: _sentence_moments(documents, rows)[0], style=True,
+        counts=_with_sentences,
     ),
     Statistic(
         "sentence length, SD", "rhythm", DIFFERENCE, "words", "standard deviation of the same",
         "sentences by nupunkt", of=lambda documents, rows: _sentence_moments(documents, rows)[1], style=True,
+        counts=_with_sentences,
     ),
     Distance(
         "sentence length, W1", "rhythm", DISTANCE, "words", "sum abs(F_model - F_human) over sentence lengths",
         "Vallender, Theory of Probability and its Applications 18(4), 1974",
-        of=_between("sentence_lengths", distances.wasserstein_1),
+        of=_between("sentence_lengths", distances.wasserstein_1), counts=_with_sentences,
     ),
     Statistic(
         "burstiness", "rhythm", DIFFERENCE, "-1 to 1", "(SD - mean) / (SD + mean) of sentence lengths",
         "Goh and Barabási, EPL 81, 48002, 2008", of=_burstiness, style=True,
+        counts=_with_sentences,
     ),
     Statistic(
         "repeated openings", "rhythm", DIFFERENCE, "share",
         "three sentences in a row that begin with the same word / all runs of three", "this package", of=_openings,
-        style=True,
+        style=True, counts=lambda documents: documents.openings[:, 1] > 0,
     ),
     *(
         Statistic(
@@ -333,15 +359,15 @@ METRICS: tuple[Metric, ...] = (
     Expectation(
         "perplexity", "reading", LEVEL, "per token", "exp(mean -log q(y)) over human texts after their prompts",
         "Jelinek et al., JASA 62, S63, 1977",
-        of=_perplexity,
+        of=_perplexity, words=False,
     ),
     Expectation(
         "entropy gap", "reading", DIFFERENCE, "nats a token",
         "mean H(q) over the model's own texts - mean -log q(y) over human ones",
-        "Braverman et al., arXiv:1906.05664", of=_entropy_gap,
+        "Braverman et al., arXiv:1906.05664", of=_entropy_gap, words=False, centred=True,
     ),
     Expectation(
         "calibration", "reading", DIFFERENCE, "nats a token", "mean H(q) - mean -log q(y), both over human texts",
-        "Braverman et al., arXiv:1906.05664", of=_calibration,
+        "Braverman et al., arXiv:1906.05664", of=_calibration, words=False,
     ),
 )  # fmt: skip

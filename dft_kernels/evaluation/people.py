@@ -44,12 +44,14 @@ def people(texts: Sequence[str], tokenizer: Any, prompt: int, length: int, count
     intervals take them as independent. ValueError where the texts have not as many."""
     generator, size, need = random.Random(seed), prompt + length, 2 * count
     found: list[list[Passage]] = []
+    homes = 0
     for text in generator.sample(list(texts), len(texts)):
         offsets = encode(tokenizer, [text])[0].offsets
         starts = list(range(0, len(offsets) - size + 1, size))
-        cuts = [(offsets[at][0], offsets[at + prompt][0], offsets[at + size - 1][1]) for at in starts]
+        cuts = [(offsets[at][0], offsets[at + prompt - 1][1], offsets[at + size - 1][1]) for at in starts]
         found.append([Passage(text[a:b], text[b:c]) for a, b, c in generator.sample(cuts, len(cuts))])
-        if sum(map(bool, found)) >= need:
+        homes += bool(cuts)
+        if homes >= need:
             break
     rounds = [[row[turn] for row in found if turn < len(row)] for turn in range(max(map(len, found), default=0))]
     those = [passage for one in rounds for passage in one][:need]

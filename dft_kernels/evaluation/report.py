@@ -288,6 +288,9 @@ def _settings(runs: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:
         table = {"version of dft-kernels": run.version, "date": run.date}
         for name, value in run.settings.items():
             table |= flat(name, value)
+        for model in run.models:
+            if own := model.drawn.get("generation"):
+                table |= flat(f"generation_config of {model.name}", own)
         tables.append(table)
     found = []
     for name in dict.fromkeys(name for table in tables for name in table):

@@ -137,6 +137,19 @@ def _row(task: str, count: int, of: int, share: float, normalised: float | None)
     return Accuracy(task, count, of, share, math.sqrt(share * (1 - share) / count), normalised)
 
 
+def answered(tasks: Sequence[str], cache: Path, file: Path, count: int | None = None, seed: int = 0) -> list[Accuracy]:
+    """The rows of our tasks out of a file of answers alone, without the model: of those questions that `retention`
+    would ask and that the file answers. ValueError, by file and line, for a file that it did not write."""
+    asked = {task: questions(task, cache) for task in tasks if task in TASKS}
+    known = _known(Journal.read(Source("retention", file, "Ask again", "Ask first")), asked)
+    rows = []
+    for task, its in asked.items():
+        numbers = [number for number in chosen(task, len(its), count, seed) if (task, number) in known]
+        if numbers:
+            rows.append(accuracy_of(task, its, {number: known[task, number] for number in numbers}))
+    return rows
+
+
 def _answered(
     model: Any,
     tokenizer: Any,

@@ -7,9 +7,11 @@ is the target's; only what goes beyond it is the model's.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,11 @@ class Words:
     not_nouns: list[str] = field(default_factory=list)
     not_noun_endings: list[str] = field(default_factory=list)
     nouns: list[str] = field(default_factory=list)
+
+    @property
+    def sha256(self) -> str:
+        """Of the lists."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def swaps(self) -> dict[str, tuple[str, str]]:

@@ -18,16 +18,17 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import fail
 from ..files import Source, replace_text
 from ..generation import samples
 from ..generation.sampling import Sampling
 from ..store.fingerprint import model_fingerprint, tokenizer_fingerprint
 from ..targets.corpus import encode
-from . import results, slices
+from . import slices
 from .people import People, cut
 from .reading import Read, Reading, read
 from .results import Accuracy
-from .retention import questions_asked, retention
+from .retention import answered, questions_asked, retention
 
 Bars = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]  # name, total, unit
 Load = Callable[[], tuple[Any, Any]]
@@ -63,18 +64,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Subject:
-    """texts: after the reference's prompts; swapped: after those of prompts `swapped_at` whose words were swapped;
-    tried: texts by each sampling of the sweep."""
+    """texts: after the reference's prompts; swapped: after `swapped_prompts`, those of the prompts `swapped_at` with
+    their words swapped; tried: texts by each sampling of the sweep; drawn: what texts depend on besides."""
 
     name: str
     sampling: Sampling
     texts: list[str]
     swapped: list[str] = field(default_factory=list)
     swapped_at: list[int] = field(default_factory=list)
+    swapped_prompts: list[str] = field(default_factory=list)
     tried: list[list[str]] = field(default_factory=list)
     reading: Reading | None = None
     retention: list[Accuracy] = field(default_factory=list)
     cost: dict[str, float] = field(default_factory=dict)
+    drawn: dict[str, Any] = field(default_factory=dict)
 
 
 def gathered(
@@ -82,15 +85,16 @@ def gathered(
 ) -> Subject:
     """All of a model, loaded where something is still to be done. tokenizer: by which texts are cut to one length."""
     model, own = (None, None) if job.again else load()
+    if own is not None:
+        check_fast(own, name)
     prompts = [passage.prompt for passage in those.reference]
     other = [slices.swapped(prompt, job.words) for prompt in prompts] if job.counterfactual else prompts
     at = [number for number, (a, b) in enumerate(zip(prompts, other, strict=True)) if a != b]
 
     def drawn(prompts: list[str], sampling: Sampling, part: str = "") -> samples.Samples:
-        settings = f"t{sampling.temperature:g}-p{sampling.top_p:g}-m{sampling.min_p:g}{part}"
-        file = folder / "samples" / f"{file_name(name)}-{settings}.jsonl"
+        file = folder / "samples" / f"{file_name(name)}-{samples_name(sampling)}{part}.jsonl"
         if job.again:
-            return samples.read(file)
+            return _read_again(file, prompts, sampling)
         file.parent.mkdir(parents=True, exist_ok=True)
         same = tokenizer_fingerprint(own) == tokenizer_fingerprint(tokenizer)
         length = sampling.length if same else _length(those, own)
@@ -102,13 +106,14 @@ def gathered(
         return [cut(text, tokenizer, job.sampling.length) for text in found.texts]
 
     own_text = drawn(prompts, job.sampling)
-    written = texts(own_text)
+    written, other = texts(own_text), [other[number] for number in at]
     return Subject(
         name,
         job.sampling,
         written,
-        texts(drawn([other[number] for number in at], job.sampling, "-swapped")) if at else [],
+        texts(drawn(other, job.sampling, "-swapped")) if at else [],
         at,
+        other,
         [texts(drawn(prompts, one)) for one in job.swept()] if sweep else [],
         _reading(job, those, name, model, own, written, folder, bars),
         _retention(job, name, model, own, folder, bars),
@@ -117,14 +122,41 @@ def gathered(
             "tokens per second": own_text.tokens_per_second,
             "empty texts": float(sum(not text.strip() for text in written)),
         },
+        {of: getattr(own_text.header, of) for of in ("batch", "device", "generation", "model_sha256", "versions")},
     )  # fmt: skip
+
+
+def check_fast(tokenizer: Any, of: str) -> None:
+    """ValueError for a tokenizer that does not know where its tokens stand in a text."""
+    if not getattr(tokenizer, "is_fast", False):
+        got = f"{type(tokenizer).__name__} of {of}"
+        fail(
+            "evaluate",
+            "tokenizer",
+            "be a fast one, which knows a token's characters",
+            got,
+            "Convert it, or name another",
+        )
+
+
+def _read_again(file: Path, prompts: Sequence[str], sampling: Sampling) -> samples.Samples:
+    """The texts of a file, which must be those that the run would draw."""
+    found = samples.read(file)
+    source = Source("evaluate", file, "Evaluate without --again")
+    if found.prompts != list(prompts):
+        source.fail("prompts", "be those of this run", "others")
+    was = replace(found.header.sampling, count=sampling.count, length=sampling.length)
+    if was != sampling:
+        source.fail("sampling", f"be {sampling}", str(was))
+    return found
 
 
 def _reading(
     job: Job, those: People, name: str, model: Any, own: Any, written: list[str], folder: Path, bars: Bars
 ) -> Reading:
     """What the model expects of human texts and of its own, read once."""
-    file, people = folder / "readings" / f"{file_name(name)}.json", those.all
+    how = samples_name(job.sampling)
+    file, people = folder / "readings" / f"{file_name(name)}-{how}.json", those.all
     prompts, texts = [passage.prompt for passage in people], [passage.text for passage in people]
     of = hashlib.sha256(json.dumps([prompts, texts, written]).encode()).hexdigest()
     source = Source("evaluate", file, "Delete it: it is made again", "Evaluate without --again first")
@@ -147,11 +179,11 @@ def _reading(
 
 def _retention(job: Job, name: str, model: Any, own: Any, folder: Path, bars: Bars) -> list[Accuracy]:
     """What the model knows; without the model, what the run before found."""
-    if job.again:
-        return [row for one in results.load(folder).models if one.name == name for row in one.retention]
-    if not job.tasks:
-        return []
     file = folder / "answers" / f"{file_name(name)}.jsonl"
+    if not job.tasks or (job.again and not file.exists()):
+        return []
+    if job.again:
+        return answered(job.tasks, job.cache, file, job.questions, job.sampling.seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     with bars(f"{name}: answering", questions_asked(job.tasks, job.cache, job.questions), "questions") as bar:
         return retention(
@@ -173,6 +205,11 @@ class _Kept:
 def _length(those: People, own: Any) -> int:
     """Tokens of another tokenizer that hold as much text as any human one does."""
     return max(len(one.ids) for one in encode(own, [passage.text for passage in those.all]))
+
+
+def samples_name(sampling: Sampling) -> str:
+    """A way of sampling, in the name of a file."""
+    return f"t{sampling.temperature:g}-p{sampling.top_p:g}-m{sampling.min_p:g}"
 
 
 def file_name(name: str) -> str:

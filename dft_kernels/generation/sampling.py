@@ -54,15 +54,22 @@ class Rollouts:
 
 @torch.no_grad()
 def roll_out(
-    model: Any, prompts: Sequence[Sequence[int]], length: int, end: int | None, seed: int | None = None, **sampling: Any
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    length: int,
+    end: int | Sequence[int] | None,
+    seed: int | None = None,
+    **sampling: Any,
 ) -> Rollouts:
-    """Draw `length` tokens at most after each prompt (token ids) by `model.generate`, up to the token `end`.
+    """Draw `length` tokens at most after each prompt (token ids) by `model.generate`, up to the token `end`, or to one
+    of several.
 
     sampling: `generate`'s keywords; plain sampling at temperature 1 by default. seed: the same one gives the same
     draws, and torch's own random state is left as it was; None: that is drawn from. The mode of the model is left.
     """
     device, training = output_layer(model).weight.device, model.training
-    width, pad = max(map(len, prompts)), 0 if end is None else end
+    ends = [] if end is None else [end] if isinstance(end, int) else list(end)
+    width, pad = max(map(len, prompts)), ends[0] if ends else 0
     ids = torch.tensor([[pad] * (width - len(one)) + list(one) for one in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=device)
     chosen = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, **sampling}
@@ -72,12 +79,12 @@ def roll_out(
             if seed is not None:
                 torch.manual_seed(seed)
             made = model.generate(
-                ids, attention_mask=mask, max_new_tokens=length, pad_token_id=pad, eos_token_id=end, **chosen
+                ids, attention_mask=mask, max_new_tokens=length, pad_token_id=pad, eos_token_id=ends or None, **chosen
             )
     finally:
         model.train(training)
     new = made[:, width:]
-    ended = (new == end) if end is not None else torch.zeros_like(new, dtype=torch.bool)
+    ended = torch.isin(new, torch.tensor(ends, device=device, dtype=new.dtype))
     drawn = ended.cumsum(1) - ended.long() == 0  # up to the end, with it
     target = torch.full_like(made, -100)
     target[:, width - 1 : -1] = torch.where(drawn, new, -100)
@@ -87,7 +94,11 @@ def roll_out(
 def continuations(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], length: int, seed: int = 0, **sampling: Any
 ) -> list[list[int]]:
-    """New token ids after each prompt, `length` at most and none after the end of text: `roll_out`, as lists."""
-    drawn = roll_out(model, prompts, length, tokenizer.eos_token_id, seed, **sampling)
+    """New token ids after each prompt, `length` at most and none after the end of text, the tokenizer's or one of the
+    model's own: `roll_out`, as lists."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
+    ends = list(dict.fromkeys(token for token in listed if token is not None))
+    drawn = roll_out(model, prompts, length, ends, seed, **sampling)
     rows = [[token for token in row if token >= 0] for row in drawn.target.tolist()]
-    return [row[:-1] if row[-1:] == [tokenizer.eos_token_id] else row for row in rows]
+    return [row[:-1] if row and row[-1] in ends else row for row in rows]

@@ -178,12 +178,19 @@ def passages_of(
                 yield from passages(text.splitlines(True))
 
 
-def texts_of(names: list[str], cache: Path, only: str | None = None, faults: records.Faults | None = None) -> list[str]:
-    """The texts that `--text` names, in order. only, faults: as of `passages_of`."""
+def texts_of(
+    names: list[str],
+    cache: Path,
+    only: str | None = None,
+    faults: records.Faults | None = None,
+    argument: str = "text",
+) -> list[str]:
+    """The texts that `--text` names, in order. only, faults: as of `passages_of`; argument: what named them, for
+    errors."""
     texts: list[str] = []
     for name in names:
         listed = _listed(name, cache, only, faults)
-        texts += read_texts([name]) if listed is None else listed
+        texts += read_texts([name], argument) if listed is None else listed
     return texts
 
 

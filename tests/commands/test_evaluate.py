@@ -47,9 +47,9 @@ def test_a_run_writes_all_of_it(here: Path, capsys: pytest.CaptureFixture[str]) 
     assert evaluate("--sweep", "--counterfactual", models=("start", "tuned")) == 0
     said = capsys.readouterr().out
     found = results.load(here / "out")
-    assert [model.name for model in found.models] == ["start", "tuned", "start, best of 8 samplings"]
+    assert [model.name for model in found.models] == ["start, best of 8 samplings", "start", "tuned"]
     assert [about.name for about in found.metrics] == [metric.name for metric in METRICS]
-    for model in found.models[:2]:
+    for model in found.models[1:]:
         values = {value.metric: value for value in model.values}
         assert values["token L2, 1-grams"].ratio is not None
         assert values["perplexity"].value is not None
@@ -61,7 +61,7 @@ def test_a_run_writes_all_of_it(here: Path, capsys: pytest.CaptureFixture[str]) 
             "sentence words": 257,
             "punctuation": 10,
         }
-    best = found.models[2]
+    best = found.models[0]
     assert min(best.sweep, key=lambda one: one.distance).sampling == best.sampling
     assert found.settings["human"] == ["human.jsonl"]
     with (here / "out/evaluation.csv").open() as file:
@@ -80,7 +80,7 @@ def test_it_goes_on_and_measures_again_without_the_models(here: Path) -> None:
     file = next(one for one in (here / "out/samples").iterdir() if "swapped" not in one.name)
     whole = file.read_text()
     file.write_text(whole[: len(whole) // 2])
-    (here / "out/readings/start.json").unlink()
+    (here / "out/readings/start-t1-p1-m0.json").unlink()
     assert evaluate("--counterfactual", "--quiet") == 0
     again = json.loads((here / "out/evaluation.json").read_text())
     for one in (first, again):
@@ -110,4 +110,23 @@ def test_wrong_input_is_one_line_before_any_work(here: Path, capsys: pytest.Capt
         assert error.count("\n") == 1
     assert evaluate(models=("start", "start")) == 1
     assert "named once each" in capsys.readouterr().err
-    assert not Path("out/evaluation.json").exists()
+    assert not Path("out/samples").exists()
+
+
+def test_again_is_of_the_same_run_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("--counterfactual", "--quiet") == 0
+    words = {"groups": {"a": ["word1"], "b": ["word2"]}, "pairs": [["word1", "word2"]]}
+    Path("words.json").write_text(json.dumps(words))
+    for more in (("--slices", "words.json", "--counterfactual"), ("--seed", "1"), ("--temperature", "0.5")):
+        capsys.readouterr()
+        assert evaluate("--again", *more) == 1, more
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_second_model_is_checked_before_the_first_draws(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads(Path("tuned/config.json").read_text())
+    Path("tuned/config.json").write_text(json.dumps(config | {"max_position_embeddings": 12}))
+    assert evaluate(models=("start", "tuned")) == 1
+    error = capsys.readouterr().err
+    assert "--length must be, with the prompt, at most the 12 positions of tuned, got a sequence of 16" in error
+    assert not Path("out").exists()

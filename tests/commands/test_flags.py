@@ -34,7 +34,7 @@ BASES: dict[tuple[str, ...], list[str]] = {  # what each command needs, before a
     ("target", "blend"): ["literary", "satire", "--weights", "0.5", "0.5", "--out", "new"],
     ("target", "presets"): ["--tokenizer", "model", "--out", "new"],
     ("gap",): ["model", "--target", "literary", "--text", FILE],
-    ("evaluate",): ["model", "--human", FILE, "--out", "new"],
+    ("evaluate",): ["model", "--human", FILE, "--out", "new", "--prompt", "4", "--length", "8"],
     ("report",): ["run", "--out", "new.html"],
     ("bench",): ["--device", "cpu"],
     ("info",): [],

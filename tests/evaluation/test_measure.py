@@ -51,7 +51,8 @@ def test_people_are_within_the_floor_of_people(tokenizer: Any) -> None:
         for name, one in found(tokenizer, lambda text, _: text, seed, cheap, 30).items():
             if one.value.floor:
                 within.setdefault(name, []).append(abs(one.value.value) <= one.value.floor)
-    shares = {name: np.mean(those) for name, those in within.items()}
+    shares = {name: np.mean(those) for name, those in within.items() if len(those) == 50}
+    assert len(shares) >= 17
     assert 0.92 <= np.mean(list(shares.values())) <= 0.98, shares
     assert min(shares.values()) >= 0.86, shares  # of 50 draws at 0.95, one of twenty metrics is below 0.88 by chance
 
@@ -99,7 +100,7 @@ def test_few_documents_give_no_number(tokenizer: Any) -> None:
     sample = Sample(Documents(pool, np.arange(2 * (FEW - 1)), tokenizer), np.arange(2 * (FEW - 1), len(pool)))
     for one in measured({"model": sample})["model"]:
         assert one.value.value is None
-        assert one.value.note.startswith(("too few: 19 documents", "not measured"))
+        assert one.value.note.startswith(("too few: ", "not measured"))
 
 
 def test_texts_without_sentences_give_no_number_of_them(tokenizer: Any) -> None:
@@ -179,3 +180,52 @@ def test_expectations_are_means_over_tokens(tokenizer: Any) -> None:
     assert gap.value == pytest.approx(-0.5, abs=0.02)
     assert calibration.value == pytest.approx(0.2, abs=0.02)
     assert 0 < gap.floor < 0.05
+
+
+def test_a_model_without_an_entropy_gap_is_within_its_floor(tokenizer: Any) -> None:
+    """Texts that are hard to read are hard to write: entropy and cross-entropy of one text go together."""
+    pool = Documents(documents(3 * COUNT), np.arange(2 * COUNT), tokenizer)
+    (metric,) = (metric for metric in METRICS if metric.name == "entropy gap")
+    held = []
+    for seed in range(60):
+        generator = np.random.default_rng(seed)
+        hard = 3 + 0.5 * generator.normal(size=3 * COUNT)
+        sums = [20 * (hard + 0.1 * generator.normal(size=3 * COUNT)) for _ in range(2)]
+        human, own = (Read(np.full(len(one[0]), 20.0), *one) for one in
+                      ([part[: 2 * COUNT] for part in sums], [part[2 * COUNT :] for part in sums]))  # fmt: skip
+        sample = Sample(pool, np.arange(2 * COUNT, 3 * COUNT), Reading(human, own))
+        value = measured({"model": sample}, metrics=[metric], seed=seed)["model"][0].value
+        held.append(abs(value.value) <= value.floor)
+    assert 0.85 <= np.mean(held) <= 1.0
+
+
+def test_the_scores_interval_is_about_the_score(tokenizer: Any) -> None:
+    off = []
+    for seed in range(12):
+        made = style_score(list(found(tokenizer, lambda text, _: text, seed).values()))
+        assert made is not None
+        score = made[0]
+        assert score.low <= score.value <= score.high
+        off.append((score.low + score.high) / 2 - score.value)
+    assert abs(np.mean(off)) < 3
+
+
+def test_a_metric_counts_the_documents_that_it_is_taken_of(tokenizer: Any) -> None:
+    of = found(tokenizer, lambda text, at: text if at < 25 else "The word1.")
+    assert of["commas"].value.documents == COUNT
+    assert of["sentence length, mean"].value.documents == COUNT
+    assert of["MATTR"].value.value is None
+    assert of["MATTR"].value.note.startswith("too few: ")
+
+
+def test_text_without_spaces_has_no_metrics_of_words(tokenizer: Any) -> None:
+    texts = ["这是一个句子。那是另一个句子，很长。" * 4] * (3 * COUNT)
+    sample = Sample(Documents(texts, np.arange(2 * COUNT), tokenizer), np.arange(2 * COUNT, 3 * COUNT))
+    for one in measured({"model": sample}, metrics=QUICK)["model"]:
+        assert (one.value.note == "not measured: no spaces separate the words") == one.metric.words
+
+
+def test_a_sentence_that_began_in_the_prompt_is_left_out(tokenizer: Any) -> None:
+    texts = ["sat far. It was late. The cat"] * 2
+    pool = Documents(texts, np.arange(2), tokenizer, prompts=["The dog", "The dog ran."])
+    assert [[len(one) for one in sentences] for sentences in pool.sentences] == [[3], [2, 3]]

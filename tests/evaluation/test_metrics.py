@@ -94,6 +94,8 @@ def second(name: str, pool: Documents, a: Any, b: Any) -> float:
         return float((deviation - mean) / (deviation + mean))
     if name == "sentence length, W1":
         return float(wasserstein_distance(lengths(pool, a), lengths(pool, b)))
+    if name == "text length":
+        return float(np.mean([len(one) for one in listed]))
     if name == "repeated openings":
         return 1.0  # each sentence of these texts begins with The
     if name == "punctuation gaps, W1":

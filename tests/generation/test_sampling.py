@@ -24,3 +24,14 @@ def test_continuations_are_the_seeds(tokenizer: Any) -> None:  # noqa: F811
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     (alone,) = continuations(model, tokenizer, [[8]], 6, **greedy)
     assert continuations(model, tokenizer, prompts, 6, **greedy)[1] == alone  # padding is no context
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_text_ends_at_any_end_of_the_model(tokenizer: Any) -> None:  # noqa: F811
+    model = tiny()
+    whole = continuations(model, tokenizer, [[5, 6, 7]] * 8, 12, seed=3)
+    token = whole[0][4]
+    model.generation_config.eos_token_id = [2, token]
+    for long, short in zip(whole, continuations(model, tokenizer, [[5, 6, 7]] * 8, 12, seed=3), strict=True):
+        assert token not in short
+        assert short == long[: len(short)]

@@ -39,15 +39,16 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=cache_folder())
     options = parser.parse_args()
     tokenizer, count = tokenizer_of(options.tokenizer, options.cache), options.count
-    pool = people(texts_of(options.human, options.cache), tokenizer, 1, options.length, 6 * count).all
-    texts = np.array([passage.text for passage in pool], object)
+    pool = people(texts_of(options.human, options.cache), tokenizer, 32, options.length, 6 * count).all
+    texts, prompts = (np.array([getattr(one, part) for one in pool], object) for part in ("text", "prompt"))
     vectors = embed(encoder("minilm", options.cache), list(texts)).double().numpy()
     metrics = [replace(one, halves=options.halves) for one in METRICS if not isinstance(one, Expectation)]
     within: dict[str, list[bool]] = {metric.name: [] for metric in metrics}
     holds, scores, seconds = {metric.name: [] for metric in metrics}, [], []
     for draw in range(options.draws):
         order = np.random.default_rng(draw).permutation(len(texts))[: 3 * count]
-        documents = Documents(list(texts[order]), np.arange(2 * count), tokenizer, vectors[order])
+        of, human = list(texts[order]), np.arange(2 * count)
+        documents = Documents(of, human, tokenizer, vectors[order], list(prompts[order]))
         began = time.perf_counter()
         found = measured({"people": Sample(documents, np.arange(2 * count, 3 * count))}, metrics=metrics, seed=draw)
         seconds.append(time.perf_counter() - began)

@@ -83,7 +83,7 @@ class Subject:
 def gathered(
     job: Job, those: People, tokenizer: Any, name: str, load: Load, folder: Path, bars: Bars, sweep: Sequence[Any] = ()
 ) -> Subject:
-    """All of a model, loaded where something is still to be done. tokenizer: by which texts are cut to one length."""
+    """All of a model, which is loaded unless `again`. tokenizer: by which texts are cut to one length."""
     model, own = (None, None) if job.again else load()
     if own is not None:
         check_fast(own, name)

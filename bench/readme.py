@@ -268,8 +268,13 @@ def floors_table(rows: Rows) -> str:
     texts = list(dict.fromkeys(row["texts"] for row in rows))
     of = {(row["metric"], row["texts"]): row for row in rows}
 
+    most = max(int(row["draws"]) for row in rows)
+
     def cell(row: dict[str, str] | None) -> str:
-        return f"{100 * float(row['within']):.0f} %" if row else ""
+        if row is None:
+            return ""
+        few = f" of {row['draws']} draws, else too few" if int(row["draws"]) < most else ""
+        return f"{100 * float(row['within']):.0f} %{few}"
 
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     lines = [[metric, *(cell(of.get((metric, text))) for text in texts)] for metric in metrics]

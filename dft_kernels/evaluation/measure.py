@@ -26,6 +26,7 @@ from .results import DISTANCE, Phrase, Score, Value
 FEW = 20  # documents, below which an interval means nothing
 MASS = 0.95  # of human halves within a floor, and of an interval
 OUTER = ((1 - MASS) / 2, (1 + MASS) / 2)
+RARE = 30  # of what a metric counts, in the human texts and a model's, below which halves do not say how it varies
 _SEEN = 5  # texts that a phrase must stand in, of the model's or of the human ones
 
 
@@ -96,6 +97,10 @@ def _found(metric: Metric, sample: Sample, halves: Halves, seed: int, noise: Any
         return none(missing)
     if n < FEW:
         return none(f"too few: {n} documents that it can be taken of, of {FEW} that an interval takes")
+    if metric.events is not None:
+        seen = int(metric.events(sample.documents)[np.concatenate([sample.documents.human, sample.rows])].sum())
+        if seen < RARE:
+            return none(f"too few: {seen} in all texts of both sides, of {RARE} that a floor takes")
     value, model, human = metric.at(sample, np.arange(len(sample.rows)))
     spread = np.array([metric.at(sample, half)[0] for half in halves.prompts[: metric.halves]])
     if noise is None:

@@ -42,12 +42,14 @@ class Sample:
 class Metric(About):
     """An entry. style: part of the style diversity score; halves: how many random halves its floor and interval
     take; words: it is of words, which spaces must separate; counts: which documents [D] it is taken of, None for all;
+    events: how many of what it counts each has [D], where that can be rare;
     own_noise: its floor is of a model; centred: of its noise only the spread counts."""
 
     style: bool = False
     halves: int = HALVES
     words: bool = True
     counts: Callable[[Documents], Any] | None = None
+    events: Callable[[Documents], Any] | None = None
     centred: bool = False
     own_noise: ClassVar[bool] = False
 
@@ -205,6 +207,10 @@ def _rate(kind: int) -> Callable[[Documents, Rows], float]:
     return statistic
 
 
+def _marks(kind: int) -> Callable[[Documents], Any]:
+    return lambda documents: documents.marks[:, kind]
+
+
 def _gram(documents: Documents) -> Any:
     """The kernel of the pool [D, D]."""
     pool = documents.embeddings
@@ -337,11 +343,13 @@ METRICS: tuple[Metric, ...] = (
         "repeated openings", "rhythm", DIFFERENCE, "share",
         "three sentences in a row that begin with the same word / all runs of three", "this package", of=_openings,
         style=True, counts=lambda documents: documents.openings[:, 1] > 0,
+        events=lambda documents: documents.openings[:, 0],
     ),
     *(
         Statistic(
             name, "punctuation", DIFFERENCE, "per 1,000 words", f"1000 * {name} / words; a run such as ... is one",
             "targets.punctuation", of=_rate(CLASSES.index(kind)), style=True,
+            events=_marks(CLASSES.index(kind)),
         )
         for kind, name in _MARKS.items()
     ),

@@ -218,6 +218,13 @@ def test_a_metric_counts_the_documents_that_it_is_taken_of(tokenizer: Any) -> No
     assert of["MATTR"].value.note.startswith("too few: ")
 
 
+def test_what_is_rare_gives_no_number_unless_the_model_has_it(tokenizer: Any) -> None:
+    rare = found(tokenizer, lambda text, at: text.replace(",", ";", at < 5))
+    assert rare["semicolons"].value.note == "too few: 5 in all texts of both sides, of 30 that a floor takes"
+    often = found(tokenizer, lambda text, at: text.replace(",", ";", 1))
+    assert often["semicolons"].value.value > often["semicolons"].value.floor
+
+
 def test_text_without_spaces_has_no_metrics_of_words(tokenizer: Any) -> None:
     texts = ["这是一个句子。那是另一个句子，很长。" * 4] * (3 * COUNT)
     sample = Sample(Documents(texts, np.arange(2 * COUNT), tokenizer), np.arange(2 * COUNT, 3 * COUNT))

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import transformers
 
-from ..errors import fail
 from ..evaluation import evaluate as work
 from ..evaluation import retention, slices
 from ..evaluation.findings import has_gap
+from ..evaluation.intervals import FEW
 from ..evaluation.results import FILE, LEVEL, Evaluation
 from ..evaluation.subject import Job, check_fast
 from ..generation.sampling import Sampling
@@ -20,6 +20,7 @@ from ..materials.encoders import encoder
 from ..materials.questions import TASKS
 from ..materials.records import Faults
 from ..materials.sources import SMOLLM2, Trained, texts_of, tokenizer_of, trained_model
+from ..models.heads import check_positions
 from .arguments import Help, Number, Parser, Whole, device, input_file, output_folder
 from .flags import add_cache, add_only, add_quiet, add_sampling, add_seed, add_skip_bad, add_text, sampled
 from .printing import console, progress
@@ -114,10 +115,10 @@ def run(options: argparse.Namespace) -> int:
         partial(progress, quiet=options.quiet),
     )
     out.print(render(found, sampled(options)))
-    few = {name: count for name, count in found.settings["slices"].items() if count < slices.LEAST}
+    few = {name: count for name, count in found.settings["slices"].items() if count < FEW}
     if few:
         said = ", ".join(f"{name} {count}" for name, count in few.items())
-        out.print(f"too few prompts for slices, of {slices.LEAST}: {said}", highlight=False, markup=False)
+        out.print(f"too few prompts for slices, of {FEW}: {said}", highlight=False, markup=False)
     out.print(f"{options.out / FILE}: dft-kernels report {options.out} draws it", highlight=False, markup=False)
     return 0
 
@@ -131,11 +132,9 @@ def _check_positions(name: str, source: str, options: argparse.Namespace) -> Non
     """Of every model, before the first one draws."""
     if source == SMOLLM2:
         return
-    config = transformers.AutoConfig.from_pretrained(source).get_text_config()
-    most, longest = getattr(config, "max_position_embeddings", None), options.prompt + options.length
-    if most is not None and longest > most:
-        got = f"a sequence of {longest}"
-        fail("evaluate", "length", f"be, with the prompt, at most the {most} positions of {name}", got, "Lower it")
+    config = transformers.AutoConfig.from_pretrained(source)
+    longest, remedy = options.prompt + options.length, f"Lower it: {name} has no more"
+    check_positions(config, longest, "evaluate", "length", "be, with the prompt,", remedy)
 
 
 def stopped(options: argparse.Namespace) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -114,9 +115,20 @@ def _two_each(a: Rows, b: Rows) -> None:
         fail("mmd", "each side", "have at least 2 texts", f"{len(a)} and {len(b)}", "Draw more")
 
 
+def mauve_missing() -> str:
+    """Why MAUVE cannot be measured here; "" where it can."""
+    try:
+        import_module("faiss"), import_module("mauve")
+    except ModuleNotFoundError as error:
+        return MAUVE_ABSENT if error.name in ("faiss", "mauve") else f"not measured: {error}"
+    except ImportError as error:
+        return f"not measured: {error}"
+    return ""
+
+
 def mauve(pool: Floats, a: Rows, b: Rows, seed: int = 0) -> float | None:
-    """MAUVE between rows a and rows b of the pool, 0 (apart) to 1 (the same); None where `mauve-text` is not installed
-    (MAUVE_ABSENT says so) or all rows are the same text.
+    """MAUVE between rows a and rows b of the pool, 0 (apart) to 1 (the same); None where all rows are the same text.
+    ImportError where `mauve_missing` says why.
 
     The area under the curve of exp(-5 KL) of both sides' histograms to their mixtures, over clusters of their
     embeddings (Pillutla et al., arXiv:2102.01454), by the authors' package as it defaults: vectors of norm 1, principal
@@ -124,11 +136,9 @@ def mauve(pool: Floats, a: Rows, b: Rows, seed: int = 0) -> float | None:
     mixtures. The same seed gives the same value. It depends on the encoder and on m and n: compare values of equal ones
     alone. Cost: 0.06 s for 200 and 200 rows on one core, and 3 s once to import the package.
     """
-    try:
-        import faiss
-        from mauve import compute_mauve
-    except ImportError:
-        return None
+    import faiss
+    from mauve import compute_mauve
+
     both = pool[np.concatenate([a, b])]
     if float(np.ptp(both, axis=0).max(initial=0.0)) ** 2 <= SAME * float(np.mean(np.sum(both * both, axis=1))):
         return None

@@ -20,12 +20,10 @@ from typing import Any
 import numpy as np
 
 from .documents import Documents, Rows, phrases
+from .intervals import FEW, MASS, interval, quantiles
 from .metrics import METRICS, Metric, Sample
 from .results import DISTANCE, Phrase, Score, Value
 
-FEW = 20  # documents, below which an interval means nothing
-MASS = 0.95  # of human halves within a floor, and of an interval
-OUTER = ((1 - MASS) / 2, (1 + MASS) / 2)
 RARE = 30  # of what a metric counts, in the human texts and a model's, below which halves do not say how it varies
 _SEEN = 5  # texts that a phrase must stand in, of the model's or of the human ones
 
@@ -108,18 +106,13 @@ def _found(metric: Metric, sample: Sample, halves: Halves, seed: int, noise: Any
         noise = noise - noise.mean() if metric.centred else noise
     if not np.isfinite([value, *spread, *noise]).all():
         return none("too few: documents, or halves of them, hold nothing that it is taken of")
+    low, high = interval(value, spread)
     spread = value + spread - spread.mean()
-    low, high = _quantiles(spread, OUTER)
-    floor = float(_quantiles(noise if metric.kind == DISTANCE else np.abs(noise), MASS))
+    floor = float(quantiles(noise if metric.kind == DISTANCE else np.abs(noise), MASS))
     p = metric.p(sample, seed)
     return Found(
         metric, Value(metric.name, value, float(low), float(high), floor, model, human, p, n, ""), spread, noise
     )
-
-
-def _quantiles(values: Any, at: Any) -> Any:
-    """Of draws: by numpy's default the outer ones of 200 would hold 94 % between them and not 95."""
-    return np.quantile(values, at, axis=0, method="weibull")
 
 
 def swept(found: Sequence[Found], sample: Sample) -> tuple[float | None, int]:
@@ -150,8 +143,8 @@ def style_score(found: Sequence[Found]) -> tuple[Score, list[float]] | None:
     parts = scored([np.array([one.value.value]) for one in those])[:, 0]
     named = {one.metric.name: float(part) for one, part in zip(those, parts, strict=True)}
     spread = scored([one.spread[:drawn] for one in those]).mean(0)
-    low, high = (100 * min(1.0, max(0.0, x)) for x in parts.mean() + _quantiles(spread - spread.mean(), OUTER))
-    people = 100 * _quantiles(scored([one.noise[:drawn] for one in those]).mean(0), (0.05, 0.5, 0.95))
+    low, high = (100 * min(1.0, max(0.0, float(x))) for x in interval(parts.mean(), spread))
+    people = 100 * quantiles(scored([one.noise[:drawn] for one in those]).mean(0), (0.05, 0.5, 0.95))
     return Score(float(100 * parts.mean()), low, high, named), people.tolist()
 
 
@@ -177,7 +170,7 @@ def standing_out(documents: Documents, rows: Rows, *, count: int = 20, seed: int
     halves = np.stack([
         logs(*(side[generator.permutation(len(side))[: len(side) // 2]] for side in (rows, human))) for _ in range(100)
     ])  # fmt: skip
-    low, high = whole + _quantiles(halves - halves.mean(0), OUTER)
+    low, high = interval(whole, halves)
     out = []
     for order, out_of in ((np.argsort(-low), low > 0), (np.argsort(high), high < 0)):
         for at in [at for at in order if out_of[at]][:count]:

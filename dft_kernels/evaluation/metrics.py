@@ -6,7 +6,6 @@ the model expects where it reads. Whether a value is more than noise is for `mea
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -230,10 +229,6 @@ def _mauve(documents: Documents, a: Rows, b: Rows) -> float:
     return np.nan if found is None else 1 - found
 
 
-def _no_mauve() -> str:
-    return "" if importlib.util.find_spec("mauve") else embeddings.MAUVE_ABSENT
-
-
 def _perplexity(human: Read, rows: Rows, own: Read, its: Rows) -> tuple[float, float | None, float | None]:
     value = math.exp(human.mean("cross_entropy", rows))
     return value, value, None
@@ -283,7 +278,7 @@ METRICS: tuple[Metric, ...] = (
         "1 less the area under the divergence curve of both sides' embeddings, quantised by k-means",
         "Pillutla et al., arXiv:2102.01454, by mauve-text, of sentence embeddings in place of GPT-2's",
         of=_mauve, halves=50,
-        embedded=True, lacks=_no_mauve,
+        embedded=True, lacks=embeddings.mauve_missing,
     ),
     *(
         Statistic(

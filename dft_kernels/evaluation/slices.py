@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files import Source
+from .intervals import FEW, interval
 from .results import Slice
 
 Rows = NDArray[np.int64]
-LEAST = 20  # documents of a slice, below which no interval is made
 _WORD = re.compile("(?:[^\\W_]|[\u0300-\u036f])+")  # letters and digits with their combining marks: "he" of "he's"
 _NEXT = re.compile(rf"\s+({_WORD.pattern})")
 _LIMIT = 1 << 20
@@ -120,11 +120,6 @@ def slices_of(texts: Sequence[str], words: Words) -> dict[str, Rows]:
     return {name: np.array(rows, dtype=np.int64) for name, rows in found.items()}
 
 
-def too_few(slices: Mapping[str, Rows]) -> dict[str, int]:
-    """The slices below LEAST documents, of which no `Slice` is made, and how many they have."""
-    return {name: len(rows) for name, rows in slices.items() if len(rows) < LEAST}
-
-
 def swapped(text: str, words: Words) -> str:
     """The text with every word of a pair replaced by the other, whole words, their case kept (He, HE, he).
 
@@ -170,11 +165,11 @@ def difference(
     human text, else "target"; "" else. At 95 %, of 40 counterfactual metrics without any difference expect two to be
     called the model's; of slices, fewer, since two intervals must exclude 0.
 
-    value: the metric of an array of row numbers. None below LEAST documents in a slice, or where a value is not finite.
+    value: the metric of an array of row numbers. None below FEW documents in a slice, or where a value is not finite.
     Cost: 4 (halves + 1) values, 2 (halves + 1) without human rows.
     """
     sides = [model] if human is None else [model, human]
-    if min(len(rows) for side in sides for rows in side) < LEAST:
+    if min(len(rows) for side in sides for rows in side) < FEW:
         return None
     whole = [value(first) - value(second) for first, second in sides]  # [model] or [model, human]
     draw = np.random.default_rng(seed)
@@ -182,12 +177,12 @@ def difference(
     drawn = np.array([[value(first) - value(second) for first, second in pairs] for pairs in halved])  # [halves, sides]
     if not (np.isfinite(whole).all() and np.isfinite(drawn).all()):
         return None
-    own = (whole[0], *_interval(whole[0], drawn[:, 0]))
+    own = (whole[0], *interval(whole[0], drawn[:, 0]))
     of = (*names, metric, [len(rows) for rows in model])
     if human is None:
         return Slice(*of, *own, None, None, None, "model" if _apart(*own[1:]) else "")
-    other = (whole[1], *_interval(whole[1], drawn[:, 1]))
-    of_model = _apart(*own[1:]) and _apart(*_interval(own[0] - other[0], drawn[:, 0] - drawn[:, 1]))
+    other = (whole[1], *interval(whole[1], drawn[:, 1]))
+    of_model = _apart(*own[1:]) and _apart(*interval(own[0] - other[0], drawn[:, 0] - drawn[:, 1]))
     of_target = _apart(*other[1:]) and own[0] * other[0] > 0
     whose = "target" if of_target and not (of_model and abs(own[0]) > abs(other[0])) else "model" if of_model else ""
     return Slice(*of, *own, *other, whose)
@@ -204,12 +199,6 @@ def _halved(sides: Sequence[tuple[Rows, Rows]], draw: np.random.Generator) -> li
         return rows[places[key]]
 
     return [(half(0, first), half(1, second)) for first, second in sides]
-
-
-def _interval(whole: float, drawn: NDArray[np.float64]) -> tuple[float, float]:
-    # by numpy's default the mean of few draws' outer quantiles lies inside: 94.1 % of 200, where these leave 95 %
-    low, high = np.quantile(drawn - drawn.mean(), (0.025, 0.975), method="weibull")
-    return whole + float(low), whole + float(high)
 
 
 def _apart(low: float, high: float) -> bool:

@@ -25,8 +25,10 @@ def unwrapped(model: Any) -> Any:
 
 
 def check_positions(model: Any, longest: int, function: str, argument: str, relation: str, remedy: str) -> None:
-    """ValueError for a sequence of more tokens than the model has positions: "ARGUMENT must RELATION at most ..."."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """ValueError for a sequence of more tokens than a model, or its configuration, has positions: "ARGUMENT must
+    RELATION at most ..."."""
+    config = getattr(model, "config", model)
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if most is not None and longest > most:
         fail(
             function,

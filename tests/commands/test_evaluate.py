@@ -128,5 +128,6 @@ def test_a_second_model_is_checked_before_the_first_draws(here: Path, capsys: py
     Path("tuned/config.json").write_text(json.dumps(config | {"max_position_embeddings": 12}))
     assert evaluate(models=("start", "tuned")) == 1
     error = capsys.readouterr().err
-    assert "--length must be, with the prompt, at most the 12 positions of tuned, got a sequence of 16" in error
+    assert "--length must be, with the prompt, at most 12 tokens, the model's positions, got a sequence of 16." in error
+    assert "tuned has no more" in error
     assert not Path("out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import sys
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from dft_kernels.evaluation.embeddings import MAUVE_ABSENT, bandwidths, gram, mauve, mmd2, permutation_p
+from dft_kernels.evaluation import embeddings
+from dft_kernels.evaluation.embeddings import bandwidths, gram, mauve, mauve_missing, mmd2, permutation_p
 
 RNG = np.random.default_rng(0)
 POOL = RNG.normal(size=(90, 5))
@@ -99,8 +101,9 @@ def test_equal_texts_are_numbers_still() -> None:
 
 def test_mauve_is_not_measured_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mauve", None)  # import raises ImportError
-    assert mauve(POOL, A, B) is None
-    assert MAUVE_ABSENT == "not measured: pip install 'dft-kernels[mauve]'"
+    assert mauve_missing() == "not measured: pip install 'dft-kernels[mauve]'"
+    monkeypatch.setattr(embeddings, "import_module", lambda name: importlib.import_module("no_such_part"))
+    assert mauve_missing() == "not measured: No module named 'no_such_part'"
 
 
 def test_mauve_is_the_packages(capfd: pytest.CaptureFixture[str]) -> None:

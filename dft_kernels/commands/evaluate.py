@@ -15,7 +15,8 @@ from ..evaluation.findings import has_gap
 from ..evaluation.intervals import FEW
 from ..evaluation.results import FILE, LEVEL, Evaluation
 from ..evaluation.subject import Job, check_fast
-from ..generation.sampling import Sampling
+from ..generation import vllm_engine
+from ..generation.sampling import Engine, Sampling
 from ..materials.encoders import encoder
 from ..materials.questions import TASKS
 from ..materials.records import Faults
@@ -24,6 +25,8 @@ from ..models.heads import check_positions
 from .arguments import Help, Number, Parser, Whole, device, input_file, output_folder
 from .flags import add_cache, add_only, add_quiet, add_sampling, add_seed, add_skip_bad, add_text, sampled
 from .printing import console, progress
+
+ENGINES: dict[str, type[Engine]] = {one.name: one for one in (Engine, vllm_engine.VllmEngine)}
 
 
 def parser() -> Parser:
@@ -63,6 +66,8 @@ def parser() -> Parser:
     add("--encoder", default="minilm", help="of texts, for MMD and MAUVE: minilm, which pip brings, a folder of "
         "sentence-transformers, or none")  # fmt: skip
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="of the models")
+    add("--engine", choices=list(ENGINES), default=Engine.name, help="what draws: transformers' generate, or vLLM, "
+        "where it is installed, of models that are saved whole")  # fmt: skip
     add("--batch", type=Whole(1), default=16, help="texts drawn at a time, of which the draws depend")
     add_cache(made)
     add_quiet(made)
@@ -76,6 +81,9 @@ def run(options: argparse.Namespace) -> int:
     if twice:
         raise ValueError(f"evaluate: model must be named once each, got {min(twice)} twice. Leave one out.")
     chosen = {name: trained_model(name, options.base) for name in options.model}
+    sampling = Sampling(options.temperature, options.top_p, options.min_p, options.seed, options.length, options.count)
+    if options.engine == vllm_engine.VllmEngine.name and not options.again:
+        vllm_engine.check({name: one.adapter for name, one in chosen.items()}, sampling)
     tasks = () if options.tasks is None else tuple(options.tasks or TASKS)
     if tasks:
         retention.check(tasks, options.questions)
@@ -92,9 +100,8 @@ def run(options: argparse.Namespace) -> int:
     check_fast(tokenizer, options.tokenizer or options.model[0])
     job = Job(
         human=options.human,
-        sampling=Sampling(
-            options.temperature, options.top_p, options.min_p, options.seed, options.length, options.count
-        ),
+        sampling=sampling,
+        engine=ENGINES[options.engine],
         prompt=options.prompt,
         sweep=work.GRID if options.sweep else (),
         words=slices.read(options.slices),

@@ -289,6 +289,8 @@ def _settings(runs: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:
         for name, value in run.settings.items():
             table |= flat(name, value)
         for model in run.models:
+            if engine := model.drawn.get("engine"):
+                table[f"engine of {model.name}"] = f"{engine} {model.drawn['versions'].get(engine, '')}".rstrip()
             if own := model.drawn.get("generation"):
                 table |= flat(f"generation_config of {model.name}", own)
         tables.append(table)

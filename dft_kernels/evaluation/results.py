@@ -132,7 +132,7 @@ class Swept:
 class Evaluated:
     """One model by one way of sampling. histograms: shares, "sentence words" by words of a sentence and "punctuation"
     by class; sweep: of the ways of sampling that this one is the best of; cost: "generation seconds", "tokens per
-    second", "tokens", "empty texts"; drawn: what the texts depend on besides: the batch, the device, what the model's
+    second", "tokens", "empty texts"; drawn: what the texts depend on besides: engine, batch, device, what the model's
     own generation_config sets, versions."""
 
     name: str

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 from ..errors import fail
 from ..files import Source, replace_text
 from ..generation import samples
-from ..generation.sampling import Sampling
+from ..generation.sampling import Engine, Sampling
 from ..store.fingerprint import model_fingerprint, tokenizer_fingerprint
 from ..targets.corpus import encode
 from . import slices
@@ -37,12 +37,14 @@ Load = Callable[[], tuple[Any, Any]]
 @dataclass(frozen=True)
 class Job:
     """What to evaluate by. human: names of the texts, for the record; prompt: tokens of a prompt; sampling: of every
-    model; sweep: ways of sampling (temperature, top_p, min_p) that the first model is tried by besides; encoder: of
-    materials.encoders, None for none; words: of slices; counterfactual: draw after swapped prompts too; tasks: of
-    retention, so many questions of each, fetched into `cache`; again: measure what the folder holds, without models."""
+    model; engine: what draws; sweep: ways of sampling (temperature, top_p, min_p) that the first model is tried by
+    besides; encoder: of materials.encoders, None for none; words: of slices; counterfactual: draw after swapped prompts
+    too; tasks: of retention, so many questions of each, fetched into `cache`; again: measure what the folder holds,
+    without models."""
 
     human: list[str]
     sampling: Sampling = field(default_factory=Sampling)
+    engine: type[Engine] = Engine
     prompt: int = 32
     sweep: tuple[tuple[float, float, float], ...] = ()
     encoder: Any = None
@@ -91,30 +93,36 @@ def gathered(
     other = [slices.swapped(prompt, job.words) for prompt in prompts] if job.counterfactual else prompts
     at = [number for number, (a, b) in enumerate(zip(prompts, other, strict=True)) if a != b]
 
+    engine = None if job.again else job.engine(model, own)
+
     def drawn(prompts: list[str], sampling: Sampling, part: str = "") -> samples.Samples:
         file = folder / "samples" / f"{file_name(name)}-{samples_name(sampling)}{part}.jsonl"
-        if job.again:
-            return _read_again(file, prompts, sampling)
+        if engine is None:
+            return _read_again(job, file, prompts, sampling)
         file.parent.mkdir(parents=True, exist_ok=True)
         same = tokenizer_fingerprint(own) == tokenizer_fingerprint(tokenizer)
         length = sampling.length if same else _length(those, own)
         asked = replace(sampling, count=len(prompts), length=length)
         with bars(f"{name}: writing", len(prompts), "texts") as bar:
-            return samples.draw(model, own, prompts, asked, file, model_name=name, batch=job.batch, tick=bar)
+            return samples.draw(engine, prompts, asked, file, model_name=name, batch=job.batch, tick=bar)
 
     def texts(found: samples.Samples) -> list[str]:
         return [cut(text, tokenizer, job.sampling.length) for text in found.texts]
 
-    own_text = drawn(prompts, job.sampling)
-    written, other = texts(own_text), [other[number] for number in at]
+    other = [other[number] for number in at]
+    with nullcontext() if engine is None else closing(engine):
+        own_text = drawn(prompts, job.sampling)
+        swapped = texts(drawn(other, job.sampling, "-swapped")) if at else []
+        tried = [texts(drawn(prompts, one)) for one in job.swept()] if sweep else []
+    written = texts(own_text)
     return Subject(
         name,
         job.sampling,
         written,
-        texts(drawn(other, job.sampling, "-swapped")) if at else [],
+        swapped,
         at,
         other,
-        [texts(drawn(prompts, one)) for one in job.swept()] if sweep else [],
+        tried,
         _reading(job, those, name, model, own, written, folder, bars),
         _retention(job, name, model, own, folder, bars),
         {
@@ -122,7 +130,10 @@ def gathered(
             "tokens per second": own_text.tokens_per_second,
             "empty texts": float(sum(not text.strip() for text in written)),
         },
-        {of: getattr(own_text.header, of) for of in ("batch", "device", "generation", "model_sha256", "versions")},
+        {
+            of: getattr(own_text.header, of)
+            for of in ("batch", "device", "engine", "generation", "model_sha256", "versions")
+        },
     )  # fmt: skip
 
 
@@ -139,7 +150,7 @@ def check_fast(tokenizer: Any, of: str) -> None:
         )
 
 
-def _read_again(file: Path, prompts: Sequence[str], sampling: Sampling) -> samples.Samples:
+def _read_again(job: Job, file: Path, prompts: Sequence[str], sampling: Sampling) -> samples.Samples:
     """The texts of a file, which must be those that the run would draw."""
     found = samples.read(file)
     source = Source("evaluate", file, "Evaluate without --again")
@@ -148,6 +159,8 @@ def _read_again(file: Path, prompts: Sequence[str], sampling: Sampling) -> sampl
     was = replace(found.header.sampling, count=sampling.count, length=sampling.length)
     if was != sampling:
         source.fail("sampling", f"be {sampling}", str(was))
+    if found.header.engine != job.engine.name:
+        source.fail("engine", f"be {job.engine.name}", found.header.engine, "Name that one")
     return found
 
 

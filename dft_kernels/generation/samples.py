@@ -16,15 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from ..errors import fail
 from ..files import Source
-from ..models.heads import check_positions, output_layer
+from ..models.heads import check_positions
 from ..store.fingerprint import model_fingerprint, tokenizer_fingerprint
 from .journal import Journal
-from .sampling import Sampling, continuations
+from .sampling import Engine, Sampling, own_settings
 
 FORMAT = "dft_kernels samples 1"
 
@@ -32,7 +29,7 @@ FORMAT = "dft_kernels samples 1"
 @dataclass(frozen=True)
 class Header:
     """What the texts of a file depend on. model_sha256: of the weights; generation: what the model's own
-    generation_config sets, as a repetition penalty, which `generate` applies too; device: where they were drawn."""
+    generation_config sets, as a repetition penalty, which is applied too; engine, device: what drew them, and where."""
 
     format: str
     model: str
@@ -42,6 +39,7 @@ class Header:
     batch: int
     prompts_sha256: str
     generation: dict[str, Any]
+    engine: str
     device: str
     versions: dict[str, str]
 
@@ -74,8 +72,7 @@ class Samples:
 
 
 def draw(
-    model: Any,
-    tokenizer: Any,
+    engine: Engine,
     prompts: Sequence[str],
     sampling: Sampling,
     file: Path,
@@ -84,13 +81,15 @@ def draw(
     batch: int = 16,
     tick: Callable[[int], None] | None = None,
 ) -> Samples:
-    """What a model writes after prompts, by transformers' `generate`, kept in a file, which is gone on with.
+    """What an engine's model writes after prompts, kept in a file, which is gone on with.
 
-    model, tokenizer: of transformers; the model is left in the mode it was in, torch's random state as it was.
+    engine: `Engine(model, tokenizer)`, transformers' `generate`, or `vllm_engine.VllmEngine`. The model is left in the
+        mode it was in, torch's random state as it was.
     prompts: sampling.count texts, encoded as the tokenizer does by default, with its BOS; unequal lengths are padded on
         the left and masked. The texts are what follows, without special tokens.
     file: JSON lines, see above. A finished one is read and nothing is drawn. One of other settings (`Header`) is not
-        touched; nor is an unfinished one of other versions or another device gone on with, whose draws would be others.
+        touched, an engine's not by another; nor is an unfinished one of other versions or another device gone on with,
+        whose draws would be others.
     batch: prompts at a time, of which the draws depend.
     tick: called with the number of texts there are more, those of an earlier run too.
 
@@ -101,23 +100,23 @@ def draw(
     """
     if min(batch, sampling.length) < 1:
         fail("draw", "batch and sampling.length", "be at least 1", (batch, sampling.length), "Draw some")
-    ids = _encoded(tokenizer, prompts, sampling, model)
-    header = asdict(_header(model, tokenizer, prompts, sampling, model_name, batch))
+    engine.check(sampling)
+    tokenizer = engine.tokenizer
+    ids = _encoded(tokenizer, prompts, sampling, engine.model)
+    header = asdict(_header(engine, prompts, sampling, model_name, batch))
     journal = Journal.begin(_source("draw", file), header)
     found = _checked(journal)
     finished = len(found.texts) == len(prompts)
     journal.check(header, ("versions", "device") if finished else ())
     if not finished:
         journal.keep(len(found.texts) // batch * batch)
+        engine.start(max(map(len, ids)) + sampling.length, min(batch, len(ids)))
     if tick is not None and journal.lines:
         tick(len(journal.lines))
     for start in range(len(journal.lines), len(prompts), batch):
         rows = range(start, min(start + batch, len(prompts)))
         began = time.perf_counter()
-        seed = sampling.seed + start // batch
-        drawn = continuations(
-            model, tokenizer, [ids[row] for row in rows], sampling.length, seed, **sampling.keywords()
-        )
+        drawn = engine.draw([ids[row] for row in rows], sampling, sampling.seed + start // batch)
         seconds = round((time.perf_counter() - began) / len(rows), 6)
         journal.add(
             asdict(_Line(row, prompts[row], _text(tokenizer, ids[row], new), len(new), seconds))
@@ -157,22 +156,19 @@ def _encoded(tokenizer: Any, prompts: Sequence[str], sampling: Sampling, model: 
     return ids
 
 
-def _header(
-    model: Any, tokenizer: Any, prompts: Sequence[str], sampling: Sampling, model_name: str, batch: int
-) -> Header:
-    device = output_layer(model).weight.device
-    own = model.generation_config.to_diff_dict() if getattr(model, "generation_config", None) is not None else {}
+def _header(engine: Engine, prompts: Sequence[str], sampling: Sampling, model_name: str, batch: int) -> Header:
     return Header(
         format=FORMAT,
         model=model_name,
-        model_sha256=model_fingerprint(model),
-        tokenizer_sha256=tokenizer_fingerprint(tokenizer),
+        model_sha256=model_fingerprint(engine.model),
+        tokenizer_sha256=tokenizer_fingerprint(engine.tokenizer),
         sampling=sampling,
         batch=batch,
         prompts_sha256=_digest(prompts),
-        generation={name: value for name, value in own.items() if name[0] != "_" and name != "transformers_version"},
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        generation=own_settings(engine.model),
+        engine=engine.name,
+        device=engine.device,
+        versions=engine.versions,
     )
 
 
@@ -201,6 +197,7 @@ def _checked(journal: Journal) -> Samples:
     source = journal.source
     if journal.header.get("format") != FORMAT:
         source.fail("format", f"be {FORMAT!r}", journal.header.get("format"))
+    journal.header.setdefault("engine", Engine.name)  # of a file from before there was another
     header = source.record(Header, journal.header, bounds={"batch": (1, 1 << 31)})
     limits = {"tokens": (0, header.sampling.length), "seconds": (0, 1e9)}
     lines: list[_Line] = []

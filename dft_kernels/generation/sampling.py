@@ -1,4 +1,4 @@
-"""Text of a model's own, drawn by transformers' `generate`."""
+"""Text of a model's own, drawn by transformers' `generate`, and what else may draw it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from ..models.heads import output_layer, unwrapped
@@ -91,14 +92,61 @@ def roll_out(
     return Rollouts(made, torch.cat([mask, drawn.long()], 1), target, width)
 
 
+def ends(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that a text ends at: the tokenizer's, and the model's own."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
+    return list(dict.fromkeys(token for token in listed if token is not None))
+
+
+def own_settings(model: Any) -> dict[str, Any]:
+    """What a model's own generation_config sets, which `generate` applies where a call says nothing else."""
+    own = model.generation_config.to_diff_dict() if getattr(model, "generation_config", None) is not None else {}
+    return {name: value for name, value in own.items() if name[0] != "_" and name != "transformers_version"}
+
+
 def continuations(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], length: int, seed: int = 0, **sampling: Any
 ) -> list[list[int]]:
-    """New token ids after each prompt, `length` at most and none after the end of text, the tokenizer's or one of the
-    model's own: `roll_out`, as lists."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
-    ends = list(dict.fromkeys(token for token in listed if token is not None))
-    drawn = roll_out(model, prompts, length, ends, seed, **sampling)
-    rows = [[token for token in row if token >= 0] for row in drawn.target.tolist()]
-    return [row[:-1] if row and row[-1] in ends else row for row in rows]
+    """New token ids after each prompt, `length` at most and none after the end of text: `roll_out`, as lists."""
+    at = ends(model, tokenizer)
+    drawn = roll_out(model, prompts, length, at, seed, **sampling)
+    return without_end([[token for token in row if token >= 0] for row in drawn.target.tolist()], at)
+
+
+def without_end(rows: Sequence[Sequence[int]], at: Sequence[int]) -> list[list[int]]:
+    """Token ids, but for the one that ended a text. at: those that end one."""
+    return [list(row[:-1] if row and row[-1] in at else row) for row in rows]
+
+
+class Engine:
+    """What draws the tokens of texts: transformers' `generate`, of a model in memory. Another one overrides all of it.
+
+    name, device, versions: what a file of texts says they were drawn by."""
+
+    name = "transformers"
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @property
+    def device(self) -> str:
+        device = output_layer(self.model).weight.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+    def check(self, sampling: Sampling) -> None:
+        """ValueError for a way of sampling that it has not."""
+
+    def start(self, tokens: int, batch: int) -> None:
+        """Be ready for so many texts at a time, of so many tokens with their prompts."""
+
+    def draw(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[int]]:
+        """New token ids after each prompt, without the end of the text; the same ones by the same seed."""
+        return continuations(self.model, self.tokenizer, prompts, sampling.length, seed, **sampling.keywords())
+
+    def close(self) -> None:
+        """Free what `start` took; it may be started again."""

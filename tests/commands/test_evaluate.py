@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tiny_models import far, tokenizer  # noqa: F401 - a fixture
+from vllm_installed import vllm  # noqa: F401 - a fixture
 
 from dft_kernels.commands import main as cli
 from dft_kernels.evaluation import results
@@ -131,3 +132,46 @@ def test_a_second_model_is_checked_before_the_first_draws(here: Path, capsys: py
     assert "--length must be, with the prompt, at most 12 tokens, the model's positions, got a sequence of 16." in error
     assert "tuned has no more" in error
     assert not Path("out").exists()
+
+
+def test_vllm_draws_where_it_is_named(here: Path, vllm: Any, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    assert evaluate("--engine", "vllm", "--counterfactual", "--quiet") == 0
+    assert [started["model"] for started in vllm.STARTED] == ["start"]
+    assert not vllm.RUNNING
+    drawn = results.load(here / "out").models[0].drawn
+    assert drawn["engine"] == "vllm"
+    assert drawn["versions"]["vllm"] == "0.0.0"
+    assert evaluate("--engine", "vllm", "--counterfactual", "--again", "--quiet") == 0
+    for more in ((), ("--again",)):
+        capsys.readouterr()
+        assert evaluate("--counterfactual", *more) == 1
+        error = capsys.readouterr().err
+        assert "engine must be" in error
+        assert error.count("\n") == 1
+
+
+def test_what_vllm_lacks_is_one_line_before_any_work(
+    here: Path,
+    vllm: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("adapted").mkdir()
+    Path("adapted/adapter_config.json").write_text("{}")
+    for models, more, said in (
+        (
+            ("start", "adapted"),
+            ("--base", "start"),
+            "model must be saved whole, got adapted, with adapter_",
+        ),
+        (("start",), ("--temperature", "3"), "--temperature must be 0, or in [0.01, 2], got 3.0."),
+    ):
+        assert evaluate("--engine", "vllm", *more, models=models) == 1
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+    monkeypatch.setattr("dft_kernels.generation.vllm_engine.find_spec", lambda name: None)
+    assert evaluate("--engine", "vllm") == 1
+    assert "--engine must be installed, got vllm, of which there is no package. Install it" in capsys.readouterr().err
+    assert not Path("out").exists()
+    assert not vllm.STARTED

@@ -13,9 +13,9 @@ import torch
 from tiny_models import far as tiny
 from tiny_models import tokenizer  # noqa: F401 - a fixture
 
-from dft_kernels.generation import samples
+from dft_kernels.generation import samples, sampling
 from dft_kernels.generation.samples import Samples, draw, read
-from dft_kernels.generation.sampling import Sampling, continuations
+from dft_kernels.generation.sampling import Engine, Sampling, continuations
 
 PROMPTS = ["word1 word2 word3", "word4", "word5 word6", "word7", "word8 word9"]
 SAMPLING = Sampling(count=5, length=4, seed=3)
@@ -29,7 +29,7 @@ def model() -> Any:
 @pytest.fixture
 def drawing(model: Any, tokenizer: Any) -> Any:  # noqa: F811
     def run(file: Path, prompts: list[str] = PROMPTS, sampling: Sampling = SAMPLING, **more: Any) -> Samples:
-        return draw(model, tokenizer, prompts, sampling, file, **{"model_name": "tiny", "batch": 2, **more})
+        return draw(Engine(model, tokenizer), prompts, sampling, file, **{"model_name": "tiny", "batch": 2, **more})
 
     return run
 
@@ -72,8 +72,8 @@ def test_a_finished_file_needs_no_model(drawing: Any, tmp_path: Path, monkeypatc
     file = tmp_path / "samples.jsonl"
     found, kept = drawing(file), file.read_bytes()
     assert read(file) == found
-    monkeypatch.setattr("dft_kernels.generation.samples.continuations", pytest.fail)
-    monkeypatch.setattr(samples.transformers, "__version__", "9.9")  # who draws nothing may have another
+    monkeypatch.setattr("dft_kernels.generation.sampling.continuations", pytest.fail)
+    monkeypatch.setattr(sampling.transformers, "__version__", "9.9")  # who draws nothing may have another
     ticks: list[int] = []
     assert drawing(file, tick=ticks.append) == found
     assert ticks == [5]
@@ -153,7 +153,7 @@ def test_a_file_of_other_settings_is_not_touched(
         model.lm_head.weight.copy_(tiny().lm_head.weight)
     unfinished = b"".join(kept.splitlines(True)[:3])
     file.write_bytes(unfinished)
-    monkeypatch.setattr(samples.transformers, "__version__", "9.9")
+    monkeypatch.setattr(sampling.transformers, "__version__", "9.9")
     with pytest.raises(ValueError, match=r'versions.transformers must be "[0-9.]+", as in the file, got "9.9"'):
         drawing(file)
     assert file.read_bytes() == unfinished

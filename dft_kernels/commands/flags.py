@@ -128,10 +128,12 @@ def style(text: str) -> tuple[str, float]:
 
 
 def settings_of(options: Any) -> Settings:
-    """What these flags, those of `add_sampling` and --beams say; ValueError for what does not go together."""
+    """What these flags, those of `add_sampling` and --beams say, as many as there are; ValueError for what does not go
+    together."""
     from ..generation.settings import Settings
 
-    return Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+    names = [field.name for field in fields(Settings)]
+    return Settings(**{name: getattr(options, name) for name in names if hasattr(options, name)})
 
 
 def sampled(options: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..targets import target_file
 from ..targets.target import Target
 from .refiner import IterativeRefiner
 from .steps import ordered, warpers
-from .stream import Drawn
+from .stream import Stream
 from .style import StyleShift
 from .temperature import Diversity, EntropyTemperature
 from .truncation import TopNSigma
@@ -98,8 +97,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Record:
-    """A text and all that it depends on, a line of JSON. tokens: that were drawn, the end among them; entropy, kl:
-    means over these, nats (`Drawn`); None of beams, which draw none."""
+    """A text and all that it depends on, a line of JSON. tokens: of the text; entropy, kl: means over these and the
+    end, nats (`Drawn`); None of beams, which draw none."""
 
     model: str
     prompt: str
@@ -112,12 +111,12 @@ class Record:
     settings: dict[str, Any]
 
 
-def recorded(
-    model: str, prompt: str, text: str, drawn: Sequence[Drawn], settings: Settings, *, length: int, seed: int
-) -> Record:
-    """The record of a text that was drawn."""
-    entropy, kl = (sum(getattr(one, name) for one in drawn) / len(drawn) for name in ("entropy", "kl"))
-    return Record(model, prompt, text, len(drawn), entropy, kl, length, seed, asdict(settings))
+def recorded(model: str, prompt: str, settings: Settings, stream: Stream, row: int = 0) -> Record:
+    """The record of a stream's text as it is now. model, prompt: as they are to be called."""
+    drawn, text, tokens = stream.drawn[row], stream.texts()[row], len(stream.written()[row])
+    entropy = sum(one.entropy for one in drawn) / len(drawn) if drawn else None
+    kl = sum(one.kl for one in drawn) / len(drawn) if drawn else None
+    return Record(model, prompt, text, tokens, entropy, kl, stream.length, stream.seed, asdict(settings))
 
 
 def _flag(name: str, text: str) -> list[str]:

@@ -69,6 +69,7 @@ class Stream:
     ) -> None:
         check_prompts(model, prompts, length)
         self.tokenizer, self.prompts = tokenizer, [list(prompt) for prompt in prompts]
+        self.length, self.seed = length, seed
         self.ends = ends_of(model, tokenizer)
         self.drawn: list[list[Drawn]] = [[] for _ in prompts]  # so far
         watch = Watch()
@@ -103,12 +104,15 @@ class Stream:
                 self._open[row] = one.token not in self.ends
         return step
 
+    def written(self) -> list[list[int]]:
+        """The tokens so far after each prompt, without the end."""
+        return [[one.token for one in drawn if one.token not in self.ends] for drawn in self.drawn]
+
     def texts(self) -> list[str]:
-        """What was drawn so far after each prompt, decoded as a whole, without special tokens and the end; of a
-        character nothing is shown before its last byte."""
+        """What was written so far after each prompt, decoded as a whole, without special tokens; of a character nothing
+        is shown before its last byte."""
         made = []
-        for prompt, drawn, still in zip(self.prompts, self.drawn, self._open, strict=True):
-            ids = [one.token for one in drawn if one.token not in self.ends]
+        for prompt, ids, still in zip(self.prompts, self.written(), self._open, strict=True):
             text = text_after(self.tokenizer, prompt, ids)
             made.append(text.rstrip(_CUT) if still and not self._finished else text)
         return made

@@ -28,11 +28,11 @@ from .printing import console, growing, show
 
 @dataclass
 class Column:
-    """A model and how it is drawn from. name: the model's; label: what tells it from the others; steps: of settings;
+    """A model and how it is drawn from. label: what tells it from the others; name: the model's; steps: of settings;
     written: new tokens after each prompt; drawn: all of them, with their ends, of no beams."""
 
-    name: str
     label: str
+    name: str
     model: Any
     settings: Settings
     steps: list[LogitsProcessor]
@@ -89,16 +89,18 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"sample: {given} must hold a token, each of them, got an empty one. Leave it out.")
     with out.status("models"):
         model, _ = chosen.load(options.cache)
-        check_prompts(model, prompts, options.length)
-        made = [(options.model, options.model, model, settings)]
+        made = {options.model: (options.model, model, settings)}
         if options.compare:
-            labels = (f"{options.model}, {how}" for how in ("as it is", "with these settings"))
-            made = [(options.model, next(labels), model, of) for of in (plain, settings)]
+            made = {
+                f"{options.model}, as it is": (options.model, model, plain),
+                f"{options.model}, with these settings": (options.model, model, settings),
+            }
         elif chosen.base is not None:
             base, _ = model_of(chosen.base, options.cache, argument="base")
-            check_prompts(base, prompts, options.length)
-            made = [(chosen.base, chosen.base, base, settings), *made]
-    columns = [Column(*one, one[-1].steps(tokenizer)) for one in made]
+            made = {chosen.base: (chosen.base, base, settings), **made}
+    columns = [Column(label, *one, one[-1].steps(tokenizer)) for label, one in made.items()]
+    for column in columns:
+        check_prompts(column.model, prompts, options.length)
     records: list[Record] = []
     for number, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
         seed = options.seed + number

@@ -157,7 +157,7 @@ class _Cancelled(Exception):  # noqa: N818 - no fault
     """Unwinds `generate` where it hands on a token."""
 
 
-class _Work(BaseStreamer):  # type: ignore[misc]
+class _Work(BaseStreamer):
     """What the thread and its stream pass to each other; it does not hold the stream, so that one can be dropped."""
 
     def __init__(self, watch: Watch) -> None:
@@ -204,7 +204,7 @@ def _run(
         work.made.put(error)  # raised where the stream is read
 
 
-class _Draw(LogitsProcessor):  # type: ignore[misc]
+class _Draw(LogitsProcessor):
     """The last of the steps: scores of 0 for the token that is drawn and -inf for every other, of which `generate`
     takes the likeliest."""
 

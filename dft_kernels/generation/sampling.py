@@ -92,13 +92,6 @@ def roll_out(
     return Rollouts(made, torch.cat([mask, drawn.long()], 1), target, width)
 
 
-def ends(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that a text ends at: the tokenizer's, and the model's own."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
-    return list(dict.fromkeys(token for token in listed if token is not None))
-
-
 def own_settings(model: Any) -> dict[str, Any]:
     """What a model's own generation_config sets, which `generate` applies where a call says nothing else."""
     own = model.generation_config.to_diff_dict() if getattr(model, "generation_config", None) is not None else {}
@@ -109,7 +102,7 @@ def continuations(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], length: int, seed: int = 0, **sampling: Any
 ) -> list[list[int]]:
     """New token ids after each prompt, `length` at most and none after the end of text: `roll_out`, as lists."""
-    at = ends(model, tokenizer)
+    at = ends_of(model, tokenizer)
     drawn = roll_out(model, prompts, length, at, seed, **sampling)
     return without_end([[token for token in row if token >= 0] for row in drawn.target.tolist()], at)
 
@@ -117,6 +110,24 @@ def continuations(
 def without_end(rows: Sequence[Sequence[int]], at: Sequence[int]) -> list[list[int]]:
     """Token ids, but for the one that ended a text. at: those that end one."""
     return [list(row[:-1] if row and row[-1] in at else row) for row in rows]
+
+
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the tokenizer's, and the model's own."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
+    return list(dict.fromkeys(token for token in listed if token is not None))
+
+
+def text_after(tokenizer: Any, before: Sequence[int], new: Sequence[int]) -> str:
+    """The text of new tokens as it stands behind the prompt: decoded alone, some tokenizers drop its first space."""
+
+    def decoded(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    whole, prompt = decoded([*before, *new]), decoded([*before])
+    return whole.removeprefix(prompt) if whole.startswith(prompt) else decoded([*new])
 
 
 class Engine:

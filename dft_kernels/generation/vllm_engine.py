@@ -17,7 +17,7 @@ import torch
 
 from ..errors import fail
 from ..models.heads import CORRECTION, output_layer
-from .sampling import Engine, Sampling, ends, own_settings, without_end
+from .sampling import Engine, Sampling, ends_of, own_settings, without_end
 
 COLDEST, HOTTEST = 0.01, 2.0  # temperatures but 0 that vLLM takes
 _SAID = {"do_sample", "temperature", "top_p", "top_k", "min_p", "max_length", "max_new_tokens"}  # by Sampling
@@ -113,7 +113,7 @@ class VllmEngine(Engine):
     def draw(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[int]]:
         import vllm
 
-        at, own = ends(self.model, self.tokenizer), own_settings(self.model)
+        at, own = ends_of(self.model, self.tokenizer), own_settings(self.model)
         seeds = np.random.SeedSequence(seed).generate_state(len(prompts))
         how = [
             vllm.SamplingParams(

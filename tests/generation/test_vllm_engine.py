@@ -132,9 +132,7 @@ def test_what_it_has_not_is_refused_before_a_file_is_begun(drawing: Any, model: 
         with pytest.raises(ValueError, match=rf"vllm: temperature must be 0, or in \[0.01, 2\], got {temperature}\."):
             drawing(file, sampling=replace(SAMPLING, temperature=temperature))
     model.generation_config.no_repeat_ngram_size = 3
-    with pytest.raises(
-        ValueError, match=r"generation_config must set nothing .*, got no_repeat_ngram_size 3\. Draw"
-    ):
+    with pytest.raises(ValueError, match=r"generation_config must set nothing .*, got no_repeat_ngram_size 3\. Draw"):
         drawing(file)
     assert not file.exists()
 
@@ -158,9 +156,7 @@ def test_models_that_it_cannot_read(model: Any, tokenizer: Any, tmp_path: Path) 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"vllm: engine must be installed, got vllm, .*\. Install it in an "
-    ):
+    with pytest.raises(ValueError, match=r"vllm: engine must be installed, got vllm, .*\. Install it in an "):
         vllm_engine.check({}, SAMPLING)
 
 

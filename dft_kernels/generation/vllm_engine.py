@@ -80,7 +80,7 @@ class VllmEngine(Engine):
     def check(self, sampling: Sampling) -> None:
         check({}, sampling)
         for name, value in own_settings(self.model).items():
-            if name not in _SAID | _TAKEN:
+            if value and name not in _SAID | _TAKEN:
                 fail("vllm", "generation_config", "set nothing that vLLM has not", f"{name} {value}", _ELSE)
 
     def start(self, tokens: int, batch: int) -> None:

@@ -86,8 +86,7 @@ def _finite(value: Any) -> bool:
 @lru_cache(_KEPT)
 def _check(settings: Settings) -> None:
     """ValueError for what cannot be, whatever the tokenizer."""
-    bare = dict.fromkeys(("style", "refine", "native"))
-    replace(settings, **bare, style_base=_DEFAULTS["style_base"]).steps(None)
+    replace(settings, style=None, style_base=Settings.style_base, refine=None, native=None).steps(None)
     if settings.bound < 0:
         fail("Steps", "bound", "be at least 0 nats", settings.bound, "0 leaves the model as it is")
     style = () if settings.style is None else (settings.style[0], settings.style_base)

@@ -137,6 +137,7 @@ def test_what_it_has_not_is_refused_before_a_file_is_begun(drawing: Any, model: 
     assert not file.exists()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft's, which asks transformers' models by an old name
 def test_models_that_it_cannot_read(model: Any, tokenizer: Any, tmp_path: Path) -> None:  # noqa: F811
     import peft
 

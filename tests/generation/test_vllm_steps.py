@@ -108,9 +108,10 @@ def test_texts_are_those_of_transformers(module: Any, steps: Any, folder: Path) 
             batch.swap(0, 3)
         if at == 6:
             batch.remove(1)  # the last row, the first text, takes its place
+        if at == 7:
             outputs.append(batch.add(which[4], prompts[4]))
         batch.step()
-    assert [len(one) for one in outputs] == [12, 6, 12, 12, 6]
+    assert [len(one) for one in outputs] == [12, 6, 12, 12, 5]
     for settings, prompt, output in zip(which, prompts, outputs, strict=True):
         own = [] if settings is None else settings.steps(word_tokenizer(WORDS))
         drawn = roll_out(model, [prompt], len(output), None, do_sample=False, temperature=None, top_p=None, top_k=None,
@@ -133,12 +134,10 @@ def test_rows_without_settings_are_left_bit_for_bit(module: Any, steps: Any) -> 
 def test_diversity_reaches_its_entropy(module: Any, steps: Any) -> None:
     batch = Requests(module, steps, far())
     for at in range(8):
-        batch.add(Settings(diversity=0.1), [3, 20 + at])
+        batch.add(Settings(diversity=(-0.2, -0.1)[at % 2]), [3, 20 + at])
     before, after = (torch.special.entr(scores.softmax(-1)).sum(-1) for scores in batch.step())
-    reached = after / before
-    inside = 1.1 * before < math.log(100)
-    assert inside.any()
-    assert torch.allclose(reached[inside], torch.full_like(reached[inside], 1.1), atol=1e-3)
+    asked = before * torch.tensor([0.8, 0.9] * 4)
+    assert torch.allclose(after, asked, atol=1e-3)
 
 
 def test_a_step_reads_the_text_so_far_padded_on_the_left(
@@ -157,7 +156,8 @@ def test_a_step_reads_the_text_so_far_padded_on_the_left(
         batch.step()
     assert seen[0] == [[3, 20, 21], [0, 0, 4]]
     assert seen[69] == [[3, 20, 21, *first[:69]], [0, 0, 4, *second[:69]]]
-    steps.update_state(module.BatchUpdate(1, added=[(0, batch.rows[0][0], None, [])]))  # a prompt of embeddings
+    of_embeddings = (0, batch.rows[0][0], None, [])
+    steps.update_state(module.BatchUpdate(1, removed=[1], added=[of_embeddings]))
     steps.apply(torch.zeros(1, 100))
     assert seen[70] == [[0]]
 
@@ -187,7 +187,7 @@ def test_wrong_requests_are_refused(module: Any, folder: Path) -> None:
             params({"refine": str(folder / "here.safetensors"), "bound": -1}),
             r"Steps: bound must be at least 0 nats",
         ),
-        (params({"diversity": -2.0}), r"d must lie"),
+        (params({"diversity": -2.0}), r"Diversity: d must be at least -1, got -2"),
         (params({"diversity": 0.1, "entropy_temperature": 0.1}), r"hold one step of entropy"),
         (
             params({"diversity": 0.1}, temperature=0.7),
@@ -205,4 +205,4 @@ def test_a_target_of_another_tokenizer_is_found_in_the_engine(module: Any, steps
     how = module.sampling_params(Settings(refine=str(folder / "there.safetensors")))
     steps.validate_params(how)
     with pytest.raises(ValueError, match="tokenizer"):
-        steps.update_state(module.BatchUpdate(1, added=[(0, how, [3], [])]))
+        steps.update_state(module.BatchUpdate(1, removed=[1], added=[(0, how, [3], [])]))

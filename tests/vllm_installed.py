@@ -18,7 +18,11 @@ def forget() -> None:
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     forget()
-    for name in ("VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS"):  # which the engine sets: gone again afterwards
+    for name in (
+        "VLLM_LOGGING_LEVEL",
+        "VLLM_LOGGING_STREAM",
+        "VLLM_NO_USAGE_STATS",
+    ):  # which the engine sets: gone again afterwards
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.syspath_prepend(Path(__file__).parent / "stand_in_vllm")

@@ -87,8 +87,9 @@ class VllmEngine(Engine):
         if self._llm is not None and tokens <= self._room[0] and batch <= self._room[1]:
             return
         self.close()
-        # read when vLLM is imported: it prints a page of lines, and sends what it is used for to its authors
+        # read when vLLM is imported: it prints a page of lines to stdout, and sends what it is used for to its authors
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         import vllm
 
@@ -101,9 +102,10 @@ class VllmEngine(Engine):
                 kv_cache_memory_bytes=_cache_bytes(self.model, tokens, batch),
                 gpu_memory_utilization=0.01,  # a check at the start alone, where the cache's bytes are given
                 enable_prefix_caching=False,  # draws would depend on what was drawn before, by rounding
+                use_tqdm_on_load=False,
                 enforce_eager=not torch.cuda.is_available(),  # compiling takes longer than an evaluation's texts
             )
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:  # of vLLM's parts, or of a process of its own
             why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise RuntimeError(
                 f"vllm: model must be one that vLLM starts with, got {self.model.name_or_path}: {why}. {_ELSE}."

@@ -151,7 +151,7 @@ class Steps(LogitsProcessor):
                 self._texts[here] = met
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Log-probabilities of the rows [B, V] that have settings, in place."""
+        """Logits [B, V] with log-probabilities in the rows that have settings."""
         alike: dict[Settings, list[int]] = {}
         for row in sorted(self._texts):
             alike.setdefault(self._texts[row].settings, []).append(row)
@@ -161,7 +161,9 @@ class Steps(LogitsProcessor):
             scores = logits if every else logits[rows]
             for step in self._steps(settings):
                 scores = step(ids, scores)
-            logits[slice(None) if every else rows] = scores
+            if every:
+                return scores
+            logits[rows] = scores
         return logits
 
     def _padded(self, texts: Sequence[np.ndarray]) -> Tensor:

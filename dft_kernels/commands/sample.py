@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
     out.print(_summary(columns))
     for column in columns:
         for refiner in (step for step in column.steps if isinstance(step, IterativeRefiner)):
-            out.print(_refined(column.label, refiner))
+            _refined(out, column.label, refiner)
     return 0
 
 
@@ -186,16 +186,16 @@ def _summary(columns: list[Column]) -> Any:
     return table
 
 
-def _refined(label: str, refiner: IterativeRefiner) -> Any:
-    """What a refiner spent, and for what."""
+def _refined(out: Any, label: str, refiner: IterativeRefiner) -> None:
+    """Print what a refiner spent, and for what."""
     from rich.table import Table
-    from rich.text import Text
 
-    found = refiner.report()
-    title = f"{label}: {refiner.target.about.name}, expected in 1,000 tokens"
-    table = Table("statistic", "before", "after", "target", title=Text(title))
-    for name, target in found.target.items():
-        table.add_row(name, *(f"{1000 * value:.1f}" for value in (found.before[name], found.after[name], target)))
+    found, name = refiner.report(), refiner.target.about.name
     share = f"{found.bounded:.0%} of {found.tokens} tokens at the bound of {refiner.bound:g}"
-    table.caption = f"KL {found.kl:.4f} nats a token; {share}"
-    return table
+    spent = f"KL {found.kl:.4f} nats a token, {share}"
+    out.print(f"{label}, refined towards {name}: {spent}", markup=False, highlight=False)
+    table = Table("expected in 1,000 tokens", "before", "after", "target")
+    for statistic, target in found.target.items():
+        values = (found.before[statistic], found.after[statistic], target)
+        table.add_row(statistic, *(f"{1000 * value:.1f}" for value in values))
+    out.print(table)

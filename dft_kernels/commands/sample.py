@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,7 @@ def run(options: argparse.Namespace) -> int:
     """Load, continue, and print."""
     transformers.utils.logging.disable_progress_bar()
     out, settings = console(), settings_of(options)
-    plain = replace(Settings(), beams=settings.beams, temperature=0.0 if settings.greedy else 1.0)
-    if options.compare and settings == plain:
+    if options.compare and settings == settings.plain:
         fail("sample", "compare", "stand beside a setting", "none", "Add one, as --diversity 0.1")
     if options.out is not None:
         _check_out(options.out)
@@ -92,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         made = {options.model: (options.model, model, settings)}
         if options.compare:
             made = {
-                f"{options.model}, as it is": (options.model, model, plain),
+                f"{options.model}, as it is": (options.model, model, settings.plain),
                 f"{options.model}, with these settings": (options.model, model, settings),
             }
         elif chosen.base is not None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from target_texts import WORDS, documents
 from terminals import Terminal
@@ -15,6 +18,7 @@ from tiny_models import far, word_tokenizer
 
 from dft_kernels.commands import main as cli
 from dft_kernels.commands.printing import plain
+from dft_kernels.generation.settings import Settings
 
 PROMPTS = ["The cat sat", "It was"]
 STEPS = ["--refine", "made", "--bound", "0.2", "--style", "made=0.5", "--style-base", "other", "--top-p", "0.9"]
@@ -146,6 +150,26 @@ def test_mistakes_are_one_line_before_a_model_is_read(
     assert sample(prompts=[""]) == 1
     assert "--prompt must hold a token" in capsys.readouterr().err
     assert sorted(here.rglob("*")) == files
+
+
+def test_an_interruption_ends_the_draws(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C while the second prompt is gone on with: the first one's text is kept, and no thread goes on."""
+
+    class Interrupts(transformers.LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if input_ids.shape[1] == 2 and input_ids[0, 0] == WORDS.index("It"):
+                _thread.interrupt_main()
+            return scores
+
+    monkeypatch.setattr(Settings, "steps", lambda *_: [Interrupts()])
+    assert sample("--out", "interrupted.jsonl") == 130
+    said = capsys.readouterr()
+    assert said.err == "dft-kernels sample: stopped\n"
+    (kept,) = records(here / "interrupted.jsonl")
+    assert said.out == f"prompt: {PROMPTS[0]}\nmodel: {kept['text']}\n"
+    assert "Stream" not in [one.name for one in threading.enumerate()]
 
 
 def test_a_prompt_that_is_too_long(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

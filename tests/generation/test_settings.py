@@ -43,6 +43,8 @@ def test_the_defaults_are_no_step(tokenizer: Any) -> None:
     assert Settings(temperature=0.0).steps(tokenizer) == []
     assert Settings(beams=4).steps(tokenizer) == []
     assert Settings().flags() == []
+    assert Settings(diversity=0.1, top_p=0.9).plain == Settings()
+    assert Settings(top_p=0.9, beams=4).plain == Settings(beams=4)
 
 
 def test_the_steps_stand_in_order(tokenizer: Any, target: str) -> None:

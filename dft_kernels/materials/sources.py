@@ -77,6 +77,11 @@ class Trained(NamedTuple):
     base: str | None
     adapter: str | None
 
+    @property
+    def whole(self) -> str:
+        """The name of the whole model that is loaded."""
+        return self.name if self.adapter is None else str(self.base)
+
     def load(self, cache: Path) -> tuple[Any, Any]:
         """The model, adapted, and its tokenizer."""
         if self.adapter is None:
@@ -112,10 +117,16 @@ def tokenizer_of(name: str, cache: Path) -> Any:
     """A tokenizer: smollm2's, which pip brings, or a folder or name for transformers."""
     import transformers
 
-    if name == SMOLLM2:
-        return transformers.AutoTokenizer.from_pretrained(smollm2_folder(cache))
+    folder = smollm2_folder(cache) if name == SMOLLM2 else name
     with _loading(name, "tokenizer"):
-        return transformers.AutoTokenizer.from_pretrained(name)
+        return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def config_of(name: str, cache: Path) -> Any:
+    """The configuration of a model that `check_model` has found."""
+    import transformers
+
+    return transformers.AutoConfig.from_pretrained(smollm2_folder(cache) if name == SMOLLM2 else name)
 
 
 def _listed(name: str, cache: Path, only: str | None, faults: records.Faults | None) -> Iterable[str] | None:

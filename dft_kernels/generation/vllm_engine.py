@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from ..errors import fail
-from ..models.heads import CORRECTION, output_layer
+from ..models.heads import CORRECTION, in_mode, output_layer
 from .sampling import Engine, Sampling, ends_of, own_settings, without_end
 
 COLDEST, HOTTEST = 0.01, 2.0  # temperatures but 0 that vLLM takes
 _SAID = {"do_sample", "temperature", "top_p", "top_k", "min_p", "max_length", "max_new_tokens"}  # by Sampling
 _TAKEN = {"bos_token_id", "eos_token_id", "pad_token_id", "repetition_penalty", "use_cache"}
 _ELSE = "Draw by transformers"
+_COMPARED = 16  # tokens whose log-probabilities vLLM and the model are asked for
 
 
 def check(adapters: Mapping[str, str | None], sampling: Sampling) -> None:
@@ -46,11 +47,13 @@ def _adapted(got: str) -> NoReturn:
 class VllmEngine(Engine):
     """vLLM's `LLM`, as `Engine` has it. Its own draws: not those of transformers by the same seed.
 
-    model, tokenizer: of transformers, from a folder or name that vLLM reads too; the weights are those of there.
+    model, tokenizer: of transformers, from a folder or name that vLLM reads too. `start` compares the log-probabilities
+        of both: a model that was changed since it was loaded is not taken for the one that is saved.
     Each text has a seed of its own, which the batch's seed gives; draws depend on nothing else but rounding.
 
-    Errors: ValueError for a model that is no folder's or name's, that is adapted, of another dtype than fp32, fp16 or
-    bf16, or whose generation_config sets what vLLM has not; RuntimeError where vLLM does not start.
+    Errors: ValueError for a model that is no folder's or name's, is adapted, of another dtype than fp32, fp16 or bf16,
+        whose generation_config sets what vLLM has not, or that vLLM computes otherwise. RuntimeError where it does not
+        start.
     Cost: `start` takes a minute or so, and memory for the weights again and for keys and values of a batch's texts.
     """
 
@@ -98,7 +101,7 @@ class VllmEngine(Engine):
                 self.model.name_or_path,
                 skip_tokenizer_init=True,
                 dtype=str(self.model.dtype).removeprefix("torch."),
-                max_model_len=tokens,
+                max_model_len=max(tokens, _COMPARED + 1),
                 kv_cache_memory_bytes=_cache_bytes(self.model, tokens, batch),
                 gpu_memory_utilization=0.01,  # a check at the start alone, where the cache's bytes are given
                 enable_prefix_caching=False,  # draws would depend on what was drawn before, by rounding
@@ -111,6 +114,32 @@ class VllmEngine(Engine):
                 f"vllm: model must be one that vLLM starts with, got {self.model.name_or_path}: {why}. {_ELSE}."
             ) from error
         self._room = tokens, batch
+        self._compare()
+
+    @torch.no_grad()
+    def _compare(self) -> None:
+        """ValueError where vLLM's log-probabilities of some tokens are not the model's."""
+        import vllm
+
+        ids = [(37 * at + 100) % self.model.config.get_text_config().vocab_size for at in range(_COMPARED)]
+        how = vllm.SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        (made,) = self._llm.generate([{"prompt_token_ids": ids}], how, use_tqdm=False)
+        theirs = [one[token].logprob for one, token in zip(made.prompt_logprobs[1:], ids[1:], strict=True)]
+        with in_mode(self.model, False):
+            given = torch.tensor([ids], device=output_layer(self.model).weight.device)
+            logits = self.model(input_ids=given).logits[0, :-1].float()
+        ours = logits.log_softmax(-1).gather(1, given[0, 1:, None])[:, 0].cpu()
+        apart = float((ours - torch.tensor(theirs)).abs().mean())
+        if not apart <= (0.01 if self.model.dtype == torch.float32 else 0.25):  # bf16 logits are steps of 0.125
+            self.close()
+            got = f"log-probabilities {apart:.2g} nats apart"
+            fail(
+                "vllm",
+                "model",
+                f"be as it is saved in {self.model.name_or_path}",
+                got,
+                "Save it and load it, or draw by transformers",
+            )
 
     def draw(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[int]]:
         import vllm

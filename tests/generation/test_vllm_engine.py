@@ -50,7 +50,7 @@ def test_what_it_is_asked_for(drawing: Any, model: Any, tokenizer: Any, vllm: An
     (started,) = vllm.STARTED
     assert started["model"] == str(tmp_path / "saved")
     assert started["dtype"] == "float32"
-    assert started["max_model_len"] == 3 + 6
+    assert started["max_model_len"] == 17  # of the comparison, more than 3 + 6
     assert started["kv_cache_memory_bytes"] >= 2 * 2 * 9 * model.config.num_hidden_layers * model.config.hidden_size
     assert not vllm.RUNNING
     assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
@@ -153,6 +153,24 @@ def test_models_that_it_cannot_read(model: Any, tokenizer: Any, tmp_path: Path) 
     corrected = adapted.unload()
     add_correction(corrected, 2)
     refused(corrected, r"have a plain head, got a CorrectionHead\. Draw by transformers\.")
+
+
+def test_weights_that_are_not_saved_are_not_taken_for_those_that_are(
+    model: Any,
+    tokenizer: Any,  # noqa: F811
+    vllm: Any,  # noqa: F811
+) -> None:
+    model.train()
+    VllmEngine(model, tokenizer).start(20, 2)
+    assert model.training
+    with torch.no_grad():
+        model.lm_head.weight *= 1.05
+    with pytest.raises(
+        ValueError,
+        match=r"vllm: model must be as it is saved in .*, got log-probabilities \d.* nats apart\. Save it and",
+    ):
+        VllmEngine(model, tokenizer).start(20, 2)
+    assert len(vllm.RUNNING) == 1
 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

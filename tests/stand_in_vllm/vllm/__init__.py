@@ -5,6 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM
+
 STARTED: list[dict[str, Any]] = []
 ASKED: list[tuple[list[list[int]], list[SimpleNamespace]]] = []
 RUNNING: list[LLM] = []
@@ -23,15 +26,24 @@ class LLM:
             raise ValueError("60 tokens are none of mine\nand a second line")
         STARTED.append({"model": model, **given})
         RUNNING.append(self)
-        self.longest = given["max_model_len"]
+        self.longest, self.model = given["max_model_len"], AutoModelForCausalLM.from_pretrained(model)
         self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: RUNNING.remove(self)))
 
     def generate(self, prompts: list[dict[str, Any]], how: list[SamplingParams], use_tqdm: bool) -> list[Any]:
         assert self in RUNNING
         assert not use_tqdm
         ids = [one["prompt_token_ids"] for one in prompts]
+        if isinstance(how, SamplingParams):
+            return [self._read(*ids)]
         ASKED.append((ids, how))
         return [self._drawn(*one) for one in zip(ids, how, strict=True)]
+
+    @torch.no_grad()
+    def _read(self, ids: list[int]) -> Any:
+        assert len(ids) < self.longest
+        found = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        each = [{token: SimpleNamespace(logprob=float(found[at, token]))} for at, token in enumerate(ids[1:])]
+        return SimpleNamespace(prompt_logprobs=[None, *each])
 
     def _drawn(self, prompt: list[int], how: SamplingParams) -> Any:
         assert len(prompt) + how.max_tokens <= self.longest

@@ -8,8 +8,8 @@ target is what the four others are like. Native statistics are of its own text a
     ...         by style, by diversity, by all of it
 
 Of each arm every metric of the evaluation room, with its floor; the perplexity of its texts under a second model,
-Gemma3-270M; nats of KL a token; seconds a token, and beside them those of the same draws without the steps. Texts are
-kept in --folder, an arm a file, and a run that was stopped goes on with the next arm.
+Gemma3-270M; nats of KL a token. Texts are kept in --folder, an arm a file, and a run that was stopped goes on with the
+next arm.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from dft_kernels.targets.target_file import load, save
 HELD_OUT = 2  # novels, the last ones
 PROMPT, BATCH = 32, 50
 TEMPERATURES = (1.0, 0.85, 0.7, 1.15)
-READ = 100  # texts that the second model reads
+READ = 60  # texts that the second model reads
 SEEDS = {"test": 0, "native": 1000}
 Steps = Callable[[], list[Any]]
 
@@ -170,7 +170,8 @@ def measured_rows(tokenizer: Any, those: People, found: dict[str, dict[str, Any]
     values = measured(samples, metrics=metrics)
     rows = []
     for name, these in values.items():
-        print(f"\n{name}: mean {swept(these, samples[name])}")
+        mean, beyond = swept(these, samples[name])
+        print(f"\n{name}: mean {mean}, {beyond} beyond their floor")
         for one in these:
             value = one.value
             if value.value is None or not value.floor:
@@ -179,8 +180,8 @@ def measured_rows(tokenizer: Any, those: People, found: dict[str, dict[str, Any]
             of = found[name]
             rows.append({
                 "arm": name, "metric": one.metric.name, "value": value.value, "floor": value.floor, "low": value.low,
-                "high": value.high, "perplexity": of["perplexity"], "kl": of["kl"], "entropy": of["entropy"],
-                "ms_token": 1000 * of["seconds"] / of["tokens"], "count": len(of["texts"]),
+                "high": value.high, "perplexity": of.get("perplexity", ""), "kl": of["kl"], "entropy": of["entropy"],
+                "beyond": beyond, "count": len(of["texts"]), "read": min(READ, len(of["texts"])),
             })  # fmt: skip
     return rows
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from ..materials.models import cache_folder
 from ..materials.sources import TEXT_HELP, check_text
+from ..targets import target_file
 from .arguments import SEED, Checked, Number, output_folder
+
+if TYPE_CHECKING:
+    from ..generation.settings import Settings
 
 
 def add_cache(parser: Any) -> None:
@@ -60,6 +66,74 @@ def add_sampling(parser: Any, temperature: Number, about: str, min_p: bool = Fal
             "--min-p", type=Number(least=0, most=1), default=0.0,
             help="leave out tokens below this share of the likeliest one's probability",
         )  # fmt: skip
+
+
+def add_steps(parser: Any) -> None:
+    """What else `generation.settings.Settings` has, but beams."""
+    add, target = parser.add_argument, Checked(target_file.load)
+    add(
+        "--top-n-sigma",
+        type=Number(above=0),
+        default=None,
+        metavar="N",
+        help="leave out tokens whose score lies N standard deviations below the likeliest one's",
+    )
+    add(
+        "--diversity",
+        type=Number(above=-1),
+        default=0.0,
+        metavar="D",
+        help="draw each token at the temperature at which its entropy is 1 + D times the model's",
+    )
+    add(
+        "--entropy-temperature",
+        type=Number(least=0),
+        default=0.0,
+        metavar="THETA",
+        help="draw each token at the temperature 0.8^(THETA / entropy): the surer the model, the colder",
+    )
+    add(
+        "--style",
+        type=style,
+        default=None,
+        metavar="NAME=GAMMA",
+        help="shift token frequencies towards a target, a file of dft-kernels target build or a preset: GAMMA 0 is the "
+        "model as it is, 1 the target's",
+    )
+    add("--style-base", type=target, default="reference", metavar="TARGET", help="what --style leads away from")
+    add(
+        "--refine",
+        type=target,
+        default=None,
+        metavar="TARGET",
+        help="draw each token so that sentence lengths and punctuation of the text so far come closer to a target's",
+    )
+    add(
+        "--bound",
+        type=Number(least=0),
+        default=0.1,
+        metavar="NATS",
+        help="how far from the model --refine may go, KL a token",
+    )
+    add("--native", type=target, default=None, metavar="FILE",
+        help="how the model writes as it is, of dft-kernels gap --own: what --refine leads away from")  # fmt: skip
+
+
+def style(text: str) -> tuple[str, float]:
+    """A target's name and a factor."""
+    name, _, gamma = text.rpartition("=")
+    if not name:
+        raise argparse.ArgumentTypeError(f"must be NAME=GAMMA, got {text!r}. Write one, such as literary=0.5.")
+    return Checked(target_file.load)(name), Number()(gamma)
+
+
+def settings_of(options: Any) -> Settings:
+    """What these flags, those of `add_sampling` and --beams say, as many as there are; ValueError for what does not go
+    together."""
+    from ..generation.settings import Settings
+
+    names = [field.name for field in fields(Settings)]
+    return Settings(**{name: getattr(options, name) for name in names if hasattr(options, name)})
 
 
 def sampled(options: Any) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 
@@ -69,3 +69,49 @@ def progress(name: str, total: int | None, unit: str, quiet: bool = False) -> It
         redirect_stdout=sys.stdout.isatty(),  # else what is printed to a file would be on the terminal
     ) as shown:
         yield Bar(shown, total, unit)
+
+
+def plain(text: str, keep: str = "") -> str:
+    """Text that nobody has checked, as a model's: what a terminal would act on is escaped, all but `keep`."""
+    return "".join(one if one.isprintable() or one in keep else repr(one)[1:-1] for one in text)
+
+
+def side_by_side(out: Any, title: str, texts: Sequence[tuple[str, str]], lines: int | None = None) -> Any:
+    """Named texts as the columns of a table; lines: the last ones alone."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(plain(title)), title_justify="left", expand=True)
+    cells = []
+    for name, text in texts:
+        table.add_column(Text(name, overflow="fold"), ratio=1)
+        cell = Text(plain(text, "\n"), overflow="fold")
+        if lines is not None:
+            width = max(1, (out.width - 1) // len(texts) - 3)
+            cell = Text("\n").join(cell.wrap(out, width)[-lines:])
+        cells.append(cell)
+    table.add_row(*cells)
+    return table
+
+
+def show(out: Any, title: str, texts: Sequence[tuple[str, str]]) -> None:
+    """Print named texts side by side, or where stdout is no terminal a line each."""
+    if sys.stdout.isatty():
+        out.print(side_by_side(out, title, texts))
+    else:
+        for name, text in [("prompt", title), *texts]:
+            print(f"{name}: {plain(text)}", flush=True)
+
+
+@contextmanager
+def growing(out: Any, title: str, texts: Callable[[], Sequence[tuple[str, str]]]) -> Iterator[None]:
+    """Show named texts at the end; on a terminal while they grow too, as many last lines as it has room for."""
+    from rich.live import Live
+
+    def shown() -> Any:
+        return side_by_side(out, title, texts(), max(1, out.height - 8))
+
+    live = Live(get_renderable=shown, console=out, transient=True, refresh_per_second=8)
+    with live if sys.stdout.isatty() else nullcontext():
+        yield
+    show(out, title, texts())

@@ -24,7 +24,7 @@ from ..files import Source
 from ..models.heads import check_positions, output_layer
 from ..store.fingerprint import model_fingerprint, tokenizer_fingerprint
 from .journal import Journal
-from .sampling import Sampling, continuations
+from .sampling import Sampling, continuations, text_after
 
 FORMAT = "dft_kernels samples 1"
 
@@ -120,7 +120,7 @@ def draw(
         )
         seconds = round((time.perf_counter() - began) / len(rows), 6)
         journal.add(
-            asdict(_Line(row, prompts[row], _text(tokenizer, ids[row], new), len(new), seconds))
+            asdict(_Line(row, prompts[row], text_after(tokenizer, ids[row], new), len(new), seconds))
             for row, new in zip(rows, drawn, strict=True)
         )
         if tick is not None:
@@ -183,17 +183,6 @@ def _digest(prompts: Sequence[str]) -> str:
         data = prompt.encode("utf-8")
         found.update(len(data).to_bytes(8, "little") + data)
     return found.hexdigest()
-
-
-def _text(tokenizer: Any, before: list[int], new: list[int]) -> str:
-    """The text of new tokens as it stands behind the prompt: decoded alone, some tokenizers drop its first space."""
-
-    def decoded(ids: list[int]) -> str:
-        text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
-
-    whole, prompt = decoded([*before, *new]), decoded(before)
-    return whole.removeprefix(prompt) if whole.startswith(prompt) else decoded(new)
 
 
 def _checked(journal: Journal) -> Samples:

@@ -94,11 +94,26 @@ def roll_out(
 def continuations(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], length: int, seed: int = 0, **sampling: Any
 ) -> list[list[int]]:
-    """New token ids after each prompt, `length` at most and none after the end of text, the tokenizer's or one of the
-    model's own: `roll_out`, as lists."""
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
-    ends = list(dict.fromkeys(token for token in listed if token is not None))
+    """New token ids after each prompt, `length` at most and none after the end of text: `roll_out`, as lists."""
+    ends = ends_of(model, tokenizer)
     drawn = roll_out(model, prompts, length, ends, seed, **sampling)
     rows = [[token for token in row if token >= 0] for row in drawn.target.tolist()]
     return [row[:-1] if row and row[-1] in ends else row for row in rows]
+
+
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the tokenizer's, and the model's own."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
+    return list(dict.fromkeys(token for token in listed if token is not None))
+
+
+def text_after(tokenizer: Any, before: Sequence[int], new: Sequence[int]) -> str:
+    """The text of new tokens as it stands behind the prompt: decoded alone, some tokenizers drop its first space."""
+
+    def decoded(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    whole, prompt = decoded([*before, *new]), decoded([*before])
+    return whole.removeprefix(prompt) if whole.startswith(prompt) else decoded([*new])

@@ -77,6 +77,11 @@ class Trained(NamedTuple):
     base: str | None
     adapter: str | None
 
+    def tokenizer(self, cache: Path) -> Any:
+        """The tokenizer alone."""
+        name, argument = (self.name, "model") if self.adapter is None else (str(self.base), "base")
+        return tokenizer_of(name, cache, argument)
+
     def load(self, cache: Path) -> tuple[Any, Any]:
         """The model, adapted, and its tokenizer."""
         if self.adapter is None:
@@ -108,13 +113,14 @@ def trained_model(name: str, base: str | None) -> Trained:
     return Trained(name, base, adapter)
 
 
-def tokenizer_of(name: str, cache: Path) -> Any:
-    """A tokenizer: smollm2's, which pip brings, or a folder or name for transformers."""
+def tokenizer_of(name: str, cache: Path, argument: str = "tokenizer") -> Any:
+    """A tokenizer: smollm2's, which pip brings, or a folder or name for transformers. argument: what gave the name, for
+    errors."""
     import transformers
 
     if name == SMOLLM2:
         return transformers.AutoTokenizer.from_pretrained(smollm2_folder(cache))
-    with _loading(name, "tokenizer"):
+    with _loading(name, argument):
         return transformers.AutoTokenizer.from_pretrained(name)
 
 

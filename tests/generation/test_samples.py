@@ -222,14 +222,3 @@ def test_greedy_texts_need_no_seed(drawing: Any, tmp_path: Path) -> None:
     greedy = replace(SAMPLING, temperature=0.0)
     one = drawing(tmp_path / "one.jsonl", sampling=greedy)
     assert one.texts == drawing(tmp_path / "two.jsonl", sampling=replace(greedy, seed=9), batch=5).texts
-
-
-def test_a_text_keeps_the_space_before_it(tmp_path: Path) -> None:
-    """A tokenizer of pieces drops a leading space where it decodes them alone."""
-
-    class Pieces:
-        def decode(self, ids: list[int], **_: Any) -> str:
-            return "".join(f" {'abcdefgh'[one]}" for one in ids).lstrip()
-
-    assert samples._text(Pieces(), [0, 1], [2, 3]) == " c d"
-    assert samples._text(Pieces(), [], [2, 3]) == "c d"

@@ -9,7 +9,7 @@ import torch
 from tiny_models import far as tiny
 from tiny_models import tokenizer  # noqa: F401 - a fixture
 
-from dft_kernels.generation.sampling import continuations
+from dft_kernels.generation.sampling import continuations, text_after
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -35,3 +35,14 @@ def test_a_text_ends_at_any_end_of_the_model(tokenizer: Any) -> None:  # noqa: F
     for long, short in zip(whole, continuations(model, tokenizer, [[5, 6, 7]] * 8, 12, seed=3), strict=True):
         assert token not in short
         assert short == long[: len(short)]
+
+
+def test_a_text_keeps_the_space_before_it() -> None:
+    """A tokenizer of pieces drops a leading space where it decodes them alone."""
+
+    class Pieces:
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return "".join(f" {'abcdefgh'[one]}" for one in ids).lstrip()
+
+    assert text_after(Pieces(), [0, 1], [2, 3]) == " c d"
+    assert text_after(Pieces(), [], [2, 3]) == "c d"

@@ -151,8 +151,8 @@ def test_what_is_saved_is_sampled(folder: Path, adapted: str, capsys: pytest.Cap
     capsys.readouterr()
     assert cli.main(["sample", str(out), "--prompt", WORDS[3], f"{WORDS[6]} {WORDS[9]}", "--length", "5"]) == 0
     said = capsys.readouterr().out
-    assert "prompt" in said
-    assert "distinct-n" in said
+    assert f"prompt: {WORDS[6]} {WORDS[9]}\n{folder / 'student'}: " in said
+    assert "distinct-2" in said
     assert cli.main(["sample", str(out), "--text", *texts(folder)[:2], "--length", "3", "--temperature", "0"]) == 0
 
 

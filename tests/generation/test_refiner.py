@@ -1,0 +1,216 @@
+"""The refiner: the state of a text, read from its ids; potentials, of corpora whose odds are known; the step, as far as
+its bound allows and no further; and towards the target, in text that a model draws."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from target_texts import WORDS, documents
+from tiny_models import far, word_tokenizer
+
+from dft_kernels.generation import potentials
+from dft_kernels.generation.history import History
+from dft_kernels.generation.refiner import IterativeRefiner
+from dft_kernels.generation.sampling import continuations
+from dft_kernels.generation.steps import Watch, ordered
+from dft_kernels.targets import corpus
+from dft_kernels.targets.target import Target
+
+
+@pytest.fixture(scope="module")
+def words() -> Any:
+    return word_tokenizer(WORDS)
+
+
+def corpus_of(words: Any, name: str, sentences: tuple[int, int], marks: str) -> Target:
+    """Sentences of so many words, each ended by one of `marks`."""
+    generator = random.Random(name)
+
+    def sentence() -> str:
+        length = generator.randint(*sentences)
+        return "The " + " ".join(f"word{generator.randrange(60)}" for _ in range(length)) + generator.choice(marks)
+
+    texts = [" ".join(sentence() for _ in range(20)) for _ in range(60)]
+    return corpus.build(texts, words, name=name)
+
+
+@pytest.fixture(scope="module")
+def pair(words: Any) -> tuple[Target, Target]:
+    """target: short sentences and questions; native: longer ones."""
+    return corpus_of(words, "short", (2, 8), "..?"), corpus_of(words, "long", (2, 20), "...!")
+
+
+def test_history_by_hand() -> None:
+    generator = torch.Generator().manual_seed(0)
+    members = torch.rand(50, 5, generator=generator) < 0.1
+    special = [0, 49]
+    members[special] = False
+    ids = torch.randint(0, 50, (8, 30), generator=generator)
+    ids[0, :25] = 0  # padding
+    ids[1, :] = 0  # nothing but
+    seen = History(members, special)(ids)
+    for row, tokens in enumerate(ids.tolist()):
+        begun = max((at + 1 for at, token in enumerate(tokens) if token in special), default=0)
+        text = tokens[begun:]
+        assert int(seen.tokens[row]) == len(text)
+        for feature in range(5):
+            places = [at for at, token in enumerate(text) if members[token, feature]]
+            assert int(seen.counts[row, feature]) == len(places)
+            assert bool(seen.met[row, feature]) == bool(places)
+            assert int(seen.age[row, feature]) == len(text) - 1 - (places[-1] if places else -1)
+    beyond = History(members, special)(torch.tensor([[99, 3]]))  # of a padded vocabulary
+    assert int(beyond.tokens) == 2
+    assert bool((beyond.counts[0] == members[3].long()).all())
+
+
+def test_potentials_of_equal_targets_are_none(pair: tuple[Target, Target]) -> None:
+    target = pair[0]
+    assert not potentials.end_ratio(target, target).any()
+    assert not potentials.gap_ratios(target, target).any()
+    assert not potentials.rate_ratio(target, target).any()
+
+
+def test_potentials_are_log_odds_ratios(pair: tuple[Target, Target]) -> None:
+    target, native = pair
+    ends = potentials.end_ratio(target, native)
+    assert float(ends.abs().max()) <= potentials.LIMIT
+    h, h_native = (float(one["soft_hazard"][6]) for one in (target, native))
+    assert float(ends[6]) > 0.5  # after "The" and 5 words a short sentence is likelier to end
+    assert abs(float(ends[6]) - (math.log(h / (1 - h)) - math.log(h_native / (1 - h_native)))) < 0.5  # pooled
+    rates = potentials.rate_ratio(target, native)
+    for at, name in enumerate(potentials.NAMES):
+        p, q = (float(potentials.rates(one)[at]) for one in (target, native))
+        if min(p, q) > 0.001:
+            assert float(rates[at]) == pytest.approx(math.log(p / (1 - p)) - math.log(q / (1 - q)), abs=1e-3), name
+    more, less = (float(rates[potentials.NAMES.index(name)]) for name in ("question", "exclamation"))
+    assert more > 1 > -1 > less
+
+
+def kl(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    q, p = q.double(), p.double().log_softmax(-1)
+    return torch.where(q > -math.inf, q.exp() * (q - p), 0.0).sum(-1)
+
+
+@pytest.mark.parametrize("bound", [0.001, 0.02, 0.1, 1.0])
+def test_as_far_as_the_bound_allows(words: Any, pair: tuple[Target, Target], bound: float) -> None:
+    scores = 2 * torch.randn(64, len(words))
+    scores[:8, 20:] = -math.inf
+    ids = torch.randint(3, len(words), (64, 40))
+    refiner, free = (IterativeRefiner(*pair[:1], words, pair[1], bound=b) for b in (bound, 50.0))
+    made, whole = refiner(ids, scores), free(ids, scores)
+    spent, most = kl(made, scores), kl(whole, scores)
+    assert float(spent.max()) <= bound + 1e-5
+    cut = most > bound * 1.01
+    assert bool(cut.any()) or bound == 1.0
+    assert bool((spent[cut] >= 0.99 * bound).all())  # no less than it may
+    assert torch.allclose(made[~cut], whole[~cut], atol=2e-2)
+    assert torch.equal(made == -math.inf, scores == -math.inf)
+    assert torch.allclose(made.logsumexp(-1), torch.zeros(64), atol=1e-5)
+    report = refiner.report()
+    assert report.tokens == 64
+    assert report.kl == pytest.approx(float(spent.mean()), abs=1e-4)
+    assert report.bounded == pytest.approx(float(cut.float().mean()), abs=0.05)
+
+
+def test_goals_that_tokens_share_are_reached_together(
+    words: Any, pair: tuple[Target, Target], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Odds that some tilt of q_0 has are those that mirror descent comes to, though a full stop ends a sentence too."""
+    refiner = IterativeRefiner(pair[0], words, pair[1], bound=50.0, steps=400)
+    scores, ids = torch.randn(32, len(words)), torch.randint(3, len(words), (32, 30))
+    features = potentials.features(pair[0]).double()
+    wanted = scores.double() + torch.randn(32, potentials.F).double().clamp(-1, 1) @ features.t()
+    before, goal = (x.double().softmax(-1) @ features for x in (scores, wanted))
+    there = before.amax(0) > 0
+    deltas = torch.where(there, goal.logit() - before.logit(), 0.0).float()
+    monkeypatch.setattr(refiner, "_deltas", lambda ids: deltas)
+    after = refiner(ids, scores).double().softmax(-1) @ features
+    assert int(there.sum()) > 3
+    assert float((after - goal)[:, there].abs().max()) < 0.01 < float((before - goal).abs().max()) / 5
+    report = refiner.report()
+    for name in potentials.NAMES:
+        at = potentials.NAMES.index(name)
+        assert report.before[name] == pytest.approx(float(before[:, at].mean()), abs=1e-4)
+        assert report.after[name] == pytest.approx(float(after[:, at].mean()), abs=1e-4)
+
+
+def test_a_text_with_too_much_of_a_mark_gets_less(words: Any, pair: tuple[Target, Target]) -> None:
+    refiner = IterativeRefiner(pair[0], words, bound=1.0)  # no native: the text so far alone
+    stop, word = words.convert_tokens_to_ids("."), words.convert_tokens_to_ids("word1")
+    ids = torch.full((2, 60), word)
+    ids[0, ::2] = stop
+    scores = torch.zeros(2, len(words))
+    made = refiner(ids, scores)[:, stop].exp() * len(words)
+    assert float(made[0]) < 0.6
+    assert float(made[1]) > 1.4
+
+
+def test_padding_and_other_rows_change_nothing(words: Any, pair: tuple[Target, Target]) -> None:
+    refiner = IterativeRefiner(pair[0], words, pair[1], bound=0.1)
+    scores, ids = torch.randn(3, len(words)), torch.randint(3, len(words), (3, 20))
+    ids[1, :12] = words.pad_token_id
+    whole = refiner(ids, scores)
+    for row, start in ((0, 0), (1, 12), (2, 0)):
+        assert torch.allclose(refiner(ids[row : row + 1, start:], scores[row : row + 1])[0], whole[row], atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_writes_more_like_the_target(words: Any, pair: tuple[Target, Target]) -> None:
+    """Of a model that draws all words alike, towards its own corpus: what was measured of it comes to the target's."""
+    model, prompts = far(vocab_size=len(words)), [[3]] * 200
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every token is as likely as any
+    target = pair[0]
+    plain = continuations(model, words, prompts, 60, seed=1)
+    native = corpus.build([words.decode(ids) for ids in plain], words, name="native")
+    watch, refiner = Watch(), IterativeRefiner(target, words, native, bound=0.5)
+    made = continuations(model, words, prompts, 60, seed=1, logits_processor=watch.around(ordered([refiner])))
+    found = corpus.build([words.decode(ids) for ids in made], words, name="refined")
+    report = refiner.report()
+    special = {*words.all_special_ids}  # which this model draws as it does any; nothing is refined after one
+    draws = [[3, *ids][: min(60, len(ids) + 1)] for ids in made]
+    assert report.tokens == sum(token not in special for before in draws for token in before)
+    for at, name in enumerate(potentials.NAMES):
+        goal, before, after = (float(potentials.rates(one)[at]) for one in (target, native, found))
+        if abs(goal - before) > 0.01:
+            assert abs(goal - after) < 0.7 * abs(goal - before), name
+            assert abs(report.after[name] - goal) < abs(report.before[name] - goal), name
+    assert max(float(one.max()) for one in watch.kl) <= 0.5 + 1e-4
+
+
+def test_idle_and_repr(words: Any, pair: tuple[Target, Target]) -> None:
+    scores = torch.randn(2, len(words))
+    refiner = IterativeRefiner(pair[0], words)
+    assert refiner(torch.zeros(2, 3, dtype=torch.int64), scores) is scores
+    assert refiner.report().tokens == 0
+    assert repr(refiner) == "IterativeRefiner(its own text -> short, KL <= 0 nats a token)"
+    assert repr(IterativeRefiner(*pair[:1], words, pair[1], bound=0.1)).startswith("IterativeRefiner(long -> short")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"bound": -1}, "bound must be at least 0 nats, got -1"),
+        ({"bound": math.nan}, "bound must be at least 0 nats, got nan"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"feedback": -1}, "feedback must be at least 0, got -1"),
+    ],
+)
+def test_wrong_settings(words: Any, pair: tuple[Target, Target], more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        IterativeRefiner(pair[0], words, **more)
+
+
+def test_wrong_targets(words: Any, pair: tuple[Target, Target]) -> None:
+    other = word_tokenizer([*WORDS, "more"])
+    with pytest.raises(ValueError, match="target must be of the model's tokenizer, got short"):
+        IterativeRefiner(pair[0], other)
+    with pytest.raises(ValueError, match="native must be of the model's tokenizer, got alone, of text alone"):
+        IterativeRefiner(pair[0], words, corpus.build(documents(10), name="alone"))
+    refiner = IterativeRefiner(pair[0], words, bound=0.1)
+    with pytest.raises(ValueError, match=r"target must be of the model's 10 tokens, got 79"):
+        refiner(torch.zeros(1, 3, dtype=torch.int64), torch.randn(1, 10))

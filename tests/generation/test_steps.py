@@ -1,0 +1,203 @@
+"""Steps of generation: what each does to a distribution, by another way; what stands before what; and in `generate`,
+nothing where they are idle."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import brentq
+from scipy.special import log_softmax, softmax
+from target_texts import WORDS, documents
+from tiny_models import far, word_tokenizer
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper
+
+from dft_kernels.generation.sampling import continuations
+from dft_kernels.generation.steps import Watch, ordered, warpers
+from dft_kernels.generation.style import StyleShift
+from dft_kernels.generation.temperature import LEAST, Diversity, EntropyTemperature
+from dft_kernels.generation.truncation import TopNSigma
+from dft_kernels.targets import corpus
+from dft_kernels.targets.target import Target
+
+IDS = torch.zeros(6, 3, dtype=torch.int64)
+
+
+def scores(kind: str) -> torch.Tensor:
+    """[6, 3000]: what models and truncation make of rows."""
+    made = torch.randn(6, 3000, generator=torch.Generator().manual_seed(1))
+    if kind == "sharp":
+        made = 6 * made
+    elif kind == "flat":
+        made = 0.01 * made
+    elif kind == "two":  # two tokens and a tail far below
+        made[:, :2] += torch.tensor([30.0, 29.0])
+    elif kind == "truncated":
+        made = (2 * made).masked_fill(made < 1.5, -math.inf)
+    elif kind == "one":
+        made = made.masked_fill(torch.arange(3000) > 0, -math.inf)
+    return made + 100  # of a row's constant nothing depends
+
+
+def entropy(row: np.ndarray, temperature: float = 1.0) -> float:
+    logs = log_softmax(row.astype(np.float64) / temperature)
+    return float(-(np.exp(logs) * np.where(np.isfinite(logs), logs, 0)).sum())
+
+
+KINDS = ("plain", "sharp", "flat", "two", "truncated", "one")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("d", [-0.9, -0.3, -0.01, 0.01, 0.1, 0.5, 3.0])
+def test_diversity_finds_the_temperature(kind: str, d: float) -> None:
+    given, step = scores(kind), Diversity(d, most=3.0)
+    made = step(IDS, given)
+    for row, out in zip(given.numpy(), made.double().numpy(), strict=True):
+        goal = min(entropy(row) * (1 + d), math.log(np.isfinite(row).sum()))
+        ends = (LEAST, 3.0)
+        if entropy(row, ends[0]) < goal < entropy(row, ends[1]):
+            by = brentq(lambda t, row=row, goal=goal: entropy(row, t) - goal, *ends)
+            assert entropy(out) == pytest.approx(goal, abs=1e-4)
+        else:
+            by = ends[goal >= entropy(row, ends[1])]
+        expected = softmax(row.astype(np.float64) / by)
+        np.testing.assert_allclose(np.exp(out), expected, rtol=1e-2, atol=2e-3)
+        assert (np.isfinite(out) == np.isfinite(row)).all()
+        assert np.exp(out).sum() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_entropy_temperature(kind: str) -> None:
+    given = scores(kind)
+    made = EntropyTemperature(0.7, 1.3, 0.8)(IDS, given).double().numpy()
+    for row, out in zip(given.double().numpy(), made, strict=True):
+        by = max(LEAST, 1.3 * 0.8 ** (0.7 / max(entropy(row), 1e-6)))
+        np.testing.assert_allclose(np.exp(out), softmax(row / by), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "sharp", "truncated", "one"])
+def test_top_n_sigma(kind: str) -> None:
+    given = scores(kind)
+    made = TopNSigma(1.5)(IDS, given).double().numpy()
+    for row, out in zip(given.double().numpy(), made, strict=True):
+        kept = row >= row.max() - 1.5 * row[np.isfinite(row)].std()
+        assert (np.isfinite(out) == kept).all()
+        np.testing.assert_allclose(out[kept], log_softmax(np.where(kept, row, -np.inf))[kept], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def words() -> Any:
+    return word_tokenizer(WORDS)
+
+
+@pytest.fixture(scope="module")
+def pair(words: Any) -> tuple[Target, Target]:
+    """Of two kinds of writing: the second has cats where the first has dogs, and longer sentences."""
+    plain = [text.replace("The", "The dog") for text in documents(80)]
+    other = [text.replace("The", "The cat").replace("word1 ", "and the word1 ") for text in documents(80, seed=1)]
+    made = [corpus.build(texts, words, name=name) for name, texts in (("plain", plain), ("other", other))]
+    return made[0], made[1]
+
+
+def test_style_shift(words: Any, pair: tuple[Target, Target]) -> None:
+    base, target = pair
+    V = len(words)
+    given = torch.randn(6, V + 5)  # models pad their vocabularies
+    step = StyleShift(target, base, 0.5, untouched=[words.convert_tokens_to_ids("late")])
+    made = step(IDS, given)
+    n = min(base.about.tokens or 0, target.about.tokens or 0)
+    ratio = np.zeros(V + 5)
+    ratio[:V] = np.log((target["unigram"].numpy() * n + 5) / (base["unigram"].numpy() * n + 5))
+    assert ratio[words.convert_tokens_to_ids("cat")] > 3 > -3 > ratio[words.convert_tokens_to_ids("dog")]
+    np.testing.assert_allclose(made, log_softmax(given.double().numpy() + 0.5 * ratio, axis=1), atol=1e-5)
+    with pytest.raises(ValueError, match=r"StyleShift: target must be of the model's 10 tokens, got 79"):
+        step(IDS, given[:, :10])
+    with pytest.raises(ValueError, match="StyleShift: gamma must be finite, got nan"):
+        StyleShift(target, base, math.nan)
+    alone = corpus.build(documents(10), name="text alone")
+    with pytest.raises(ValueError, match="StyleShift: target and base must be of one tokenizer, got None and"):
+        StyleShift(alone, base, 0.5)
+
+
+def test_what_stands_before_what(pair: tuple[Target, Target]) -> None:
+    style, diversity, sigma = StyleShift(*pair, 0.5), Diversity(0.1), TopNSigma(1.0)
+    warm, top_p, min_p = TemperatureLogitsWarper(0.9), TopPLogitsWarper(0.9), MinPLogitsWarper(0.1)
+    assert list(ordered([style, warm, top_p, min_p, sigma, diversity])) == [style, warm, top_p, min_p, sigma, diversity]
+    with pytest.raises(ValueError, match=r"in the order style, .* got Diversity\(.*\) before TopNSigma\("):
+        ordered([diversity, sigma])
+    with pytest.raises(ValueError, match="in the order"):
+        ordered([top_p, warm])
+    with pytest.raises(ValueError, match=r"hold one step of entropy, got Diversity\(.*\) and EntropyTemperature\("):
+        ordered([diversity, EntropyTemperature(1.0)])
+    with pytest.raises(ValueError, match="hold no temperature with beams"):
+        ordered([sigma, diversity], beams=4, sample=False)
+    with pytest.raises(ValueError, match="hold no temperature with the likeliest token"):
+        ordered([warm], sample=False)
+    ordered([style, sigma, Diversity(0.0)], beams=4, sample=False)  # idle: nothing to refuse
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Diversity(-1.5), "Diversity: d must be at least -1, got -1.5"),
+        (lambda: Diversity(math.nan), "Diversity: d must"),
+        (lambda: Diversity(0.1, most=0.5), r"Diversity: most must lie in 1\.\.100, got 0\.5"),
+        (lambda: EntropyTemperature(-1), "EntropyTemperature: theta must be at least 0, got -1"),
+        (lambda: EntropyTemperature(1, 0), r"EntropyTemperature: temperature must lie in 0\.05\.\.100, got 0"),
+        (lambda: EntropyTemperature(1, base=1.0), "EntropyTemperature: base must lie between 0 and 1, got 1.0"),
+        (lambda: TopNSigma(0), "TopNSigma: n must be above 0, got 0"),
+    ],
+)
+def test_wrong_settings(make: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_repr_says_what_it_does(pair: tuple[Target, Target]) -> None:
+    assert repr(Diversity(0.1)) == "Diversity(H = 1.1 * H, T <= 2)"
+    assert repr(EntropyTemperature(2, 0.9)) == "EntropyTemperature(T = 0.9 * 0.8^(2 / H))"
+    assert repr(TopNSigma(1)) == "TopNSigma(score >= max - 1 sigma)"
+    assert repr(TopNSigma()) == "TopNSigma(none left out)"
+    assert repr(StyleShift(pair[1], pair[0], 0.5)) == "StyleShift(0.5 log(other / plain))"
+
+
+def test_defaults_leave_the_model_as_it_is(words: Any, pair: tuple[Target, Target]) -> None:
+    model, prompts = far(vocab_size=len(words)), [[5, 6, 7], [8]]
+    plain = continuations(model, words, prompts, 12, seed=3)
+    idle = ordered([StyleShift(*pair), *warpers(), TopNSigma(), Diversity()])
+    given = torch.randn(2, 79)
+    assert all(step(IDS, given) is given for step in (*idle, EntropyTemperature()))
+    assert continuations(model, words, prompts, 12, seed=3, logits_processor=idle) == plain
+
+
+def test_warpers_are_those_of_generate(words: Any) -> None:
+    model, prompts = far(vocab_size=len(words)), [[5, 6, 7], [8]]
+    of_generate = continuations(model, words, prompts, 12, 3, temperature=0.8, top_p=0.9, min_p=0.02)
+    ours = ordered(warpers(0.8, 0.9, 0.02))
+    assert continuations(model, words, prompts, 12, 3, logits_processor=ours) == of_generate
+    assert of_generate != continuations(model, words, prompts, 12, 3)
+
+
+def test_steps_in_generate_do_what_they_do_alone(words: Any, pair: tuple[Target, Target]) -> None:
+    """Batches of unequal prompts, beams, and a static cache."""
+    model = far(vocab_size=len(words))
+    steps = [StyleShift(pair[1], pair[0], 0.5), TopNSigma(2.0), Diversity(0.2)]
+    watch = Watch()
+    made = continuations(model, words, [[5, 6, 7], [8]], 6, seed=3, logits_processor=watch.around(ordered(steps)))
+    static = {"cache_implementation": "static"}
+    assert made == continuations(model, words, [[5, 6, 7], [8]], 6, 3, logits_processor=ordered(steps), **static)
+    with torch.no_grad():  # the first draw of the first row, by hand
+        logits = model(torch.tensor([[5, 6, 7]])).logits[:, -1].float()
+    drawn = logits
+    for step in steps:
+        drawn = step(IDS[:1], drawn)
+    q, p = (x[0].double().numpy() for x in (drawn, logits.log_softmax(-1)))
+    assert float(watch.entropy[0][0]) == pytest.approx(entropy(q), abs=1e-4)
+    kept = np.isfinite(q)
+    assert float(watch.kl[0][0]) == pytest.approx(float((np.exp(q[kept]) * (q - p)[kept]).sum()), abs=1e-4)
+    beams = {"num_beams": 3, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    shifted = continuations(model, words, [[8]], 6, logits_processor=ordered(steps[:2], beams=3, sample=False), **beams)
+    assert shifted != continuations(model, words, [[8]], 6, **beams)

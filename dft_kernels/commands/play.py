@@ -102,9 +102,9 @@ def _listen(host: str, port: int | None) -> socket.socket:
         return socket.create_server((host, port or 0), family=family)
     except OSError as error:
         of = "host" if port is None else "port"
-        got = host if port is None else port
+        got, why = host if port is None else port, str(error.strerror).partition(" (")[0]  # that names the host again
         raise ValueError(
-            f"play: {of} must be one that this machine can listen on, got {got}: {error.strerror}. Name another."
+            f"play: {of} must be one that this machine can listen on, got {got}: {why}. Name another."
         ) from error
 
 

@@ -128,6 +128,5 @@ def _draws(statistic: str, there: Tensor, count: int) -> Tensor:
 
 
 def _about(count: int) -> int:
-    """Two digits that count: a text that grows asks for few floors."""
-    step = 10 ** max(0, len(str(count)) - 2)
-    return count // step * step
+    """To a tenth, by which a floor changes by a twentieth: a text that grows asks for few of them."""
+    return round(1.2 ** round(math.log(count, 1.2)))

@@ -20,6 +20,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 SHORTEST = 16  # characters of a token
 COOKIE = "dft_kernels_play"
+_PATHS = re.compile(  # what the page asks for; not what gradio serves besides, as uploads, proxies, links that are kept
+    r"/(?:favicon\.ico|manifest\.json|theme\.css|config|(?:assets|static)/.*"
+    r"|gradio_api/(?:info|app_id|startup-events|heartbeat/\w+|queue/join|queue/data))?"
+)
 _POLICY = (  # of a page: nothing from elsewhere, whatever a text or a component holds
     "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self'; object-src 'none'; "
     "base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
@@ -40,7 +44,7 @@ class Guard:
     cookie from then on. Compared in constant time.
 
     token None: a page of this machine alone, of which a name that leads here by someone else's DNS is refused. Requests
-    that a page of another origin makes are refused either way, and so are uploads: the page takes no files.
+    that a page of another origin makes are refused either way, and so is what the page does not ask for.
     """
 
     def __init__(self, app: App, token: str | None = None) -> None:
@@ -57,7 +61,10 @@ class Guard:
         if refusal is not None:
             await _answer(scope, send, *refusal)
         elif self.token is None or self._known(headers.get("cookie", "")):
-            await self.app(scope, receive, send)
+            if scope["type"] == "http" and _PATHS.fullmatch(scope["path"]):
+                await self.app(scope, receive, send)
+            else:
+                await _answer(scope, send, 404, "play: the path must be one that the page asks for, got another.\n")
         elif scope["type"] == "http" and self._asked(scope):
             cookie = f"{COOKIE}={self._cookie}; HttpOnly; SameSite=Strict; Path=/"
             more = [(b"location", b"/"), (b"set-cookie", cookie.encode())]
@@ -72,8 +79,6 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and re.sub(r"^https?://", "", origin) != host:
             return 403, "play: the origin must be the page itself, got another.\n"
-        if scope["path"].rstrip("/").endswith("/upload"):
-            return 403, "play: a request must hold no file, got an upload.\n"
         return None
 
     def _known(self, cookies: str) -> bool:

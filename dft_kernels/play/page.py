@@ -14,30 +14,41 @@ from ..evaluation.wording import number, visible
 from .distances import Distance
 from .guard import App, Guard, Local
 from .hover import SHADES
-from .session import CANCELLED, DONE, WAITING, WRITING, Served, Session
+from .session import CANCELLED, DONE, RANGES, WAITING, WRITING, Served, Session
 
 _EVERY, _MEASURED = 0.1, 1.0  # seconds between what is sent while a text is written, and between its distances
 _HERE = Path(__file__).parent
-SLIDERS = (  # keyword of `Served.ask`, label, lowest, highest, step, value, and what it does
-    ("temperature", "Temperature", 0.0, 2.0, 0.05, 1.0, "0: the likeliest token"),
-    ("top_p", "Top-p", 0.01, 1.0, 0.01, 1.0, "of the likeliest tokens of this mass"),
-    ("min_p", "Min-p", 0.0, 1.0, 0.01, 0.0, "without tokens below this share of the likeliest one's probability"),
-    ("top_n_sigma", "Top-n-sigma", 0.0, 5.0, 0.1, 0.0, "within n standard deviations of the highest score; 0: off"),
-    ("diversity", "Diversity", -0.9, 1.0, 0.05, 0.0, "entropy of each token: 1 + this times the model's"),
-)
+SLIDERS = {  # keyword of `Served.ask`: label, step, value, and what it does
+    "temperature": ("Temperature", 0.05, 1.0, "0: the likeliest token"),
+    "top_p": ("Top-p", 0.01, 1.0, "of the likeliest tokens of this mass"),
+    "min_p": ("Min-p", 0.01, 0.0, "without tokens below this share of the likeliest one's probability"),
+    "top_n_sigma": ("Top-n-sigma", 0.1, 0.0, "within n standard deviations of the highest score; 0: off"),
+    "diversity": ("Diversity", 0.05, 0.0, "entropy of each token: 1 + this times the model's"),
+    "gamma": ("Style mixture", 0.1, 0.0, "gamma; 0: none, 1: all of it"),
+    "bound": ("Refiner bound", 0.01, 0.0, "KL in nats a token; 0: no refiner"),
+}
+
+_MUTED = {"": "#5b5f66", "_dark": "#a4a9b1"}  # as page.css has it: gradio's own is too faint to read
+_COLOURS = {
+    **{f"{name}{scheme}": colour for name in ("body_text_color_subdued", "block_info_text_color", "block_label_text_color")
+       for scheme, colour in _MUTED.items()},
+    **{f"button_primary_background_fill{scheme}": "#0b5394" for scheme in _MUTED},
+    **{f"button_primary_background_fill_hover{scheme}": "#083e70" for scheme in _MUTED},
+}  # fmt: skip
 
 
 def application(served: Served, token: str | None = None) -> App:
     """The page as an ASGI application that serves no one without the token, and asks nothing of anyone."""
     import fastapi
 
-    system = ("system-ui", "sans-serif")
-    theme = gradio.themes.Default(font=system, font_mono=("ui-monospace", "monospace"))
+    theme = gradio.themes.Default(
+        primary_hue="blue", neutral_hue="zinc", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
+    ).set(**_COLOURS)
     head = f"<script>{(_HERE / 'page.js').read_text(encoding='utf-8')}</script>"
     css = (_HERE / "page.css").read_text(encoding="utf-8")
     made = gradio.mount_gradio_app(
         fastapi.FastAPI(openapi_url=None), blocks(served), path="/", theme=theme, css=css, head=head,
-        footer_links=[], show_error=True, ssr_mode=False, enable_monitoring=False,
+        footer_links=[], show_error=True, ssr_mode=False, enable_monitoring=False, run_history=False,
     )  # fmt: skip
     return Guard(Local(made), token)
 
@@ -57,19 +68,20 @@ def blocks(served: Served) -> Any:
         status = gradio.HTML(said(""), elem_id="status")
         with gradio.Row():
             with gradio.Column(min_width=300):
-                sliders = {name: _slider(*rest) for name, *rest in SLIDERS}
+                sliders = {name: _slider(name) for name in ("temperature", "top_p", "min_p", "top_n_sigma", "diversity")}
             with gradio.Column(min_width=300):
                 sliders |= _towards(served)
+            with gradio.Column(min_width=300):
                 sliders["length"] = gradio.Slider(
                     1, served.longest, min(128, served.longest), step=1, label="Length", info="tokens at most"
                 )
                 sliders["seed"] = gradio.Number(0, label="Seed", info="of the draws", precision=0, minimum=0)
         texts, summaries = [], []
         with gradio.Row():
-            for name in served.sides:
+            for at, name in enumerate(served.sides):
                 with gradio.Column(min_width=300):
                     gradio.HTML(f"<h2>{escape(visible(name))}</h2>")
-                    texts.append(gradio.HTML("", elem_classes="text"))
+                    texts.append(gradio.HTML("", elem_id=f"text-{at}", elem_classes="text"))
                     summaries.append(gradio.HTML("", elem_classes="summary"))
         gradio.HTML(_LEGEND)
         distances = gradio.HTML(table(served, None, []), elem_classes="distances")
@@ -109,19 +121,18 @@ def blocks(served: Served) -> Any:
             [session, status, *texts, *summaries, distances, command],
             concurrency_limit=None, show_progress="hidden", trigger_mode="once", api_visibility="private",
         )  # fmt: skip
-        cancel.click(
-            lambda mine: None if mine is None else mine.cancel(), session, None, queue=False, api_visibility="private"
-        )
+        beside = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+        cancel.click(lambda mine: None if mine is None else mine.cancel(), session, None, **beside)
         copy.click(None, command, None, js="(text) => { window.dftPlay.copy(text); }", api_visibility="private")
-        save.click(
-            lambda mine: "" if mine is None else mine.jsonl(served), session, lines, queue=False,
-            show_progress="hidden", api_visibility="private",
-        ).then(None, lines, None, js="(text) => { window.dftPlay.save(text); }", api_visibility="private")  # fmt: skip
+        save.click(lambda mine: "" if mine is None else mine.jsonl(served), session, lines, **beside).then(
+            None, lines, None, js="(text) => { window.dftPlay.save(text); }", api_visibility="private"
+        )
     return made
 
 
-def _slider(label: str, low: float, high: float, step: float, value: float, info: str) -> Any:
-    return gradio.Slider(low, high, value, step=step, label=label, info=info)
+def _slider(name: str) -> Any:
+    label, step, value, info = SLIDERS[name]
+    return gradio.Slider(*RANGES[name], value, step=step, label=label, info=info)
 
 
 def _towards(served: Served) -> dict[str, Any]:
@@ -130,9 +141,9 @@ def _towards(served: Served) -> dict[str, Any]:
     first = "literary" if "literary" in names else names[0]
     return {
         "style": gradio.Dropdown(names, value=first, label="Style", info="of whose tokens there shall be more"),
-        "gamma": gradio.Slider(-2, 2, 0, step=0.1, label="Style mixture", info="gamma; 0: none, 1: all of it"),
+        "gamma": _slider("gamma"),
         "target": gradio.Dropdown(names, value=first, label="Target", info="to measure by, and to refine towards"),
-        "bound": gradio.Slider(0, 1, 0, step=0.01, label="Refiner bound", info="KL in nats a token; 0: no refiner"),
+        "bound": _slider("bound"),
     }
 
 

@@ -9,13 +9,13 @@ import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import LogitsProcessor
 
 from ..errors import fail
-from ..generation.settings import Settings, record
+from ..generation.settings import Settings, recorded
 from ..generation.stream import Stream
 from ..models.heads import check_positions
 from ..store.fingerprint import tokenizer_fingerprint
@@ -23,6 +23,10 @@ from ..targets.target import Target
 from .distances import Distance, Ruler
 from .hover import Written
 
+RANGES = {  # of what a slider sets; 0 of the last three leaves the step out
+    "temperature": (0.0, 2.0), "top_p": (0.01, 1.0), "min_p": (0.0, 1.0), "diversity": (-0.9, 1.0),
+    "top_n_sigma": (0.0, 5.0), "gamma": (-2.0, 2.0), "bound": (0.0, 1.0),
+}  # fmt: skip
 LONGEST = 512  # tokens that may be asked for
 CHARACTERS = 100_000  # of a prompt: a longer one is not tokenized to be counted
 MOST_WAITING = 16  # visitors
@@ -110,32 +114,35 @@ class Served:
         length: float = 128,
         seed: float = 0,
         style: str = "",
-        gamma: float = 0.0,
         target: str = "",
-        bound: float = 0.0,
-        top_n_sigma: float = 0.0,
-        **drawing: float,
+        **sliders: float,
     ) -> Asked:
-        """Check what a visitor sent, before anything is drawn. gamma, bound, top_n_sigma: 0 leaves the step out;
-        drawing: temperature, top_p, min_p, diversity. ValueError, in the words of the page."""
+        """Check what a visitor sent, before anything is drawn. sliders: of RANGES. ValueError, in the page's words."""
         length, seed = _whole("length", length, 1, self.longest), _whole("seed", seed, 0, (1 << 32) - 1)
-        for name, value in {"gamma": gamma, "bound": bound, "top_n_sigma": top_n_sigma, **drawing}.items():
-            if not isinstance(value, (int, float)):
-                fail("play", name, "be a number", repr(value), "Move its slider")
-        for name, value in (("style", style), ("target", target)):
-            if value not in self.rulers:
-                fail("play", name, f"be one of {', '.join(self.rulers)}", repr(value), "Pick one of these")
-        used: dict[str, Any] = {name: float(value) for name, value in drawing.items()}
-        if gamma:
-            used |= {"style": (style, float(gamma)), "style_base": self.style_base}
-        if bound:
-            used |= {"refine": target, "bound": float(bound), "native": self.native}
-        chosen = Settings(top_n_sigma=float(top_n_sigma) or None, **used)
-        plain = Settings(temperature=0.0 if chosen.greedy else 1.0)
-        settings = (plain if self.alone else chosen, chosen)
+        for name, value in sliders.items():
+            low, high = RANGES[name]
+            if not isinstance(value, (int, float)) or not low <= value <= high:
+                fail("play", name, f"be a number in {low:g}..{high:g}", repr(value), "Move its slider")
+        for name, chosen in (("style", style), ("target", target)):
+            if chosen not in self.rulers:
+                fail("play", name, f"be one of {', '.join(self.rulers)}", repr(chosen), "Pick one of these")
+        settings = self._settings(style, target, **{name: float(value) for name, value in sliders.items()})
         ids = self._encoded(prompt, length)
         steps = tuple(one.steps(self.tokenizer) for one in settings)
         return Asked(prompt, ids, length, seed, settings, steps, target)
+
+    def _settings(
+        self, style: str, target: str, *, gamma: float = 0.0, bound: float = 0.0, top_n_sigma: float = 0.0, **more: float
+    ) -> tuple[Settings, Settings]:
+        """Of each side."""
+        used: dict[str, Any] = {**more, "top_n_sigma": top_n_sigma or None}
+        if gamma:
+            used |= {"style": (style, gamma), "style_base": self.style_base}
+        if bound:
+            used |= {"refine": target, "bound": bound, "native": self.native}
+        chosen = Settings(**used)
+        plain = Settings(temperature=0.0 if chosen.greedy else 1.0)
+        return (plain if self.alone else chosen), chosen
 
     def command_line(self, asked: Asked) -> str:
         """The command that writes the same texts."""
@@ -171,6 +178,7 @@ class Session:
         self.state, self.before = IDLE, 0
         self.asked: Asked | None = None
         self.written: list[Written] = []
+        self._streams: list[Stream] = []
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
@@ -185,7 +193,7 @@ class Session:
             place = served.turns.enter()
             ending.callback(served.turns.leave, place)
             self._cancelled.clear()
-            self.asked, self.state = asked, WAITING
+            self.asked, self.state, self._streams = asked, WAITING, []
             self.written = [Written(served.tokenizer, asked.ids) for _ in served.sides]
             ending.callback(self._end)
             while (before := served.turns.before(place)) and not self._cancelled.is_set():
@@ -193,17 +201,17 @@ class Session:
                 yield
                 self._cancelled.wait(_PAUSE)
             self.state = WRITING
-            streams = [
+            self._streams = [
                 ending.enter_context(
                     Stream(model, served.tokenizer, [asked.ids], asked.length, asked.seed, steps, greedy=own.greedy)
                 )
                 for model, own, steps in zip(served.by_side, asked.settings, asked.steps, strict=True)
             ]
             yield
-            yield from self._read(streams)
+            yield from self._read()
 
-    def _read(self, streams: list[Stream]) -> Iterator[None]:
-        going = dict(zip(streams, self.written, strict=True))
+    def _read(self) -> Iterator[None]:
+        going = dict(zip(self._streams, self.written, strict=True))
         while going and not self._cancelled.is_set():
             for stream, written in list(going.items()):
                 step = next(stream, None)
@@ -215,8 +223,6 @@ class Session:
             yield
 
     def _end(self) -> None:
-        for written in self.written:
-            written.finish()
         self.state = CANCELLED if self._cancelled.is_set() else DONE
 
     def distances(self, served: Served) -> list[list[Distance]]:
@@ -228,15 +234,9 @@ class Session:
 
     def jsonl(self, served: Served) -> str:
         """Both texts with all that they depend on, a line each, as `dft-kernels sample --out` writes them."""
-        if self.asked is None:
-            return ""
         names = list(served.models) * (2 if served.alone else 1)
-        asked = self.asked
-        return "".join(
-            json.dumps(
-                record(name, asked.prompt, one.text, len(one.drawn), one.drawn, own, asked.length, asked.seed),
-                ensure_ascii=False,
-            )
-            + "\n"
-            for name, own, one in zip(names, asked.settings, self.written, strict=True)
-        )
+        lines = [
+            recorded(name, self.asked.prompt, settings, stream)
+            for name, settings, stream in zip(names, self.asked.settings, self._streams, strict=True)
+        ] if self.asked is not None and self._streams else []
+        return "".join(f"{json.dumps(asdict(line), ensure_ascii=False, allow_nan=False)}\n" for line in lines)

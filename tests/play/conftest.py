@@ -23,8 +23,10 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def model() -> Any:
-    """Of tokenizer's words; 512 positions."""
-    return far(vocab_size=len(WORDS) + 1, max_position_embeddings=512, eos_token_id=1)
+    """Of tokenizer's words, with 512 positions; its texts never end."""
+    made = far(vocab_size=len(WORDS) + 1, max_position_embeddings=512, eos_token_id=1)
+    made.generation_config.suppress_tokens = [1]
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -95,17 +95,17 @@ def write(page: Any, length: int = 60) -> None:
 def test_a_text_is_written_beside_another(site: Site, visit: Any) -> None:
     write(visit)
     status(visit, r"Done: \d+ tokens")
-    plain, shifted = visit.locator(".text").all()
+    plain, shifted = (visit.locator(f"#text-{at}") for at in range(2))
     assert plain.locator(".token").count() > 5
     assert plain.inner_text() == shifted.inner_text()  # no setting yet
     token = plain.locator(".token").nth(2)
     assert re.fullmatch(r"‘.+’: entropy \d\.\d\d nats, shift 0\.000 nats", token.get_attribute("title"))
     token.hover()
     sync_api.expect(visit.locator("#looked-at")).to_have_text(token.get_attribute("title"))
-    table = visit.locator(".distances table")
+    table = visit.locator(".prose.distances table")
     assert "in floors" in table.locator("caption").inner_text()
     assert table.locator("tbody tr").count() == 7
-    assert "Last token" in visit.locator(".summary").first.inner_text()
+    assert "Last token" in visit.locator(".prose.summary").first.inner_text()
     assert PROMPT in visit.get_by_label("The same from the command line").input_value()
 
 
@@ -116,10 +116,10 @@ def test_a_slider_moves_the_text(site: Site, visit: Any) -> None:
         visit.keyboard.press("ArrowRight")
     write(visit)
     status(visit, r"Done: \d+ tokens")
-    spent = visit.locator(".distances tbody tr").last.locator("td").all_inner_texts()
+    spent = visit.locator(".prose.distances tbody tr").last.locator("td").all_inner_texts()
     assert spent[0] == "0.00 nats"
     assert float(spent[1].split()[0]) > 0
-    assert visit.locator(".text").nth(1).locator(".shade1, .shade2, .shade3").count() > 0
+    assert visit.locator("#text-1").locator(".shade1, .shade2, .shade3").count() > 0
     assert "--diversity 0.4 --compare" in visit.get_by_label("The same from the command line").input_value()
 
 
@@ -158,7 +158,7 @@ def test_copy_and_save(site: Site, visit: Any) -> None:
         visit.get_by_role("button", name="Save the pair as JSONL").click()
     lines = [json.loads(one) for one in Path(download.value.path()).read_text().splitlines()]
     assert download.value.suggested_filename == "pair.jsonl"
-    assert [one["text"] for one in lines] == [one.inner_text() for one in visit.locator(".text").all()]
+    assert [one["text"] for one in lines] == [visit.locator(f"#text-{at} .prose").text_content() for at in range(2)]
 
 
 def focused(page: Any) -> str:
@@ -181,14 +181,14 @@ def test_by_keyboard_alone(site: Site, visit: Any) -> None:
     visit.keyboard.press("Enter")
     status(visit, "Done")
     tab_to(visit, "token")
-    first = visit.locator(".text").first
+    first = visit.locator("#text-0")
     for key, at in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", -1), ("Home", 0)):
         visit.keyboard.press(key)
         every = first.locator(".token").all()
         assert every[at].evaluate("one => one === document.activeElement")
         assert visit.locator("#looked-at").inner_text() == every[at].get_attribute("title")
     tab_to(visit, "token", 1)
-    assert visit.locator(".text").nth(1).locator(".token").first.evaluate("one => one === document.activeElement")
+    assert visit.locator("#text-1").locator(".token").first.evaluate("one => one === document.activeElement")
 
 
 def test_two_visitors(site: Site, visit: Any) -> None:

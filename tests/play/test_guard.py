@@ -80,9 +80,8 @@ def test_the_token_in_the_query_gives_a_cookie() -> None:
     assert rest == ["HttpOnly", "SameSite=Strict", "Path=/"]
     assert TOKEN not in headers["set-cookie"]
     for path in PATHS:
-        assert asked(app, path, cookie=f"other=1; {cookie}")[0] == 200
-    assert asked(app, "/ws", "websocket", cookie=cookie)[0] == 0
-    assert inner.calls == ["http"] * len(PATHS) + ["websocket"]
+        assert asked(app, path, cookie=f"other=1; {cookie}")[0] == (404 if "file=" in path else 200)
+    assert inner.calls == ["http"] * (len(PATHS) - 1)
     assert asked(Guard(inner, TOKEN + "."), cookie=cookie)[0] == 401
 
 
@@ -116,7 +115,7 @@ def test_a_page_of_this_machine_is_not_reached_by_another_name() -> None:
 
 
 @pytest.mark.parametrize("token", [None, TOKEN])
-def test_pages_of_others_may_not_ask_and_no_file_is_taken(token: str | None) -> None:
+def test_pages_of_others_may_not_ask_nor_anyone_for_what_the_page_does_not(token: str | None) -> None:
     inner = Inner()
     app = Guard(inner, token)
     cookie = asked(app, query="token=a%20token%3B%20of%2020%20letters")[1].get("set-cookie", "").split("; ")[0]
@@ -124,7 +123,12 @@ def test_pages_of_others_may_not_ask_and_no_file_is_taken(token: str | None) -> 
     for kind in ("http", "websocket"):
         for origin in ("http://evil.example", "null", "http://127.0.0.1:9"):
             assert asked(app, "/gradio_api/queue/join", kind, origin=origin, cookie=cookie)[0] in (403, 1008)
-    assert asked(app, "/gradio_api/upload", cookie=cookie)[0] == 403
+    for path in ("upload", "file=/etc/passwd", "proxy=http://x", "deep_link", "call/wrote", "component_server", "runs"):
+        for end in ("", "/"):
+            assert asked(app, f"/gradio_api/{path}{end}", cookie=cookie)[0] == 404
+    for path in ("/monitoring", "/gradio_api/queue/data/x", "/assets", "//", "/ "):
+        assert asked(app, path, cookie=cookie)[0] == 404
+    assert asked(app, "/", "websocket", cookie=cookie)[0] == 1008
     assert inner.calls == []
     assert asked(app, origin="http://127.0.0.1:8000", cookie=cookie)[0] == 200
 

@@ -50,10 +50,10 @@ def test_the_page_is_local(served: Served, local: list[Any]) -> None:
         assert config["enable_queue"]
         assert "share" not in config or not config["share"]
         theme = client.get("/theme.css").text
-        assert not re.search(r"@import|url\(|googleapis", theme)
+        assert not re.search(r"@import|url\(['\"]?(?!data:|static/)", theme)
         assert client.get("/gradio_api/info").json() == {"named_endpoints": {}, "unnamed_endpoints": {}}
-        assert client.post("/gradio_api/upload", files={"files": b"x"}).status_code == 403
-        assert client.get("/gradio_api/file=/etc/passwd").status_code == 403
+        assert client.post("/gradio_api/upload", files={"files": b"x"}).status_code == 404
+        assert client.get("/gradio_api/file=/etc/passwd").status_code == 404
     assert local == []
 
 
@@ -79,7 +79,7 @@ def luminance(colour: str) -> float:
 def test_contrast_in_both_schemes() -> None:
     """WCAG 2.1, AA: 4.5 of text, 3 of outlines; grounds that tell shades apart."""
     sheet = (Path(page.__file__).parent / "page.css").read_text()
-    schemes = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r"\{([^}]*--ink[^}]*)\}", sheet)]
+    schemes = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r"\{([^}]*--ink:[^}]*)\}", sheet)]
     assert len(schemes) == 2
     for of, paper in zip(schemes, ("#ffffff", "#27272a"), strict=True):  # gradio's grounds
         grounds = [paper, of["shade1"], of["shade2"], of["shade3"]]

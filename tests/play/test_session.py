@@ -47,11 +47,11 @@ def threads() -> list[str]:
         ({"seed": 1 << 32}, "seed must be a whole number in 0..4294967295, got 4294967296."),
         ({"style": "/etc/passwd"}, "style must be one of "),
         ({"target": "literary"}, "target must be one of "),
-        ({"gamma": "1"}, "gamma must be a number, got '1'."),
-        ({"temperature": None}, "temperature must be a number, got None."),
-        ({"temperature": -1.0}, "temperature must be a finite number"),
-        ({"temperature": 0.0, "diversity": 0.1}, "diversity must be left out with temperature 0"),
-        ({"bound": float("inf")}, "bound must be a finite number"),
+        ({"gamma": "1"}, "gamma must be a number in -2..2, got '1'."),
+        ({"temperature": None}, "temperature must be a number in 0..2, got None."),
+        ({"temperature": -1.0}, "temperature must be a number in 0..2, got -1.0."),
+        ({"temperature": 0.0, "diversity": 0.1}, "steps must hold no temperature with the likeliest token"),
+        ({"bound": float("inf")}, "bound must be a number in 0..1, got inf."),
     ],
 )  # fmt: skip
 def test_what_cannot_be_written_is_refused(served: Served, given: dict[str, Any], said: str) -> None:

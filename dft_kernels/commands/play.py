@@ -50,7 +50,9 @@ def _check_host(text: str) -> None:
     try:
         ipaddress.ip_address(text)
     except ValueError:
-        raise ValueError(f"host must be an address of this machine, got {text!r}. Write one, such as 0.0.0.0.") from None
+        raise ValueError(
+            f"host must be an address of this machine, got {text!r}. Write one, such as 0.0.0.0."
+        ) from None
 
 
 def _check_token(text: str) -> None:
@@ -91,9 +93,7 @@ def _served(options: argparse.Namespace) -> Any:
     for name in (options.native, options.style_base if options.style_base != Settings.style_base else None):
         if name is not None:
             target_file.load(name, tokenizer)
-    return Served(
-        models, tokenizer, targets, base=options.base, style_base=options.style_base, native=options.native
-    )
+    return Served(models, tokenizer, targets, base=options.base, style_base=options.style_base, native=options.native)
 
 
 def _listen(host: str, port: int | None) -> socket.socket:

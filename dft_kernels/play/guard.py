@@ -82,7 +82,9 @@ class Guard:
         return None
 
     def _known(self, cookies: str) -> bool:
-        values = [value for name, _, value in (one.strip().partition("=") for one in cookies.split(";")) if name == COOKIE]
+        values = [
+            value for name, _, value in (one.strip().partition("=") for one in cookies.split(";")) if name == COOKIE
+        ]
         return any(_same(value, self._cookie) for value in values)
 
     def _asked(self, scope: Scope) -> bool:

@@ -11,7 +11,7 @@ from ..evaluation.wording import visible
 from ..generation.sampling import text_after
 from ..generation.stream import Drawn
 
-SHADES = (0.005, 0.05, 0.2)  # nats of KL at which a token's ground darkens
+SHADES = (0.01, 0.1, 0.5)  # nats of KL at which a token's ground darkens
 _BEFORE = 8  # tokens of the prompt that the text is decoded behind
 
 

@@ -9,11 +9,15 @@ window.dftPlay = {
     try {
       await navigator.clipboard.writeText(text);
       this.say("The command line is copied.");
-    } catch {  // not over plain HTTP from another machine, nor where the browser forbids it
-      const box = document.querySelector("#command textarea, #command input");
-      box.focus();
+    } catch {  // over plain HTTP from another machine there is no clipboard
+      const before = document.activeElement;
+      const box = document.body.appendChild(document.createElement("textarea"));
+      box.value = text;
       box.select();
-      this.say(document.execCommand("copy") ? "The command line is copied." : "The command line is selected: copy it.");
+      const done = document.execCommand("copy");
+      box.remove();
+      before?.focus();
+      this.say(done ? "The command line is copied, the old way." : "The browser forbids copying: select the line above.");
     }
   },
   save(text) {

@@ -29,12 +29,12 @@ SLIDERS = {  # keyword of `Served.ask`: label, step, value, and what it does
 }
 
 _MUTED = {"": "#5b5f66", "_dark": "#a4a9b1"}  # as page.css has it: gradio's own is too faint to read
+_FAINT = ("body_text_color_subdued", "block_info_text_color", "block_label_text_color")
 _COLOURS = {
-    **{f"{name}{scheme}": colour for name in ("body_text_color_subdued", "block_info_text_color", "block_label_text_color")
-       for scheme, colour in _MUTED.items()},
+    **{f"{name}{scheme}": colour for name in _FAINT for scheme, colour in _MUTED.items()},
     **{f"button_primary_background_fill{scheme}": "#0b5394" for scheme in _MUTED},
     **{f"button_primary_background_fill_hover{scheme}": "#083e70" for scheme in _MUTED},
-}  # fmt: skip
+}
 
 
 def application(served: Served, token: str | None = None) -> App:
@@ -42,7 +42,10 @@ def application(served: Served, token: str | None = None) -> App:
     import fastapi
 
     theme = gradio.themes.Default(
-        primary_hue="blue", neutral_hue="zinc", font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
+        primary_hue="blue",
+        neutral_hue="zinc",
+        font=("system-ui", "sans-serif"),
+        font_mono=("ui-monospace", "monospace"),
     ).set(**_COLOURS)
     head = f"<script>{(_HERE / 'page.js').read_text(encoding='utf-8')}</script>"
     css = (_HERE / "page.css").read_text(encoding="utf-8")
@@ -61,34 +64,31 @@ def blocks(served: Served) -> Any:
             f"{', beside its base' if not served.alone else ', as the model is and with the settings below'}.</p>"
         )
         session = gradio.State(None)
-        prompt = gradio.Textbox(label="Prompt", lines=3, max_lines=12, value="", placeholder="How a text begins")
         with gradio.Row():
-            write = gradio.Button("Write", variant="primary")
-            cancel = gradio.Button("Cancel")
-        status = gradio.HTML(said(""), elem_id="status")
-        with gradio.Row():
-            with gradio.Column(min_width=300):
-                sliders = {name: _slider(name) for name in ("temperature", "top_p", "min_p", "top_n_sigma", "diversity")}
-            with gradio.Column(min_width=300):
-                sliders |= _towards(served)
-            with gradio.Column(min_width=300):
-                sliders["length"] = gradio.Slider(
-                    1, served.longest, min(128, served.longest), step=1, label="Length", info="tokens at most"
+            with gradio.Column(scale=2, min_width=300):
+                prompt = gradio.Textbox(
+                    label="Prompt", lines=3, max_lines=12, placeholder="How a text begins", info="Shift and Enter write"
                 )
-                sliders["seed"] = gradio.Number(0, label="Seed", info="of the draws", precision=0, minimum=0)
-        texts, summaries = [], []
-        with gradio.Row():
-            for at, name in enumerate(served.sides):
-                with gradio.Column(min_width=300):
-                    gradio.HTML(f"<h2>{escape(visible(name))}</h2>")
-                    texts.append(gradio.HTML("", elem_id=f"text-{at}", elem_classes="text"))
-                    summaries.append(gradio.HTML("", elem_classes="summary"))
-        gradio.HTML(_LEGEND)
-        distances = gradio.HTML(table(served, None, []), elem_classes="distances")
-        command = gradio.Textbox(label="The same from the command line", interactive=False, elem_id="command", lines=1)
-        with gradio.Row():
-            copy = gradio.Button("Copy the command line")
-            save = gradio.Button("Save the pair as JSONL")
+                with gradio.Row():
+                    write = gradio.Button("Write", variant="primary", min_width=100)
+                    cancel = gradio.Button("Cancel", min_width=100)
+                status = gradio.HTML(said(""), elem_id="status")
+                texts, summaries = [], []
+                with gradio.Row():
+                    for at, name in enumerate(served.sides):
+                        with gradio.Column(min_width=280):
+                            gradio.HTML(f"<h2>{escape(visible(name))}</h2>")
+                            texts.append(gradio.HTML("", elem_id=f"text-{at}", elem_classes="text"))
+                            summaries.append(gradio.HTML("", elem_classes="summary"))
+                gradio.HTML(_LEGEND)
+                distances = gradio.HTML("", elem_classes="distances")
+                command = gradio.Textbox(label="The same from the command line", interactive=False, elem_id="command")
+                with gradio.Row():
+                    copy = gradio.Button("Copy the command line", min_width=200)
+                    save = gradio.Button("Save the pair as JSONL", min_width=200)
+            with gradio.Column(scale=1, min_width=300):
+                gradio.HTML("<h2>Settings</h2>")
+                sliders = _settings(served)
         lines = gradio.Textbox(visible=False)
 
         def wrote(mine: Session | None, text: str, *values: Any) -> Iterator[dict[Any, Any]]:
@@ -135,15 +135,20 @@ def _slider(name: str) -> Any:
     return gradio.Slider(*RANGES[name], value, step=step, label=label, info=info)
 
 
-def _towards(served: Served) -> dict[str, Any]:
-    """Which targets, and how far."""
+def _settings(served: Served) -> dict[str, Any]:
+    """The keywords of `Served.ask`, but for the prompt."""
     names = list(served.rulers)
     first = "literary" if "literary" in names else names[0]
     return {
-        "style": gradio.Dropdown(names, value=first, label="Style", info="of whose tokens there shall be more"),
+        **{name: _slider(name) for name in ("temperature", "top_p", "min_p", "top_n_sigma", "diversity")},
+        "style": gradio.Dropdown(names, value=first, label="Style", info="whose tokens there shall be more of"),
         "gamma": _slider("gamma"),
         "target": gradio.Dropdown(names, value=first, label="Target", info="to measure by, and to refine towards"),
         "bound": _slider("bound"),
+        "length": gradio.Slider(
+            1, served.longest, min(128, served.longest), step=1, label="Length", info="tokens at most"
+        ),
+        "seed": gradio.Number(0, label="Seed", info="of the draws", precision=0, minimum=0),
     }
 
 
@@ -174,7 +179,7 @@ def _plain(error: Exception) -> str:
 
 
 _LEGEND = (
-    '<p class="legend">Ground: KL of the distribution that was drawn from to the model’s own, '
+    '<p class="legend">Shade of a token: KL(what it was drawn from ‖ the model’s own) '
     + " ".join(f'<span class="shade{at + 1}">from {edge:g}</span>' for at, edge in enumerate(SHADES))
     + ' nats. Point at a token, or go to it with Tab and the arrow keys.</p><p id="looked-at" role="status"></p>'
 )
@@ -192,8 +197,9 @@ def table(served: Served, session: Session | None, columns: list[list[Distance]]
     )
     kl = "".join(f"<td>{one.kl:.2f} nats</td>" for one in session.written)
     return (
-        f"<table><caption>Distance of the text so far from {of}, in floors: 1 is what a text of this size is off by, "
-        f'drawn word by word from {of} itself.</caption><thead><tr><th scope="col">Statistic</th>{heads}</tr></thead>'
+        f"<table><caption>Distance of the text so far from {of}, in floors: 1 is what a text of this size, drawn word "
+        "by word from the target itself, is off by; people’s own lie at about 1, seldom above 3.</caption>"
+        f'<thead><tr><th scope="col">Statistic</th>{heads}</tr></thead>'
         f'<tbody>{body}<tr><th scope="row">KL spent</th>{kl}</tr></tbody></table>'
     )
 

@@ -132,7 +132,14 @@ class Served:
         return Asked(prompt, ids, length, seed, settings, steps, target)
 
     def _settings(
-        self, style: str, target: str, *, gamma: float = 0.0, bound: float = 0.0, top_n_sigma: float = 0.0, **more: float
+        self,
+        style: str,
+        target: str,
+        *,
+        gamma: float = 0.0,
+        bound: float = 0.0,
+        top_n_sigma: float = 0.0,
+        **more: float,
     ) -> tuple[Settings, Settings]:
         """Of each side."""
         used: dict[str, Any] = {**more, "top_n_sigma": top_n_sigma or None}
@@ -235,8 +242,12 @@ class Session:
     def jsonl(self, served: Served) -> str:
         """Both texts with all that they depend on, a line each, as `dft-kernels sample --out` writes them."""
         names = list(served.models) * (2 if served.alone else 1)
-        lines = [
-            recorded(name, self.asked.prompt, settings, stream)
-            for name, settings, stream in zip(names, self.asked.settings, self._streams, strict=True)
-        ] if self.asked is not None and self._streams else []
+        lines = (
+            [
+                recorded(name, self.asked.prompt, settings, stream)
+                for name, settings, stream in zip(names, self.asked.settings, self._streams, strict=True)
+            ]
+            if self.asked is not None and self._streams
+            else []
+        )
         return "".join(f"{json.dumps(asdict(line), ensure_ascii=False, allow_nan=False)}\n" for line in lines)

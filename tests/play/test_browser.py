@@ -1,4 +1,4 @@
-"""The page in a real Chromium: what a visitor sees and does, by mouse and by keyboard, and what the browser asks for."""
+"""The page in a real Chromium: what a visitor sees and does, by mouse and keyboard, and what the browser asks for."""
 
 from __future__ import annotations
 
@@ -70,95 +70,98 @@ def site(model: Any, tokenizer: Any, target: Any, file: str) -> Iterator[Site]:
         thread.join()
 
 
+@pytest.fixture(scope="module")
+def visitor(site: Site) -> Any:
+    return site.visitor()
+
+
 @pytest.fixture
-def visit(site: Site) -> Iterator[Any]:
-    """A visitor; nothing may have been asked of anyone else, and nothing may have gone wrong, when they leave."""
-    site.slow, site.problems = 0.0, []
-    page = site.visitor()
-    yield page
-    for context in site.browser.contexts:
-        context.close()
+def visit(site: Site, visitor: Any) -> Iterator[Any]:
+    """A visitor; nothing may have been asked of anyone else, and nothing may have gone wrong, when the test ends."""
+    site.slow = 0.0
+    visitor.get_by_label("number input for Diversity").fill("0")
+    yield visitor
     assert site.problems == []
 
 
 def status(page: Any, text: str) -> None:
     """Wait until it says so."""
-    sync_api.expect(page.locator("#status")).to_contain_text(re.compile(text))
+    sync_api.expect(page.locator("#status")).to_contain_text(re.compile(text), timeout=10_000)
 
 
-def write(page: Any, length: int = 60) -> None:
-    page.get_by_label("Prompt").fill(PROMPT)
+def write(page: Any, prompt: str = PROMPT, length: int = 30) -> None:
+    page.get_by_label("Prompt").fill(prompt)
     page.get_by_label("number input for Length").fill(str(length))
     page.get_by_role("button", name="Write").click()
 
 
-def test_a_text_is_written_beside_another(site: Site, visit: Any) -> None:
-    write(visit)
-    status(visit, r"Done: \d+ tokens")
-    plain, shifted = (visit.locator(f"#text-{at}") for at in range(2))
-    assert plain.locator(".token").count() > 5
-    assert plain.inner_text() == shifted.inner_text()  # no setting yet
+def command(page: Any) -> str:
+    return page.get_by_label("The same from the command line").input_value()
+
+
+def test_two_texts_are_written_copied_and_saved(site: Site, visit: Any) -> None:
+    looked_at = sync_api.expect(visit.locator("#looked-at"))
+    if not command(visit):
+        visit.get_by_role("button", name="Copy the command line").click()
+        looked_at.to_contain_text("Nothing to copy")
+    write(visit, length=60)
+    status(visit, "Done: 60 tokens")
+    plain, shifted = (visit.locator(f"#text-{at} .prose") for at in range(2))
+    assert plain.text_content() == shifted.text_content()  # no setting yet
     token = plain.locator(".token").nth(2)
     assert re.fullmatch(r"‘.+’: entropy \d\.\d\d nats, shift 0\.000 nats", token.get_attribute("title"))
     token.hover()
-    sync_api.expect(visit.locator("#looked-at")).to_have_text(token.get_attribute("title"))
-    table = visit.locator(".prose.distances table")
-    assert "in floors" in table.locator("caption").inner_text()
-    assert table.locator("tbody tr").count() == 7
-    assert "Last token" in visit.locator(".prose.summary").first.inner_text()
-    assert PROMPT in visit.get_by_label("The same from the command line").input_value()
-
-
-def test_a_slider_moves_the_text(site: Site, visit: Any) -> None:
+    looked_at.to_have_text(token.get_attribute("title"))
     slider = visit.get_by_role("slider", name=re.compile("Diversity"))
     slider.focus()
     for _ in range(8):
         visit.keyboard.press("ArrowRight")
-    write(visit)
-    status(visit, r"Done: \d+ tokens")
-    spent = visit.locator(".prose.distances tbody tr").last.locator("td").all_inner_texts()
-    assert spent[0] == "0.00 nats"
-    assert float(spent[1].split()[0]) > 0
-    assert visit.locator("#text-1").locator(".shade1, .shade2, .shade3").count() > 0
-    assert "--diversity 0.4 --compare" in visit.get_by_label("The same from the command line").input_value()
-
-
-def test_cancel(site: Site, visit: Any) -> None:
-    site.slow = 0.03
-    write(visit, 256)
-    status(visit, "Writing at most 256 tokens")
-    visit.locator(".token").nth(3).wait_for()
-    visit.get_by_role("button", name="Cancel").click()
-    status(visit, r"Cancelled after \d+ tokens")
-    assert visit.locator(".token").count() < 400
-
-
-def test_errors_are_said(site: Site, visit: Any) -> None:
-    visit.get_by_role("button", name="Write").click()
-    status(visit, "prompt must hold a word, got an empty one")
-    assert "error" in visit.locator("#status .status").get_attribute("class")
-    visit.get_by_label("Prompt").fill("cat " * 600)
-    visit.get_by_role("button", name="Write").click()
-    status(visit, "at most 512 tokens, the model's positions, got a sequence of")
-    write(visit, 10)
-    status(visit, "Done")
-    assert "error" not in visit.locator("#status .status").get_attribute("class")
-
-
-def test_copy_and_save(site: Site, visit: Any) -> None:
+    write(visit, length=60)
+    sync_api.expect(visit.get_by_label("The same from the command line")).to_have_value(re.compile("diversity"))
+    status(visit, "Done: 60 tokens")
+    assert plain.text_content() != shifted.text_content()
+    assert shifted.locator(".shade1, .shade2, .shade3").count() > 0
+    table = visit.locator(".prose.distances table")
+    assert "in floors" in table.locator("caption").inner_text()
+    rows = [row.locator("td").all_inner_texts() for row in table.locator("tbody tr").all()]
+    assert len(rows) == 7
+    assert all(re.fullmatch(r"\d+\.\d floors|too few \w+: \d+ of \d+", cell) for row in rows[:6] for cell in row)
+    assert rows[6][0] == "0.00 nats"
+    assert float(rows[6][1].split()[0]) > 0
+    assert "Last token" in visit.locator(".prose.summary").first.inner_text()
+    assert command(visit).endswith("--length 60 --seed 0 --diversity 0.4 --compare")
     visit.get_by_role("button", name="Copy the command line").click()
-    sync_api.expect(visit.locator("#looked-at")).to_contain_text("Nothing to copy")
-    write(visit, 10)
-    status(visit, "Done")
-    visit.get_by_role("button", name="Copy the command line").click()
-    sync_api.expect(visit.locator("#looked-at")).to_contain_text("copied")
-    line = visit.evaluate("navigator.clipboard.readText()")
-    assert line == visit.get_by_label("The same from the command line").input_value()
+    looked_at.to_contain_text("copied")
+    assert visit.evaluate("navigator.clipboard.readText()") == command(visit)
+    visit.evaluate("navigator.clipboard.writeText('').then(() => { navigator.clipboard.writeText = undefined; })")
+    visit.get_by_role("button", name="Copy the command line").click()  # as where the page came over plain HTTP
+    looked_at.to_contain_text("copied, the old way")
+    assert visit.evaluate("navigator.clipboard.readText()") == command(visit)
     with visit.expect_download() as download:
         visit.get_by_role("button", name="Save the pair as JSONL").click()
-    lines = [json.loads(one) for one in Path(download.value.path()).read_text().splitlines()]
     assert download.value.suggested_filename == "pair.jsonl"
-    assert [one["text"] for one in lines] == [visit.locator(f"#text-{at} .prose").text_content() for at in range(2)]
+    lines = [json.loads(one) for one in Path(download.value.path()).read_text().splitlines()]
+    assert [one["text"] for one in lines] == [plain.text_content(), shifted.text_content()]
+
+
+def test_errors_are_said_and_cancelling_works(site: Site, visit: Any) -> None:
+    write(visit, "")
+    status(visit, "prompt must hold a word, got an empty one")
+    line = visit.locator("#status .status")
+    assert "error" in line.get_attribute("class")
+    write(visit, "cat " * 600)
+    status(visit, "at most 512 tokens, the model's positions, got a sequence of 630")
+    site.slow = 0.03
+    write(visit, length=256)
+    status(visit, "Writing at most 256 tokens")
+    assert "error" not in line.get_attribute("class")
+    sync_api.expect(visit.locator("#text-1 .token").nth(3)).to_be_visible()
+    visit.get_by_role("button", name="Cancel").click()
+    status(visit, r"Cancelled after \d+ tokens")
+    assert 0 < visit.locator("#text-1 .token").count() < 256
+    site.slow = 0.0
+    write(visit, length=5)
+    status(visit, "Done: 5 tokens")
 
 
 def focused(page: Any) -> str:
@@ -166,8 +169,8 @@ def focused(page: Any) -> str:
         return one.className + ' ' + (one.ariaLabel || one.labels?.[0]?.innerText || one.innerText || ''); })()""")
 
 
-def tab_to(page: Any, what: str, most: int = 40) -> None:
-    for _ in range(most):
+def tab_to(page: Any, what: str) -> None:
+    for _ in range(40):
         page.keyboard.press("Tab")
         if re.search(what, focused(page)):
             return
@@ -175,56 +178,57 @@ def tab_to(page: Any, what: str, most: int = 40) -> None:
 
 
 def test_by_keyboard_alone(site: Site, visit: Any) -> None:
+    visit.get_by_label("Prompt").fill("")
+    visit.locator("h1").click()  # from where Tab goes on
     tab_to(visit, "Prompt")
-    visit.keyboard.type(PROMPT)
+    visit.keyboard.type("The dog ran .")
     tab_to(visit, "Write")
     visit.keyboard.press("Enter")
+    sync_api.expect(visit.get_by_label("The same from the command line")).to_have_value(re.compile("dog ran"))
     status(visit, "Done")
     tab_to(visit, "token")
-    first = visit.locator("#text-0")
+    first = visit.locator("#text-0 .token")
     for key, at in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", -1), ("Home", 0)):
         visit.keyboard.press(key)
-        every = first.locator(".token").all()
-        assert every[at].evaluate("one => one === document.activeElement")
-        assert visit.locator("#looked-at").inner_text() == every[at].get_attribute("title")
-    tab_to(visit, "token", 1)
-    assert visit.locator("#text-1").locator(".token").first.evaluate("one => one === document.activeElement")
+        one = first.last if at < 0 else first.nth(at)
+        sync_api.expect(one).to_be_focused()
+        assert visit.locator("#looked-at").inner_text() == one.get_attribute("title")
+    visit.keyboard.press("Tab")
+    sync_api.expect(visit.locator("#text-1 .token").first).to_be_focused()
+    for name in ("Copy the command line", "Save the pair", "range slider for Temperature", "Style", "Seed"):
+        tab_to(visit, name)
 
 
-def test_two_visitors(site: Site, visit: Any) -> None:
+def test_two_visitors_do_not_meet(site: Site, visit: Any) -> None:
     """Neither sees the other's text; one waits and is told; one that leaves does not keep the other waiting."""
+    leaving = site.visitor()
     site.slow = 0.03
-    write(visit, 256)
-    visit.locator(".token").nth(3).wait_for()
-    other = site.visitor()
-    other.get_by_label("Prompt").fill("It was late .")
-    other.get_by_label("number input for Length").fill("8")
-    other.get_by_role("button", name="Write").click()
-    status(other, "Waiting: one text comes first")
-    assert other.locator(".token").count() == 0
-    assert PROMPT not in other.content()
-    visit.context.close()
-    status(other, r"Done: \d+ tokens")
-    site.slow = 0.0
-    assert "It was late ." in other.get_by_label("The same from the command line").input_value()
-    assert PROMPT not in other.content()
+    write(leaving, length=256)
+    sync_api.expect(leaving.locator("#text-1 .token").nth(3)).to_be_visible()
+    write(visit, "It was late .", 8)
+    status(visit, "Waiting: one text comes first")
+    assert visit.locator(".token").count() == 0
+    assert PROMPT not in visit.content()
+    leaving.context.close()
+    status(visit, "Done: 8 tokens")
+    assert "It was late ." in command(visit)
+    assert PROMPT not in visit.content()
     assert site.served.turns._line == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1280])
-def test_sizes_and_schemes(site: Site, visit: Any, width: int, scheme: str) -> None:
-    """Nothing is wider than the page, everything that is used has a name, and colours follow the scheme."""
-    page = site.visitor(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    page.get_by_role("slider", name=re.compile("Diversity")).fill("0.5")
-    write(page, 100)
-    status(page, "Done")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    unnamed = page.evaluate("""[...document.querySelectorAll('button, input, textarea, select')].filter(one =>
+def test_sizes_and_schemes(site: Site, visit: Any) -> None:
+    """Nothing is wider than the page, all that is used has a name, and colours follow the scheme."""
+    write(visit)
+    status(visit, "Done")
+    for width in (390, 1280):
+        for scheme, ink in (("light", "rgb(27, 28, 30)"), ("dark", "rgb(231, 232, 234)")):
+            visit.set_viewport_size({"width": width, "height": 800})
+            visit.emulate_media(color_scheme=scheme)
+            sync_api.expect(visit.locator(".token").first).to_have_css("color", ink)
+            assert visit.evaluate("document.documentElement.scrollWidth") <= width
+    unnamed = visit.evaluate("""[...document.querySelectorAll('button, input, textarea, select')].filter(one =>
         one.checkVisibility() && !(one.ariaLabel || one.labels?.length || one.innerText.trim() || one.title)
     ).map(one => one.outerHTML)""")
     assert unnamed == []
-    ink = page.locator(".token").first.evaluate("one => getComputedStyle(one).color")
-    assert ink == ("rgb(27, 28, 30)" if scheme == "light" else "rgb(231, 232, 234)")
-    fonts = page.evaluate("[...document.fonts].map(one => one.family)")
-    assert fonts == []
+    loaded = "[...document.fonts].filter(one => one.status !== 'unloaded').map(one => one.family)"
+    assert visit.evaluate(loaded) == []

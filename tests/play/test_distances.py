@@ -74,7 +74,9 @@ def test_each_number_comes_with_what_it_takes(ruler: Ruler, target: Target) -> N
 @pytest.mark.parametrize(
     ("name", "statistic"), [("sentence_words, W1", "sentence_words"), ("word_length, W1", "word_length")]
 )
-def test_a_floor_is_what_texts_of_the_target_are_off_by(ruler: Ruler, target: Target, name: str, statistic: str) -> None:
+def test_a_floor_is_what_texts_of_the_target_are_off_by(
+    ruler: Ruler, target: Target, name: str, statistic: str
+) -> None:
     generator, p, count = np.random.default_rng(7), target[statistic].double().numpy(), 60
     drawn = torch.from_numpy(generator.multinomial(count, p / p.sum(), 400) / count)
     values = [compare({statistic: one}, {statistic: target[statistic]})[name] for one in drawn]

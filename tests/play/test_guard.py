@@ -12,7 +12,14 @@ from dft_kernels.play import guard
 from dft_kernels.play.guard import COOKIE, Guard, Local, is_loopback
 
 TOKEN = "a token; of 20 letters"
-PATHS = ["/", "/config", "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/file=/etc/passwd", "/assets/x.js"]
+PATHS = [
+    "/",
+    "/config",
+    "/gradio_api/queue/join",
+    "/gradio_api/queue/data",
+    "/gradio_api/file=/etc/passwd",
+    "/assets/x.js",
+]
 
 
 class Inner:
@@ -34,7 +41,9 @@ class Inner:
                 await send({"type": "http.response.body", "body": part, "more_body": number + 1 < len(self.page)})
 
 
-def asked(app: Any, path: str = "/", kind: str = "http", query: str = "", **headers: str) -> tuple[int, dict[str, str], bytes]:
+def asked(
+    app: Any, path: str = "/", kind: str = "http", query: str = "", **headers: str
+) -> tuple[int, dict[str, str], bytes]:
     """status, headers and body; of a websocket its code."""
     sent: list[Any] = []
 

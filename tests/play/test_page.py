@@ -50,7 +50,7 @@ def test_the_page_is_local(served: Served, local: list[Any]) -> None:
         assert config["enable_queue"]
         assert "share" not in config or not config["share"]
         theme = client.get("/theme.css").text
-        assert not re.search(r"@import|url\(['\"]?(?!data:|static/)", theme)
+        assert not re.search(r"@import|url\((?!['\"]?(?:data:|static/))", theme)
         assert client.get("/gradio_api/info").json() == {"named_endpoints": {}, "unnamed_endpoints": {}}
         assert client.post("/gradio_api/upload", files={"files": b"x"}).status_code == 404
         assert client.get("/gradio_api/file=/etc/passwd").status_code == 404
@@ -79,12 +79,16 @@ def luminance(colour: str) -> float:
 def test_contrast_in_both_schemes() -> None:
     """WCAG 2.1, AA: 4.5 of text, 3 of outlines; grounds that tell shades apart."""
     sheet = (Path(page.__file__).parent / "page.css").read_text()
-    schemes = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r"\{([^}]*--ink:[^}]*)\}", sheet)]
+    schemes = [
+        dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r"\{([^}]*--ink:[^}]*)\}", sheet)
+    ]
     assert len(schemes) == 2
     for of, paper in zip(schemes, ("#ffffff", "#27272a"), strict=True):  # gradio's grounds
         grounds = [paper, of["shade1"], of["shade2"], of["shade3"]]
         pairs = [(4.5, of["ink"], ground) for ground in grounds]
-        pairs += [(4.5, of[name], paper) for name in ("muted", "bad")] + [(3.0, of["link"], ground) for ground in grounds]
+        pairs += [(4.5, of[name], paper) for name in ("muted", "bad")] + [
+            (3.0, of["link"], ground) for ground in grounds
+        ]
         for least, one, on in pairs:
             bright, dark = sorted((luminance(one), luminance(on)), reverse=True)
             assert (bright + 0.05) / (dark + 0.05) >= least, (one, on)
@@ -126,7 +130,9 @@ def test_the_command_serves_on_this_machine(
     folder: Path, file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     served: list[tuple[Any, Any]] = []
-    monkeypatch.setattr(play, "_serve", lambda application, listening: served.append((application, listening.getsockname())))
+    monkeypatch.setattr(
+        play, "_serve", lambda application, listening: served.append((application, listening.getsockname()))
+    )
     assert cli.main(["play", str(folder), "--target", file, "--style-base", file]) == 0
     out = capsys.readouterr().out
     ((application, (host, port)),) = served
@@ -146,8 +152,14 @@ def test_errors_are_one_line(folder: Path, file: str, capsys: pytest.CaptureFixt
         port = str(taken.getsockname()[1])
         for line, said in (
             (["--host", "0.0.0.0"], "--token must be given with --host 0.0.0.0, got none."),
-            (["--port", port], f"--port must be one that this machine can listen on, got {port}: Address already in use."),
-            (["--host", "203.0.113.1", "--token", "x" * 16], "--host must be one that this machine can listen on, got "),
+            (
+                ["--port", port],
+                f"--port must be one that this machine can listen on, got {port}: Address already in use.",
+            ),
+            (
+                ["--host", "203.0.113.1", "--token", "x" * 16],
+                "--host must be one that this machine can listen on, got ",
+            ),
             (["--target", "literary"], "tokenizer_sha256 must be "),
             (["--native", "literary"], "tokenizer_sha256 must be "),
         ):

@@ -13,8 +13,18 @@ import pytest
 from dft_kernels.commands import main as cli
 from dft_kernels.generation.settings import Settings
 from dft_kernels.generation.stream import Stream
-from dft_kernels.play.session import CANCELLED, CHARACTERS, DONE, LONGEST, MOST_WAITING, WAITING, WRITING
-from dft_kernels.play.session import Served, Session, Turns
+from dft_kernels.play.session import (
+    CANCELLED,
+    CHARACTERS,
+    DONE,
+    LONGEST,
+    MOST_WAITING,
+    WAITING,
+    WRITING,
+    Served,
+    Session,
+    Turns,
+)
 from dft_kernels.targets import target_file
 
 PROMPT = "The cat sat ."
@@ -225,7 +235,9 @@ def test_the_pair_as_json_lines(served: Served, tokenizer: Any, model: Any) -> N
         assert (line["model"], line["prompt"], line["text"], line["seed"]) == ("tiny", PROMPT, written.text, 5)
         assert line["tokens"] == len(written.drawn)
         values = {**line["settings"], "style": line["settings"]["style"] and tuple(line["settings"]["style"])}
-        with Stream(model, tokenizer, [tokenizer(PROMPT)["input_ids"]], line["length"], 5, Settings(**values).steps(tokenizer)) as again:
+        with Stream(
+            model, tokenizer, [tokenizer(PROMPT)["input_ids"]], line["length"], 5, Settings(**values).steps(tokenizer)
+        ) as again:
             list(again)
         assert again.texts() == [line["text"]]
 
@@ -235,7 +247,7 @@ def test_the_command_line_writes_the_same(
     model: Any, folder: Path, tokenizer: Any, target: Any, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     served = Served({str(folder): model}, tokenizer, {file: target}, style_base=file)
-    session, asked = Session(), settled(served, prompt="The cat's \"$HOME\" ; ` sat", seed=7)
+    session, asked = Session(), settled(served, prompt='The cat\'s "$HOME" ; ` sat', seed=7)
     list(session.write(served, asked))
     words = shlex.split(served.command_line(asked))
     assert words[:2] == ["dft-kernels", "sample"]

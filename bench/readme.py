@@ -263,6 +263,28 @@ def threads_table(rows: Rows) -> str:
     return markdown(head, lines, f"{what}; load average before: {first['load']}; {where(rows)}")
 
 
+def edges_table(rows: Rows) -> str:
+    """Of the preset edges: a row a size, a column a loss: ours, eager and its compiled form, ms and MB."""
+    losses = list(dict.fromkeys(row["loss"] for row in rows))
+    who = ("dft_kernels native", "eager", "torch.compile(eager)")
+    of = {(row["n"], row["h"], row["v"], row["loss"], row["implementation"]): row for row in rows}
+
+    def cell(key: tuple[str, ...], quantity: str, by: float) -> str:
+        values = [float(of[(*key, name)][quantity]) / by for name in who]
+        return " / ".join(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values)
+
+    lines = []
+    for shape in dict.fromkeys((row["n"], row["h"], row["v"]) for row in rows):
+        sizes = ", ".join(f"{int(size):,}" for size in shape)
+        lines.append(
+            [sizes, *(cell((*shape, loss), *what) for loss in losses for what in (("ms", 1), ("peak_bytes", 1e6)))]
+        )
+    head = ["N, H, V"]
+    for loss in losses:
+        head += [f"{LOSSES[loss].title}, ms", "MB"]
+    return markdown(head, lines, f"Ours / {who[1]} / {who[2]}, {rows[0]['dtype']}; {where(rows)}")
+
+
 def floors_table(rows: Rows) -> str:
     """Of bench/evaluation.py: a row a metric, a column a kind of text."""
     texts = list(dict.fromkeys(row["texts"] for row in rows))
@@ -328,6 +350,7 @@ KINDS: dict[str, Callable[[Rows], str]] = {
     "active": active_table,  # bench/active.py
     "active-training": active_training_table,
     "threads": threads_table,  # bench/threads.py
+    "edges": edges_table,  # dft-kernels bench --preset edges
     "floors": floors_table,  # bench/evaluation.py
     "evaluation": evaluation_table,  # dft-kernels evaluate
     "errors": errors_table,  # dft-kernels bench --inputs

@@ -70,7 +70,7 @@ def names_below(heading: str) -> list[str]:
 
 PUBLIC = (
     "dft_kernels",
-    *(f"dft_kernels.{name}" for name in ("divergences", "terms", "targets", "distributed", "testing")),
+    *(f"dft_kernels.{name}" for name in ("divergences", "terms", "targets", "generation", "distributed", "testing")),
 )
 
 

@@ -76,19 +76,21 @@ def plain(text: str, keep: str = "") -> str:
     return "".join(one if one.isprintable() or one in keep else repr(one)[1:-1] for one in text)
 
 
-def side_by_side(out: Any, title: str, texts: Sequence[tuple[str, str]], lines: int | None = None) -> Any:
-    """Named texts as the columns of a table; lines: the last ones alone."""
+def side_by_side(out: Any, title: str, texts: Sequence[tuple[str, str]], height: int | None = None) -> Any:
+    """Named texts as the columns of a table; height: of it, in which there is room for their last lines alone."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(plain(title)), title_justify="left", expand=True)
+    heading = Text(plain(title))
+    table = Table(title=heading, title_justify="left", expand=True)
     cells = []
     for name, text in texts:
         table.add_column(Text(name, overflow="fold"), ratio=1)
         cell = Text(plain(text, "\n"), overflow="fold")
-        if lines is not None:
+        if height is not None:
             width = max(1, (out.width - 1) // len(texts) - 3)
-            cell = Text("\n").join(cell.wrap(out, width)[-lines:])
+            room = max(1, height - len(heading.wrap(out, out.width)) - 6)
+            cell = Text("\n").join(cell.wrap(out, width)[-room:])
         cells.append(cell)
     table.add_row(*cells)
     return table
@@ -109,7 +111,7 @@ def growing(out: Any, title: str, texts: Callable[[], Sequence[tuple[str, str]]]
     from rich.live import Live
 
     def shown() -> Any:
-        return side_by_side(out, title, texts(), max(1, out.height - 8))
+        return side_by_side(out, title, texts(), out.height)
 
     live = Live(get_renderable=shown, console=out, transient=True, refresh_per_second=8)
     with live if sys.stdout.isatty() else nullcontext():

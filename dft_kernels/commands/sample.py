@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,7 @@ def run(options: argparse.Namespace) -> int:
     """Load, continue, and print."""
     transformers.utils.logging.disable_progress_bar()
     out, settings = console(), settings_of(options)
-    plain = replace(Settings(), beams=settings.beams, temperature=0.0 if settings.greedy else 1.0)
-    if options.compare and settings == plain:
+    if options.compare and settings == settings.plain:
         fail("sample", "compare", "stand beside a setting", "none", "Add one, as --diversity 0.1")
     if options.out is not None:
         _check_out(options.out)
@@ -92,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         made = {options.model: (options.model, model, settings)}
         if options.compare:
             made = {
-                f"{options.model}, as it is": (options.model, model, plain),
+                f"{options.model}, as it is": (options.model, model, settings.plain),
                 f"{options.model}, with these settings": (options.model, model, settings),
             }
         elif chosen.base is not None:
@@ -117,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
     out.print(_summary(columns))
     for column in columns:
         for refiner in (step for step in column.steps if isinstance(step, IterativeRefiner)):
-            out.print(_refined(column.label, refiner))
+            _refined(out, column.label, refiner)
     return 0
 
 
@@ -186,16 +185,16 @@ def _summary(columns: list[Column]) -> Any:
     return table
 
 
-def _refined(label: str, refiner: IterativeRefiner) -> Any:
-    """What a refiner spent, and for what."""
+def _refined(out: Any, label: str, refiner: IterativeRefiner) -> None:
+    """Print what a refiner spent, and for what."""
     from rich.table import Table
-    from rich.text import Text
 
-    found = refiner.report()
-    title = f"{label}: {refiner.target.about.name}, expected in 1,000 tokens"
-    table = Table("statistic", "before", "after", "target", title=Text(title))
-    for name, target in found.target.items():
-        table.add_row(name, *(f"{1000 * value:.1f}" for value in (found.before[name], found.after[name], target)))
+    found, name = refiner.report(), refiner.target.about.name
     share = f"{found.bounded:.0%} of {found.tokens} tokens at the bound of {refiner.bound:g}"
-    table.caption = f"KL {found.kl:.4f} nats a token; {share}"
-    return table
+    spent = f"KL {found.kl:.4f} nats a token, {share}"
+    out.print(f"{label}, refined towards {name}: {spent}", markup=False, highlight=False)
+    table = Table("expected in 1,000 tokens", "before", "after", "target")
+    for statistic, target in found.target.items():
+        values = (found.before[statistic], found.after[statistic], target)
+        table.add_row(statistic, *(f"{1000 * value:.1f}" for value in values))
+    out.print(table)

@@ -68,8 +68,9 @@ class IterativeRefiner(Step):
 
     `report()`: the KL spent and the statistics before and after, of all draws since `reset()`.
     Errors: ValueError for another tokenizer's targets, or one without the statistics.
-    Memory: S (F + 1) numbers, S about 1,100 tokens with a feature of F = 11; B x 16 x S for the search. Cost: one
-    log-sum-exp and a copy of [B, V], the rest of [B, S]; [B, T] ids are read anew at every token.
+    Memory: S G numbers: S tokens with a feature, about 1,100, of G kinds, about 120: those with the same features.
+    Cost: one log-softmax of [B, V], a product [B, S] x [S, G], the rest is of [B, 16, G] at most; [B, T] ids
+    are read anew at every token.
     """
 
     place = "refinement"
@@ -98,8 +99,9 @@ class IterativeRefiner(Step):
         self.target, self.native, self.bound = target, native, float(bound)
         self.steps, self.feedback = steps, float(feedback)
         members = potentials.features(target)
-        self._support = members.any(1).nonzero()[:, 0]
-        self._features = members[self._support]
+        self._support = members.any(1).nonzero()[:, 0]  # [S]
+        self._features, self._kind = members[self._support].unique(dim=0, return_inverse=True)  # [G, F], [S]
+        self._kinds = torch.nn.functional.one_hot(self._kind, len(self._features)).float()
         self._history = History(members >= 0.5, tokenizer.all_special_ids)
         self._rates = potentials.rates(target)
         self._by_age = self._ratios()
@@ -127,13 +129,13 @@ class IterativeRefiner(Step):
     def step(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """See Step."""
         self._to(scores)
-        log_sum = scores.logsumexp(-1, keepdim=True)
-        mass = (scores[:, self._support] - log_sum).exp()  # [B, S]
+        out = scores.log_softmax(-1)
+        mass = out[:, self._support].exp() @ self._kinds  # [B, G]
         tilt = self._tilt(mass, self._deltas(input_ids))
         eta, kl, log_z = _furthest(mass, tilt, self.bound)
         tilt = tilt * eta
-        out = scores - (log_sum + log_z)
-        out[:, self._support] += tilt
+        out.sub_(log_z)
+        out[:, self._support] += tilt[:, self._kind]
         self._count(input_ids, mass, mass * (tilt - log_z).exp(), kl, eta)
         return out
 
@@ -148,7 +150,7 @@ class IterativeRefiner(Step):
         return here + self.feedback * ((expected + _MEMORY) / (seen.counts + _MEMORY)).log()
 
     def _tilt(self, mass: Tensor, delta: Tensor) -> Tensor:
-        """u [B, S], by mirror descent from 0."""
+        """u [B, G], by mirror descent from 0."""
 
         def odds(mass: Tensor, total: Tensor | float) -> Tensor:
             return (mass @ self._features / total).clamp(_LEAST, 1 - 1e-6).logit()
@@ -169,7 +171,7 @@ class IterativeRefiner(Step):
             of = f"be of the model's {scores.shape[1]} tokens"
             fail("IterativeRefiner", "target", of, size, "Build it for the model: dft-kernels target build")
         if self._support.device != scores.device:
-            for name in ("_support", "_features", "_rates", "_by_age"):
+            for name in ("_support", "_features", "_kind", "_kinds", "_rates", "_by_age"):
                 setattr(self, name, getattr(self, name).to(scores.device))
             self._history.to(scores.device)
 
@@ -196,8 +198,8 @@ class IterativeRefiner(Step):
 
 
 def _furthest(mass: Tensor, tilt: Tensor, bound: float) -> tuple[Tensor, Tensor, Tensor]:
-    """eta [B, 1] in 0..1, the largest at which KL(q‖q_0) <= bound, that KL, and log Z. mass: of q_0 on the tokens that
-    are tilted [B, S]."""
+    """eta [B, 1] in 0..1, the largest at which KL(q‖q_0) <= bound, that KL, and log Z. mass: of q_0 on tokens that are
+    tilted [B, G], by kind."""
     low, width = torch.zeros_like(mass[:, :1]), 1.0
     grid = torch.arange(1, _SECTIONS + 1, device=mass.device, dtype=mass.dtype) / _SECTIONS
     for _ in range(_ROUNDS):
@@ -210,7 +212,7 @@ def _furthest(mass: Tensor, tilt: Tensor, bound: float) -> tuple[Tensor, Tensor,
 
 def _divergence(mass: Tensor, tilt: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q‖q_0) and log Z [B, E], of q = q_0 exp(eta u) / Z for each of eta [B, E]."""
-    u = eta[..., None] * tilt[:, None]  # [B, E, S]
+    u = eta[..., None] * tilt[:, None]  # [B, E, G]
     grown = u.expm1() * mass[:, None]
     log_z = grown.sum(-1).log1p()
     mean = ((grown + mass[:, None]) * u).sum(-1) / log_z.exp()

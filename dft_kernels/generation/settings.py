@@ -57,6 +57,11 @@ class Settings:
         """Whether the likeliest token is taken: temperature 0."""
         return self.temperature == 0
 
+    @property
+    def plain(self) -> Settings:
+        """The model as it is, drawn or searched in the same way: what these settings are compared with."""
+        return Settings(temperature=0.0 if self.greedy else 1.0, beams=self.beams)
+
     def steps(self, tokenizer: Any) -> list[LogitsProcessor]:
         """The processors of scores, in their order, new ones; none for the defaults. ValueError for a target of another
         tokenizer, or without what is needed of it, and for what `ordered` refuses: two temperatures, one with beams or

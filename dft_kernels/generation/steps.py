@@ -112,8 +112,9 @@ class Watch:
         assert self._before is not None
         after, before = scores.log_softmax(-1), self._before.log_softmax(-1)
         drawn = after.exp()
-        self.entropy.append(torch.special.entr(drawn).sum(-1))
-        self.kl.append(torch.where(drawn > 0, drawn * (after - before), 0.0).sum(-1).clamp_min(0))
+        self.entropy.append(-torch.linalg.vecdot(drawn, after.nan_to_num(neginf=0.0)))
+        shift = (after - before).nan_to_num(nan=0.0, neginf=0.0)  # nan: left out by both
+        self.kl.append(torch.linalg.vecdot(drawn, shift).clamp_min(0))
         self._before = None
 
 

@@ -22,7 +22,7 @@ class EntropyTemperature(Step):
     Zhang et al., arXiv:2403.14541).
 
     theta: at least 0; 0, the default, is a fixed temperature. base: in 0..1, the paper's 0.8. No row goes below a
-    temperature of 0.05. Cost: four passes over [B, V].
+    temperature of 0.05. Cost: a softmax, a log-softmax and six passes over [B, V].
     """
 
     place = "entropy"
@@ -41,10 +41,10 @@ class EntropyTemperature(Step):
 
     def step(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """See Step."""
-        z = _below_largest(scores)
+        below, z = _below_largest(scores)
         entropy, _ = _at(z, torch.zeros_like(z[:, :1]))
         cold = self.theta / entropy.clamp_min(1e-6) * math.log(self.base)
-        return _drawn(scores, z, (cold + math.log(self.temperature)).clamp(min=math.log(LEAST)))
+        return _drawn(below, (cold + math.log(self.temperature)).clamp(min=math.log(LEAST)))
 
     def __repr__(self) -> str:
         return f"EntropyTemperature(T = {self.temperature:g} * {self.base:g}^({self.theta:g} / H))"
@@ -53,14 +53,14 @@ class EntropyTemperature(Step):
 class Diversity(Step):
     """Each row at the temperature T at which its entropy is (1 + d) times what it is at 1, as far as it can be:
 
-        H(softmax(scores / T)) = min(H(softmax(scores)) (1 + d), log n), LEAST <= T <= most
+        H(softmax(scores / T)) = H(softmax(scores)) (1 + d),   0.05 <= T <= most
 
-    of the n tokens that are left: truncate first, or a high T finds what is wrong in the tail. By Newton's method in
-    log T on H, dH / dlog T = Var_T(scores) / T^2 (a distribution of an exponential family: dH/dT = Var / T^3),
-    bracketed, to 1e-4 nats in 8 steps at most.
+    of the tokens that are left: truncate first, or a high T finds what is wrong in the tail. By Newton's method in
+    log T on log H, dH / dlog T = Var_T(scores) / T^2 (an exponential family: dH/dT = Var / T^3), bracketed, to 1e-4
+    nats in 8 steps at most. A row whose entropy cannot be had, log n of n tokens at most, is at the limit of T.
 
     d: above -1; 0, the default, leaves the model as it is. most: T at most, above 1.
-    Cost: one pass over [B, V] for the entropy, one for each step.
+    Cost: a softmax and five passes over [B, V] for the entropy, and for each step; a log-softmax.
     """
 
     place = "entropy"
@@ -77,12 +77,10 @@ class Diversity(Step):
 
     def step(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """See Step."""
-        z = _below_largest(scores)
+        below, z = _below_largest(scores)
         entropy, slope = _at(z, torch.zeros_like(z[:, :1]))
-        left = (z > _FLOOR).sum(1, keepdim=True, dtype=z.dtype)
-        goal = torch.minimum(entropy * (1 + self.d), left.log())
         limits = (math.log(LEAST), 0.0) if self.d < 0 else (0.0, math.log(self.most))
-        return _drawn(scores, z, solved(z, goal, entropy, slope, limits))
+        return _drawn(below, solved(z, entropy * (1 + self.d), entropy, slope, limits))
 
     def __repr__(self) -> str:
         return f"Diversity(H = {1 + self.d:g} * H, T <= {self.most:g})"
@@ -99,7 +97,7 @@ def solved(z: Tensor, goal: Tensor, entropy: Tensor, slope: Tensor, limits: tupl
         over = entropy > goal
         low, high = torch.where(over, low, x), torch.where(over, x, high)
         found = ((entropy - goal).abs() <= CLOSE) | (low >= high)
-        if not z.is_cuda and bool(found.all()):
+        if z.device.type == "cpu" and bool(found.all()):
             break  # to ask a GPU would be to wait for it
         # in log H: of a row with one likely token, H falls by powers as T does
         there = x + (goal.clamp_min(1e-30) / entropy.clamp_min(1e-30)).log() * entropy / slope.clamp_min(1e-30)
@@ -109,25 +107,25 @@ def solved(z: Tensor, goal: Tensor, entropy: Tensor, slope: Tensor, limits: tupl
     return x
 
 
-def _below_largest(scores: Tensor) -> Tensor:
-    return (scores - scores.amax(-1, keepdim=True)).clamp_(min=_FLOOR)
+def _below_largest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores less the row's largest, and the same without -inf."""
+    below = scores - scores.amax(-1, keepdim=True)
+    return below, below.clamp(min=_FLOOR)
 
 
 def _at(z: Tensor, log_temperature: Tensor) -> tuple[Tensor, Tensor]:
     """The entropy of softmax(z / T) in nats and its derivative in log T, [B, 1] each."""
     cold = (-log_temperature).exp()
-    mass = (z * cold).exp_()
-    total = mass.sum(-1, keepdim=True)
-    first = mass.mul_(z).sum(-1, keepdim=True) / total
-    second = mass.mul_(z).sum(-1, keepdim=True) / total
-    return total.log() - cold * first, cold.square() * (second - first.square()).clamp_min(0)
+    mass = (z * cold).softmax(-1)
+    log_sum = -mass.amax(-1, keepdim=True).log()  # of z / T, of which the largest is 0
+    first = torch.linalg.vecdot(mass, z)[:, None]
+    second = torch.linalg.vecdot(mass.mul_(z), z)[:, None]
+    return log_sum - cold * first, cold.square() * (second - first.square()).clamp_min(0)
 
 
-def _drawn(scores: Tensor, z: Tensor, log_temperature: Tensor) -> Tensor:
+def _drawn(below: Tensor, log_temperature: Tensor) -> Tensor:
     """log softmax(scores / T); what was left out stays so."""
-    scaled = z * (-log_temperature).exp()
-    out = scaled - scaled.logsumexp(-1, keepdim=True)
-    return out.masked_fill_(scores == -math.inf, -math.inf)
+    return (below * (-log_temperature).exp()).log_softmax(-1)
 
 
 def _finite(function: str, argument: str, value: float, above: float, most: float) -> None:

@@ -16,7 +16,7 @@ class TopNSigma(Step):
     sigma, sigma over the tokens that are left (Tang et al., arXiv:2411.07641). The same tokens stay at any
     temperature.
 
-    n: above 0; None, the default, leaves none out. The paper's is 1. Cost: three passes over [B, V].
+    n: above 0; None, the default, leaves none out. The paper's is 1. Cost: a log-softmax and six passes over [B, V].
     """
 
     place = "truncation"
@@ -34,13 +34,13 @@ class TopNSigma(Step):
     def step(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """See Step."""
         assert self.n is not None
-        there = scores > -math.inf
-        count = there.sum(-1, keepdim=True)
-        known = scores.masked_fill(~there, 0.0)
-        centred = torch.where(there, scores - known.sum(-1, keepdim=True) / count, 0.0)
-        sigma = (centred.square().sum(-1, keepdim=True) / count).sqrt()
-        out = scores.masked_fill(scores < scores.amax(-1, keepdim=True) - self.n * sigma, -math.inf)
-        return out - out.logsumexp(-1, keepdim=True)
+        below = scores - scores.amax(-1, keepdim=True)
+        count = (below > -math.inf).sum(-1, keepdim=True)
+        known = below.nan_to_num(neginf=0.0)
+        square = torch.linalg.vecdot(known, known)[:, None] / count
+        sigma = (square - (known.sum(-1, keepdim=True) / count).square()).clamp_min(0).sqrt()
+        # threshold is a tenth of what masks take; 1e-6: the largest stays where sigma is 0
+        return torch.nn.functional.threshold(below.add_(self.n * sigma), -1e-6, -math.inf).log_softmax(-1)
 
     def __repr__(self) -> str:
         return "TopNSigma(none left out)" if self.n is None else f"TopNSigma(score >= max - {self.n:g} sigma)"

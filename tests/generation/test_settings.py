@@ -43,6 +43,8 @@ def test_the_defaults_are_no_step(tokenizer: Any) -> None:
     assert Settings(temperature=0.0).steps(tokenizer) == []
     assert Settings(beams=4).steps(tokenizer) == []
     assert Settings().flags() == []
+    assert Settings(diversity=0.1, top_p=0.9).plain == Settings()
+    assert Settings(top_p=0.9, beams=4).plain == Settings(beams=4)
 
 
 def test_the_steps_stand_in_order(tokenizer: Any, target: str) -> None:
@@ -105,6 +107,6 @@ def test_a_record_is_of_the_text_as_it_is_now(tokenizer: Any) -> None:
         next(stream)
         found = recorded("m", "p", settings, stream, 1)
     drawn = stream.drawn[1]
-    assert (found.tokens, found.text) == (2, tokenizer.decode([one.token for one in drawn]))
+    assert (found.tokens, found.text.strip()) == (2, tokenizer.decode([one.token for one in drawn]))
     assert found.kl == pytest.approx(sum(one.kl for one in drawn) / 2)
     assert json.loads(json.dumps(asdict(found)))["settings"]["top_p"] == 0.9

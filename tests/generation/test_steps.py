@@ -15,6 +15,7 @@ from target_texts import WORDS, documents
 from tiny_models import far, word_tokenizer
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper
 
+from dft_kernels.generation.refiner import IterativeRefiner
 from dft_kernels.generation.sampling import continuations
 from dft_kernels.generation.steps import Watch, ordered, warpers
 from dft_kernels.generation.style import StyleShift
@@ -162,6 +163,20 @@ def test_repr_says_what_it_does(pair: tuple[Target, Target]) -> None:
     assert repr(TopNSigma(1)) == "TopNSigma(score >= max - 1 sigma)"
     assert repr(TopNSigma()) == "TopNSigma(none left out)"
     assert repr(StyleShift(pair[1], pair[0], 0.5)) == "StyleShift(0.5 log(other / plain))"
+
+
+def test_no_step_waits_for_the_device(words: Any, pair: tuple[Target, Target]) -> None:
+    """On tensors without values whatever asks for one is an error, as it would be a wait on a GPU."""
+    steps = [
+        StyleShift(*pair, 0.5), TopNSigma(1.0), Diversity(0.1), EntropyTemperature(1.0),
+        IterativeRefiner(pair[1], words, pair[0], bound=0.1),
+    ]  # fmt: skip
+    ids, given = (torch.empty(4, 9, dtype=torch.int64, device="meta"), torch.empty(4, len(words), device="meta"))
+    watch = Watch()
+    for step in watch.around(steps):
+        given = step(ids, given)
+    assert given.shape == (4, len(words))
+    assert watch.kl[0].shape == (4,)
 
 
 def test_defaults_leave_the_model_as_it_is(words: Any, pair: tuple[Target, Target]) -> None:

@@ -1,0 +1,189 @@
+"""What steps at inference do to a model's writing: python bench/inference.py [--count 200] [--csv FILE] [--folder DIR]
+
+SmolLM2-135M goes on from passages of two novels of Jane Austen (from apt) that it was not shown in any other way; the
+target is what the four others are like. Native statistics are of its own text after passages of those four. Arms:
+
+    plain       by every temperature, top-p and min-p of an evaluation's sweep
+    refined     by the same at temperature 1, with an IterativeRefiner of each of some bounds
+    ...         with style, with diversity, with all of it
+
+Of each arm every metric of the evaluation room, with its floor; the perplexity of its texts under a second model,
+Gemma3-270M; nats of KL a token; seconds a token, and beside them those of the same draws without the steps. Texts are
+kept in --folder, an arm a file, and a run that was stopped goes on with the next arm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+
+from dft_kernels.benchmarks.runs import about
+from dft_kernels.benchmarks.tables import write_csv
+from dft_kernels.evaluation import gap
+from dft_kernels.evaluation.documents import Documents
+from dft_kernels.evaluation.evaluate import GRID
+from dft_kernels.evaluation.measure import measured, swept
+from dft_kernels.evaluation.metrics import METRICS, Expectation, Sample
+from dft_kernels.evaluation.people import People, people
+from dft_kernels.evaluation.reading import read
+from dft_kernels.files import replace_text
+from dft_kernels.generation.refiner import IterativeRefiner
+from dft_kernels.generation.sampling import continuations
+from dft_kernels.generation.steps import Watch, ordered, warpers
+from dft_kernels.generation.style import StyleShift
+from dft_kernels.generation.temperature import Diversity
+from dft_kernels.generation.truncation import TopNSigma
+from dft_kernels.materials.models import cache_folder, gemma3, smollm2
+from dft_kernels.materials.texts import documents_of
+from dft_kernels.targets import corpus, passages
+from dft_kernels.targets.target import Target
+from dft_kernels.targets.target_file import load, save
+
+HELD_OUT = 2  # novels, the last ones
+PROMPT, BATCH = 32, 25
+PLAIN = "plain, T 1, top-p 1, min-p 0"
+SEEDS = {"test": 0, "native": 1000}
+Steps = Callable[[], list[Any]]
+
+
+def arms(tokenizer: Any, target: Target, native: Target) -> dict[str, Steps]:
+    """By name, what is drawn with."""
+
+    def refined(bound: float, **more: Any) -> IterativeRefiner:
+        return IterativeRefiner(target, tokenizer, native, bound=bound, **more)
+
+    made: dict[str, Steps] = {}
+    for temperature, top_p, min_p in GRID:
+        name = f"plain, T {temperature:g}, top-p {top_p:g}, min-p {min_p:g}"
+        made[name] = lambda of=(temperature, top_p, min_p): warpers(*of)
+    for bound in (0.02, 0.05, 0.1):
+        made[f"refined, {bound:g} nats"] = lambda bound=bound: [refined(bound)]
+    made["refined, 0.1 nats, min-p 0.05"] = lambda: [*warpers(min_p=0.05), refined(0.1)]
+    made["refined, 0.1 nats, without the text so far"] = lambda: [refined(0.1, feedback=0.0)]
+    made["refined, 0.1 nats, the text so far alone"] = lambda: [IterativeRefiner(target, tokenizer, bound=0.1)]
+    made["style 0.5"] = lambda: [StyleShift(target, native, 0.5)]
+    made["diversity +0.1"] = lambda: [TopNSigma(2.0), Diversity(0.1)]
+    made["style 0.5, top-n-sigma 2, diversity +0.1, refined, 0.1 nats"] = lambda: [
+        StyleShift(target, native, 0.5), TopNSigma(2.0), Diversity(0.1), refined(0.1)
+    ]  # fmt: skip
+    return made
+
+
+def drawn(model: Any, tokenizer: Any, those: People, steps: list[Any], length: int, file: Path) -> dict[str, Any]:
+    """Texts after the prompts of the reference, and what was spent; from the file where it has them."""
+    if file.exists():
+        return dict(json.loads(file.read_text()))
+    prompts = [tokenizer(one.prompt, add_special_tokens=False)["input_ids"] for one in those.reference]
+    watch, texts, tokens, seconds = Watch(), [], 0, 0.0
+    for number, start in enumerate(range(0, len(prompts), BATCH)):
+        some = prompts[start : start + BATCH]
+        began = time.perf_counter()
+        made = continuations(model, tokenizer, some, length, SEEDS["test"] + number, logits_processor=ordered(steps))
+        seconds += time.perf_counter() - began
+        tokens += sum(map(len, made))
+        texts += [tokenizer.decode(ids) for ids in made]
+    made = continuations(model, tokenizer, prompts[:BATCH], length, 0, logits_processor=watch.around(ordered(steps)))
+    live = [[at < len(ids) for ids in made] for at in range(len(watch.kl))]
+    kl, entropy = (
+        float(np.concatenate([one.numpy()[on] for one, on in zip(of, map(np.array, live), strict=True)]).mean())
+        for of in (watch.kl, watch.entropy)
+    )
+    found = {"texts": texts, "tokens": tokens, "seconds": seconds, "kl": kl, "entropy": entropy,
+             "steps": [repr(step) for step in steps]}  # fmt: skip
+    for step in steps:
+        if isinstance(step, IterativeRefiner):
+            found["report"] = vars(step.report())
+    replace_text(file, json.dumps(found))
+    return found
+
+
+def main() -> None:
+    """Draw, read, measure, write."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--count", type=int, default=200)
+    made.add_argument("--length", type=int, default=128)
+    made.add_argument("--only", default="", help="arms whose names hold this, and plain sampling at temperature 1")
+    made.add_argument("--folder", type=Path, default=Path("build/inference"))
+    made.add_argument("--csv", type=Path)
+    made.add_argument("--cache", type=Path, default=cache_folder())
+    options = made.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = smollm2(options.cache)
+    novels = list(documents_of("literary", options.cache)[1])
+    known, held = (
+        [one for text in some for one in passages(text.splitlines(True))]
+        for some in (novels[:-HELD_OUT], novels[-HELD_OUT:])
+    )
+    for name, build in {
+        "target": lambda: corpus.build(known, tokenizer, name="four novels", tokenizer_name="smollm2"),
+        "native": lambda: gap.native(
+            model, tokenizer, gap.windows(known, tokenizer, PROMPT, options.length, options.count, SEEDS["native"]),
+            PROMPT, seed=SEEDS["native"], batch=BATCH, name="smollm2",
+        ),
+    }.items():  # fmt: skip
+        if not (options.folder / f"{name}.safetensors").exists():
+            save(build(), options.folder / f"{name}.safetensors")
+    target, native = (load(str(options.folder / f"{name}.safetensors")) for name in ("target", "native"))
+    those = people(held, tokenizer, PROMPT, options.length, options.count, SEEDS["test"])
+    every = arms(tokenizer, target, native)
+    chosen = {name: of for name, of in every.items() if options.only in name or name == PLAIN}
+    found = {}
+    for name, of in chosen.items():
+        file = options.folder / f"arm-{list(every).index(name)}.json"
+        found[name] = one = drawn(model, tokenizer, those, of(), options.length, file)
+        print(f"{name}: {1000 * one['seconds'] / one['tokens']:.2f} ms a token, KL {one['kl']:.4f}", flush=True)
+    other, its = gemma3(options.cache)
+    prompts = [one.prompt for one in those.reference]
+    for name, one in {**found, "people": {"texts": [passage.text for passage in those.reference]}}.items():
+        file = options.folder / f"read-{name.replace(' ', '-')}.json"
+        if not file.exists():
+            of = read(other, its, prompts, one["texts"])
+            replace_text(file, json.dumps([of.cross_entropy.tolist(), of.tokens.tolist()]))
+        loss, count = json.loads(file.read_text())
+        one["perplexity"] = math.exp(sum(loss) / sum(count))
+        print(f"{name}: perplexity {one['perplexity']:.2f}", flush=True)
+    rows = measured_rows(tokenizer, those, found)
+    if options.csv is not None:
+        write_csv(options.csv, [{**row, **about("cpu")} for row in rows])
+
+
+def measured_rows(tokenizer: Any, those: People, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row an arm and metric."""
+    pool, prompts = [one.text for one in those.all], [one.prompt for one in those.all]
+    at = {}
+    for name, one in found.items():
+        at[name] = np.arange(len(pool), len(pool) + len(one["texts"]))
+        pool += one["texts"]
+        prompts += [passage.prompt for passage in those.reference]
+    documents = Documents(pool, np.arange(len(those.all)), tokenizer, None, prompts)
+    metrics = [one for one in METRICS if not isinstance(one, Expectation)]
+    samples = {name: Sample(documents, rows) for name, rows in at.items()}
+    values = measured(samples, metrics=metrics)
+    rows = []
+    for name, these in values.items():
+        print(f"\n{name}: mean {swept(these, samples[name])}")
+        for one in these:
+            value = one.value
+            if value.value is None or not value.floor:
+                continue
+            print(f"  {one.metric.name:30s} {value.value:9.4f} {value.value / value.floor:7.2f} floors")
+            of = found[name]
+            rows.append({
+                "arm": name, "metric": one.metric.name, "value": value.value, "floor": value.floor, "low": value.low,
+                "high": value.high, "perplexity": of["perplexity"], "kl": of["kl"], "entropy": of["entropy"],
+                "ms_token": 1000 * of["seconds"] / of["tokens"], "count": len(of["texts"]),
+            })  # fmt: skip
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -25,33 +25,31 @@ NAMES = ("sentence end", *CLASSES)
 F = len(NAMES)
 
 
-def end_ratio(target: Target, native: Target) -> Tensor:
-    """delta of a sentence end by age [A]: of the soft hazards, since <q, sentence_end> is what a model has."""
+def ratios(target: Target, native: Target) -> Tensor:
+    """delta [F, A + 1] of a sentence end and of a mark of each class, by the tokens since the last one, and for no such
+    mark yet. States are pooled with those around them, a quarter of their number to each side, and each counts with
+    PRIOR tokens of the ratio of all states together."""
     sides = []
     for one in (target, native):
-        risk = at_risk(one) / at_risk(one).sum() * (one.about.tokens or 0)
-        sides.append((one["soft_hazard"].double() * risk, risk))
-    return _ratio(*sides)
-
-
-def gap_ratios(target: Target, native: Target) -> Tensor:
-    """delta of a mark of each class by the tokens since the last one of it [K, G]."""
-    sides = []
-    for one in (target, native):
-        gaps = one["punctuation_gap"].double()
-        marks = (one["punctuation_rate"].double() * (one.about.tokens or 0))[:, None]
-        ended = gaps * marks
-        sides.append((ended, ended.flip(1).cumsum(1).flip(1)))
-    return _ratio(*sides)
-
-
-def rate_ratio(target: Target, native: Target) -> Tensor:
-    """delta of each feature [F] whatever the state."""
-    sides = []
-    for one in (target, native):
-        least = 0.5 / max(one.about.tokens or 1, 1)  # half an occurrence
-        sides.append(rates(one).double().clamp(least, 1 - least).logit())
+        events, risk = (_pooled(x) for x in _counts(one))
+        overall = rates(one).double()[:, None]
+        hazard = (events + PRIOR * overall) / (risk + PRIOR)
+        sides.append(hazard.clamp(1e-5, 1 - 1e-5).logit())
     return (sides[0] - sides[1]).clamp(-LIMIT, LIMIT).float()
+
+
+def _counts(one: Target) -> tuple[Tensor, Tensor]:
+    """Events and tokens at risk [F, A + 1]. Of a target that was built before it had open gaps: of whole ones."""
+    tokens = one.about.tokens or 0
+    if "mark_hazard" in one.tensors:
+        risk = one["mark_risk"].double() * tokens
+        return one["mark_hazard"].double() * risk, risk
+    of_ends = at_risk(one) / at_risk(one).sum() * tokens
+    marks = one["punctuation_gap"].double() * (one["punctuation_rate"].double() * tokens)[:, None]
+    events = torch.cat([(one["hazard"].double() * of_ends)[None], marks])
+    risk = torch.cat([of_ends[None], marks.flip(1).cumsum(1).flip(1)])
+    none = torch.zeros(F, 1, dtype=torch.float64)
+    return torch.cat([events, none], 1), torch.cat([risk, none], 1)
 
 
 def rates(one: Target) -> Tensor:
@@ -60,23 +58,12 @@ def rates(one: Target) -> Tensor:
     return torch.cat([end, one["punctuation_rate"].double()]).float()
 
 
-def _ratio(target: tuple[Tensor, Tensor], native: tuple[Tensor, Tensor]) -> Tensor:
-    """Log odds ratios by state (the last dimension) of events and tokens at risk. States are pooled with those around
-    them, a quarter of their number to each side, and each with PRIOR tokens of the ratio of all states."""
-    sides = []
-    for events, risk in (target, native):
-        events, risk = _pooled(events), _pooled(risk)
-        overall = events.sum(-1, keepdim=True) / risk.sum(-1, keepdim=True).clamp_min(1e-300)
-        sides.append(((events + PRIOR * overall) / (risk + PRIOR)).clamp(1e-6, 1 - 1e-6).logit())
-    return (sides[0] - sides[1]).clamp(-LIMIT, LIMIT).float()
-
-
 def _pooled(values: Tensor) -> Tensor:
-    size = values.shape[-1]
-    at = torch.arange(size)
+    """[F, A + 1], the last bin on its own."""
+    at = torch.arange(values.shape[1] - 1)
     reach = (at // 4).clamp(max=16)
     near = ((at[:, None] - at[None, :]).abs() <= reach[:, None]).double()
-    return values.double() @ near.T
+    return torch.cat([values[:, :-1] @ near.t(), values[:, -1:]], 1)
 
 
 def features(target: Target) -> Tensor:

@@ -104,18 +104,9 @@ class IterativeRefiner(Step):
         self._kinds = torch.nn.functional.one_hot(self._kind, len(self._features)).float()
         self._history = History(members >= 0.5, tokenizer.all_special_ids)
         self._rates = potentials.rates(target)
-        self._by_age = self._ratios()
+        none = torch.zeros(potentials.F, 2)
+        self._by_age = none if native is None else potentials.ratios(target, native)  # [F, ages + 1]: none yet
         self.reset()
-
-    def _ratios(self) -> Tensor:
-        """delta of how the model writes, [F, ages + 1], the last of no f yet."""
-        if self.native is None:
-            return torch.zeros(potentials.F, 2)
-        ends, gaps = (f(self.target, self.native) for f in (potentials.end_ratio, potentials.gap_ratios))
-        by_age = torch.cat([ends[None], gaps])
-        by_age[0, -1] = ends[-1]
-        none = potentials.rate_ratio(self.target, self.native)
-        return torch.cat([by_age, none[:, None]], 1)
 
     @property
     def idle(self) -> bool:

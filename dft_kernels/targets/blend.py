@@ -88,6 +88,11 @@ def _linear(targets: list[Target], weights: list[float], max_clipped: float | No
         elif name == "sentence_end" and "unigram" in shared:
             ends, occurrences = mixed(name, lambda one: one["unigram"])
             out[name] = torch.where(occurrences > 0, ends / occurrences.clamp(min=1e-300), 0).clamp(0, 1)
+        elif name == "mark_risk":
+            out[name] = shares(mixed(name)[0])
+        elif name == "mark_hazard" and "mark_risk" in shared:
+            events, risk = mixed(name, lambda one: one["mark_risk"])
+            out[name] = torch.where(risk > 0, events / risk.clamp(min=1e-300), 0).clamp(0, 1)
         elif name == "soft_hazard" and "hazard" in shared:
             soft, risk = mixed(name, lambda one: at_risk(one) / at_risk(one).sum())
             out[name] = torch.where(risk > 0, soft / risk.clamp(min=1e-300), 0).clamp(0, 1)
@@ -120,7 +125,7 @@ def _log_linear(targets: list[Target], weights: list[float]) -> dict[str, Tensor
         values = [one[name] for one in targets]
         if name == "punctuation_features":
             out[name] = values[0]
-        elif name.startswith(("ngram_", "entropy")) or name == "hazard":
+        elif name.startswith(("ngram_", "entropy", "mark_")) or name == "hazard":
             continue
         elif name == "sentence_end":  # what ends a sentence is no style
             total = sum(abs(weight) for weight in weights)

@@ -101,6 +101,7 @@ class Counts:
             shapes |= {
                 "unigram": (V,), "ends": (V,), "sentence_tokens": (AGES,), "at_risk": (AGES,),
                 "punctuation": (K,), "gap": (K, GAPS), "transition": (K, K),
+                "mark_events": (1 + K, GAPS + 1), "mark_risk": (1 + K, GAPS + 1),
             }  # fmt: skip
         self.sums = {name: np.zeros((BLOCKS, *shape), np.int64) for name, shape in shapes.items()}
 
@@ -153,8 +154,10 @@ class Counts:
         kinds = self._mark_class[np.repeat(self._mark_start[ids] - first, counts) + np.arange(counts.sum())]
         _tally(sums["punctuation"], kinds)
         np.add.at(sums["transition"], (kinds[:-1], kinds[1:]), 1)
+        _tally_open(sums, 0, last, len(ids), 0)
         for kind in range(len(CLASSES)):
             _tally(sums["gap"][kind], np.diff(where[kinds == kind]) - 1)
+            _tally_open(sums, 1 + kind, where[kinds == kind], len(ids), GAPS)
 
     def merge(self, other: Counts) -> None:
         """Add another's counts, of the same tokenizer."""
@@ -183,6 +186,8 @@ class Counts:
         out["punctuation_rate"] = _ratio(sums["punctuation"], sums["tokens"])
         out["punctuation_gap"] = _shares(sums["gap"])
         out["punctuation_transition"] = _shares(sums["transition"])
+        out["mark_hazard"] = _ratio(sums["mark_events"], np.maximum(sums["mark_risk"], 1))
+        out["mark_risk"] = _shares(sums["mark_risk"])
         if sums["sentence_tokens"].sum():
             out["sentence_end"] = _ratio(sums["ends"], np.maximum(sums["unigram"], 1))
             out["sentence_tokens"] = _shares(sums["sentence_tokens"])
@@ -297,6 +302,18 @@ def _tally(into: Any, values: Any) -> None:
     """Add a histogram of values, the last bin taking all above."""
     if len(values):
         into += np.bincount(np.minimum(values, len(into) - 1), minlength=len(into))
+
+
+def _tally_open(sums: dict[str, Any], row: int, at: Any, size: int, first: int) -> None:
+    """Of a text of `size` tokens and those `at` which it happens: how many tokens stand at each age, and how often it
+    happens there. first: the age of the text's first token, GAPS for all before it has happened."""
+    before = np.searchsorted(at, np.arange(size))  # how often
+    ages = np.arange(size) - np.concatenate([[0], at + 1])[before]
+    ages = np.minimum(ages, GAPS - 1)
+    if first:
+        ages[before == 0] = first
+    _tally(sums["mark_risk"][row], ages)
+    _tally(sums["mark_events"][row], ages[at])
 
 
 def _shares(counts: Any) -> Tensor:

@@ -43,6 +43,8 @@ STATISTICS: dict[str, Statistic] = {
     "punctuation_rate": Statistic(1, _F, True, False),
     "punctuation_gap": Statistic(2, _F, True, True),
     "punctuation_transition": Statistic(2, _F, True, True),
+    "mark_hazard": Statistic(2, _F, True, False),
+    "mark_risk": Statistic(2, _F, True, True),
     "entropy": Statistic(1, _F, True, False),
     "entropy_contexts": Statistic(1, _I, True, False),
     "entropy_weight": Statistic(1, _F, True, True),
@@ -93,6 +95,11 @@ class Target:
         punctuation_rate [K]         share of the tokens that hold this class
         punctuation_gap [K, G]       g + 1 tokens from one of a class to the next one of it
         punctuation_transition [K, K]  P(class of the next mark | class of this)
+        mark_hazard [1 + K, G + 1]   P(this token ends the sentence, or holds this class | a tokens of the text stand
+                                     behind the last that did; in the last bin: none did, but of sentences, which begin
+                                     with the text), gaps that the end of a text cuts off counted as far as they go:
+                                     what hazard and punctuation_gap, of whole ones, are not for short texts
+        mark_risk [1 + K, G + 1]     shares of the tokens that a row of it was taken of
         entropy [C]                  of the next token after token entropy_contexts [C] int32, nats, where the corpus
                                      tells; entropy_weight [C]: their shares
     Of the text, for any tokenizer:
@@ -209,7 +216,13 @@ def _shape_problem(tensors: Mapping[str, Tensor]) -> str | None:
         if len(set(sizes)) > 1:
             return f"{', '.join(names)} must be as long as each other, got {sizes}"
     K = len(CLASSES)
-    classes = {"punctuation_rate": [K], "punctuation_per_1000_words": [K], "punctuation_gap": [K]}
+    classes = {
+        "mark_hazard": [K + 1, GAPS + 1],
+        "mark_risk": [K + 1, GAPS + 1],
+        "punctuation_rate": [K],
+        "punctuation_per_1000_words": [K],
+        "punctuation_gap": [K],
+    }
     for name, shape in {**classes, "punctuation_transition": [K, K]}.items():
         if name in tensors and list(tensors[name].shape[: len(shape)]) != shape:
             return f"{name} must be of {K} classes, got {list(tensors[name].shape)}"

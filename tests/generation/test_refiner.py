@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from dft_kernels.generation.refiner import IterativeRefiner
 from dft_kernels.generation.sampling import continuations
 from dft_kernels.generation.steps import Watch, ordered
 from dft_kernels.targets import corpus
+from dft_kernels.targets.punctuation import CLASSES
 from dft_kernels.targets.target import Target
 
 
@@ -67,27 +69,62 @@ def test_history_by_hand() -> None:
     assert bool((beyond.counts[0] == members[3].long()).all())
 
 
-def test_potentials_of_equal_targets_are_none(pair: tuple[Target, Target]) -> None:
-    target = pair[0]
-    assert not potentials.end_ratio(target, target).any()
-    assert not potentials.gap_ratios(target, target).any()
-    assert not potentials.rate_ratio(target, target).any()
+def hazard_by_hand(texts: list[list[int]], marks: set[int], age: int) -> float:
+    """How often a mark follows where `age` tokens stand behind the last one; age -1: where none stands yet."""
+    events = risk = 0
+    for ids in texts:
+        last = -1
+        for at, token in enumerate(ids):
+            if (at - last - 1 if last >= 0 else -1) == age:
+                risk += 1
+                events += token in marks
+            last = at if token in marks else last
+    return events / risk
+
+
+def test_open_gaps_are_counted_as_far_as_they_go(words: Any) -> None:
+    """Cut off or not, texts of one kind have one hazard; whole gaps alone would make that of short ones too large."""
+    texts = [text.split() for text in documents(80)]
+    whole, short = (
+        corpus.build([" ".join(text[:size]) for text in texts], words, name="made") for size in (10_000, 14)
+    )
+    question, comma = (1 + CLASSES.index(name) for name in ("question", "comma"))
+    ids = [words(" ".join(text), add_special_tokens=False)["input_ids"] for text in texts]
+    marks = {words.convert_tokens_to_ids("?")}
+    for age, column in ((3, 3), (9, 9), (-1, -1)):
+        assert float(whole["mark_hazard"][question, column]) == pytest.approx(hazard_by_hand(ids, marks, age), abs=1e-6)
+    for one in (whole, short):
+        assert torch.allclose(one["mark_risk"].sum(1), torch.ones(11))
+    assert float(short["mark_hazard"][comma, 3]) == pytest.approx(float(whole["mark_hazard"][comma, 3]), abs=0.02)
+    assert float(short["mark_hazard"][question, -1]) == pytest.approx(
+        float(whole["mark_hazard"][question, -1]), abs=0.02
+    )
 
 
 def test_potentials_are_log_odds_ratios(pair: tuple[Target, Target]) -> None:
     target, native = pair
-    ends = potentials.end_ratio(target, native)
-    assert float(ends.abs().max()) <= potentials.LIMIT
-    h, h_native = (float(one["soft_hazard"][6]) for one in (target, native))
-    assert float(ends[6]) > 0.5  # after "The" and 5 words a short sentence is likelier to end
-    assert abs(float(ends[6]) - (math.log(h / (1 - h)) - math.log(h_native / (1 - h_native)))) < 0.5  # pooled
-    rates = potentials.rate_ratio(target, native)
-    for at, name in enumerate(potentials.NAMES):
-        p, q = (float(potentials.rates(one)[at]) for one in (target, native))
-        if min(p, q) > 0.001:
-            assert float(rates[at]) == pytest.approx(math.log(p / (1 - p)) - math.log(q / (1 - q)), abs=1e-3), name
-    more, less = (float(rates[potentials.NAMES.index(name)]) for name in ("question", "exclamation"))
-    assert more > 1 > -1 > less
+    found = potentials.ratios(target, native)
+    assert not potentials.ratios(target, target).any()
+    assert float(found.abs().max()) <= potentials.LIMIT
+
+    def odds(one: Target, row: int, age: int) -> float:
+        return float(one["mark_hazard"][row, age].double().logit())
+
+    ends, question, exclamation = (potentials.NAMES.index(name) for name in ("sentence end", "question", "exclamation"))
+    assert float(found[ends, 6]) > 0.5  # after "The" and 5 words a short sentence is likelier to end
+    assert float(found[ends, 6]) == pytest.approx(odds(target, ends, 6) - odds(native, ends, 6), abs=0.5)  # pooled
+    assert bool((found[question] > 0.5).all())
+    assert bool((found[exclamation] < -0.5).all())
+
+
+def test_a_target_that_was_built_before_has_its_whole_gaps(pair: tuple[Target, Target]) -> None:
+    target, native = pair
+    before = {name: tensor for name, tensor in target.tensors.items() if not name.startswith("mark_")}
+    old = replace(target, tensors=before)
+    new, found = potentials.ratios(target, native), potentials.ratios(old, native)
+    ends = potentials.NAMES.index("sentence end")
+    assert torch.allclose(found[ends, :8], new[ends, :8], atol=0.1)
+    assert float(found[potentials.NAMES.index("question"), -1]) > 0.5
 
 
 def kl(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:

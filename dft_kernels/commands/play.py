@@ -56,8 +56,9 @@ def _check_host(text: str) -> None:
 
 
 def _check_token(text: str) -> None:
-    if len(text) < SHORTEST:
-        raise ValueError(f"token must have at least {SHORTEST} characters, got {len(text)}. Lengthen it.")
+    if len(text) < SHORTEST or not (text.isascii() and text.isprintable()):
+        got = f"{len(text)}, some of them others" if len(text) >= SHORTEST else len(text)
+        raise ValueError(f"token must have at least {SHORTEST} characters, of ASCII, got {got}. Write another.")
 
 
 def run(options: argparse.Namespace) -> int:

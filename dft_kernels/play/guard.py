@@ -19,6 +19,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 SHORTEST = 16  # characters of a token
+LARGEST = 1 << 21  # bytes of a request: the longest prompt, escaped, and some more
 COOKIE = "dft_kernels_play"
 _PATHS = re.compile(  # what the page asks for; not what gradio serves besides, as uploads, proxies, links that are kept
     r"/(?:favicon\.ico|manifest\.json|theme\.css|config|(?:assets|static)/.*"
@@ -79,6 +80,9 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and re.sub(r"^https?://", "", origin) != host:
             return 403, "play: the origin must be the page itself, got another.\n"
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > LARGEST or "transfer-encoding" in headers:
+            return 413, f"play: a request must say that it has at most {LARGEST} bytes, got another.\n"
         return None
 
     def _known(self, cookies: str) -> bool:

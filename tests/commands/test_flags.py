@@ -61,7 +61,7 @@ WORDS: dict[str, list[str]] = {  # what is a text for argparse
     "divergence": ["nothing"], "temperature_scaling": ["nothing"], "dtype": ["nothing", "int8"],
     "served": ["host:8000", "ftp://host", "http://me:key@host", "http://host?key=1"],
     "loss_backend": ["nothing"], "report_to": ["nothing"],
-    "host": ["nowhere.example", "", "127.0.0.1:80", "256.0.0.1"], "token": ["", "too short"],
+    "host": ["nowhere.example", "", "127.0.0.1:80", "256.0.0.1"], "token": ["", "too short", "é" * 16, "\n" * 16],
     "style": ["literary", "nothing=1", "literary=much", "literary=nan", "=1", f"{FOLDER}=1", f"{BINARY}=1"],
     "names": ["nothing"], "peer": ["nothing"], "shape": ["1,2", "0,1,1", "a,b,c"],
 }  # fmt: skip

@@ -142,6 +142,18 @@ def test_pages_of_others_may_not_ask_nor_anyone_for_what_the_page_does_not(token
     assert asked(app, origin="http://127.0.0.1:8000", cookie=cookie)[0] == 200
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [{"content-length": str(guard.LARGEST + 1)}, {"content-length": "-1"}, {"content-length": "x"},
+     {"transfer-encoding": "chunked"}],
+)  # fmt: skip
+def test_a_huge_request_is_not_read(headers: dict[str, str]) -> None:
+    inner = Inner()
+    assert asked(Guard(inner), "/gradio_api/queue/join", **headers)[0] == 413
+    assert inner.calls == []
+    assert asked(Guard(inner), "/gradio_api/queue/join", **{"content-length": str(guard.LARGEST)})[0] == 200
+
+
 def test_the_life_of_the_server_is_not_guarded() -> None:
     inner = Inner()
     asked(Guard(Local(inner), TOKEN), kind="lifespan")

@@ -1,4 +1,4 @@
-"""How far people's own text lies from a target, in the floors that `dft-kernels play` shows: python bench/play.py [--csv FILE]
+"""How far people's own text lies from a target in the floors of `dft-kernels play`: python bench/play.py [--csv FILE]
 
 Of the novels behind the preset `literary`, passages dealt into two halves: a target of one, and texts of the other, of
 several lengths, measured as a page measures what a model writes.
@@ -54,8 +54,8 @@ def main() -> None:
 
     run = about("cpu")
     caption = (
-        f"{len(texts)} texts of the novels behind `literary`, target of the other half ({target.about.tokens:,} tokens); "
-        f"commit {run['commit']}; {run['date']}"
+        f"{len(texts)} texts of the novels behind `literary`, target of the other half ({target.about.tokens:,} "
+        f"tokens); commit {run['commit']}; {run['date']}"
     )
     rows = [
         {"people's own text, in floors: mean (95 % quantile)": row.label,

@@ -190,6 +190,21 @@ def test_who_waits_may_cancel(served: Served) -> None:
     assert first.state == DONE
 
 
+def test_who_leaves_while_waiting_leaves_the_line(served: Served) -> None:
+    first, second, third = (Session() for _ in range(3))
+    going = [one.write(served, ask(served)) for one in (first, second, third)]
+    for one in going:
+        next(one)
+    assert third.before == 2
+    going[1].close()
+    next(going[2])
+    assert third.before == 1
+    list(going[0])
+    list(going[2])
+    assert (first.state, third.state) == (DONE, DONE)
+    assert served.turns._line == []
+
+
 def test_a_text_at_a_time(served: Served) -> None:
     session = Session()
     going = session.write(served, ask(served))

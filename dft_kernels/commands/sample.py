@@ -20,7 +20,7 @@ from ..generation.refiner import IterativeRefiner
 from ..generation.sampling import Sampling, continuations, text_after
 from ..generation.settings import Record, Settings, recorded
 from ..generation.stream import Drawn, Stream, check_prompts
-from ..materials.sources import MODEL_HELP, model_of, texts_of, trained_model
+from ..materials.sources import MODEL_HELP, config_of, model_of, texts_of, tokenizer_of, trained_model
 from .arguments import Help, Number, OutputFile, Parser, Whole
 from .flags import add_cache, add_sampling, add_seed, add_steps, add_text, settings_of
 from .printing import console, growing, show
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         _check_out(options.out)
     chosen = trained_model(options.model, options.base)
     texts = options.prompt if options.text is None else texts_of(options.text, options.cache)[: options.count]
-    tokenizer = chosen.tokenizer(options.cache)
+    tokenizer = tokenizer_of(chosen.whole, options.cache)
     settings.steps(tokenizer)  # their mistakes, before a model is read
     prompts = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
     if options.text is not None:
@@ -86,6 +86,9 @@ def run(options: argparse.Namespace) -> int:
     if not all(prompts):
         given = "prompt" if options.text is None else "text"
         raise ValueError(f"sample: {given} must hold a token, each of them, got an empty one. Leave it out.")
+    beside = None if options.compare else chosen.base
+    for name in (chosen.whole, *([] if beside is None else [beside])):
+        check_prompts(config_of(name, options.cache), prompts, options.length)
     with out.status("models"):
         model, _ = chosen.load(options.cache)
         made = {options.model: (options.model, model, settings)}
@@ -94,12 +97,9 @@ def run(options: argparse.Namespace) -> int:
                 f"{options.model}, as it is": (options.model, model, settings.plain),
                 f"{options.model}, with these settings": (options.model, model, settings),
             }
-        elif chosen.base is not None:
-            base, _ = model_of(chosen.base, options.cache, argument="base")
-            made = {chosen.base: (chosen.base, base, settings), **made}
+        elif beside is not None:
+            made = {beside: (beside, model_of(beside, options.cache, argument="base")[0], settings), **made}
     columns = [Column(label, *one, one[-1].steps(tokenizer)) for label, one in made.items()]
-    for column in columns:
-        check_prompts(column.model, prompts, options.length)
     records: list[Record] = []
     for number, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
         seed = options.seed + number
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
     out.print(_summary(columns))
     for column in columns:
         for refiner in (step for step in column.steps if isinstance(step, IterativeRefiner)):
-            _refined(out, column.label, refiner)
+            _refined(out, column, refiner)
     return 0
 
 
@@ -185,14 +185,14 @@ def _summary(columns: list[Column]) -> Any:
     return table
 
 
-def _refined(out: Any, label: str, refiner: IterativeRefiner) -> None:
+def _refined(out: Any, column: Column, refiner: IterativeRefiner) -> None:
     """Print what a refiner spent, and for what."""
     from rich.table import Table
 
     found, name = refiner.report(), refiner.target.about.name
-    share = f"{found.bounded:.0%} of {found.tokens} tokens at the bound of {refiner.bound:g}"
-    spent = f"KL {found.kl:.4f} nats a token, {share}"
-    out.print(f"{label}, refined towards {name}: {spent}", markup=False, highlight=False)
+    tokens = f"{found.tokens} tokens{' of all beams' if column.settings.beams > 1 else ''}"
+    spent = f"KL {found.kl:.4f} nats a token, {found.bounded:.0%} of {tokens} at the bound of {refiner.bound:g}"
+    out.print(f"{column.label}, refined towards {name}: {spent}", markup=False, highlight=False)
     table = Table("expected in 1,000 tokens", "before", "after", "target")
     for statistic, target in found.target.items():
         values = (found.before[statistic], found.after[statistic], target)

@@ -77,10 +77,10 @@ class Trained(NamedTuple):
     base: str | None
     adapter: str | None
 
-    def tokenizer(self, cache: Path) -> Any:
-        """The tokenizer alone."""
-        name, argument = (self.name, "model") if self.adapter is None else (str(self.base), "base")
-        return tokenizer_of(name, cache, argument)
+    @property
+    def whole(self) -> str:
+        """The name of the whole model that is loaded."""
+        return self.name if self.adapter is None else str(self.base)
 
     def load(self, cache: Path) -> tuple[Any, Any]:
         """The model, adapted, and its tokenizer."""
@@ -113,15 +113,20 @@ def trained_model(name: str, base: str | None) -> Trained:
     return Trained(name, base, adapter)
 
 
-def tokenizer_of(name: str, cache: Path, argument: str = "tokenizer") -> Any:
-    """A tokenizer: smollm2's, which pip brings, or a folder or name for transformers. argument: what gave the name, for
-    errors."""
+def tokenizer_of(name: str, cache: Path) -> Any:
+    """A tokenizer: smollm2's, which pip brings, or a folder or name for transformers."""
     import transformers
 
-    if name == SMOLLM2:
-        return transformers.AutoTokenizer.from_pretrained(smollm2_folder(cache))
-    with _loading(name, argument):
-        return transformers.AutoTokenizer.from_pretrained(name)
+    folder = smollm2_folder(cache) if name == SMOLLM2 else name
+    with _loading(name, "tokenizer"):
+        return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def config_of(name: str, cache: Path) -> Any:
+    """The configuration of a model that `check_model` has found."""
+    import transformers
+
+    return transformers.AutoConfig.from_pretrained(smollm2_folder(cache) if name == SMOLLM2 else name)
 
 
 def _listed(name: str, cache: Path, only: str | None, faults: records.Faults | None) -> Iterable[str] | None:

@@ -139,6 +139,7 @@ def test_mistakes_are_one_line_before_a_model_is_read(
         (["--diversity", "0.1", "--beams", "2"], "steps must hold no temperature with beams"),
         (["--compare"], "--compare must stand beside a setting, got none"),
         (["--compare", "--beams", "2"], "--compare must stand beside a setting"),
+        (["--length", "62"], "--length must be, with the prompt, at most 64 tokens, the model's positions, got a"),
         (["--out", "theirs.jsonl"], "--out must be a new file, or one that this command wrote, got theirs.jsonl"),
         (["--out", "text.jsonl"], "--out must be a new file, or one that this command wrote"),
         (["--out", "new.txt"], "--out must end in .jsonl"),
@@ -170,14 +171,6 @@ def test_an_interruption_ends_the_draws(
     (kept,) = records(here / "interrupted.jsonl")
     assert said.out == f"prompt: {PROMPTS[0]}\nmodel: {kept['text']}\n"
     assert "Stream" not in [one.name for one in threading.enumerate()]
-
-
-def test_a_prompt_that_is_too_long(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sample("--length", "62", "--out", "long.jsonl") == 1
-    assert (
-        "--length must be, with the prompt, at most 64 tokens, the model's positions, got a" in capsys.readouterr().err
-    )
-    assert not (here / "long.jsonl").exists()
 
 
 def test_what_a_terminal_would_act_on_is_escaped() -> None:

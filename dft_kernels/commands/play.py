@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
             f"play: token must be given with --host {options.host}, got none. Name one that visitors know, or leave "
             "--host out and reach the page by ssh -L."
         )
-    listening = _listen(options.host, options.port)
+    listening = listen(options.host, options.port)
     with listening:
         served = _served(options)
         from ..play.page import application
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
         host, port = listening.getsockname()[:2]
         query = "" if options.token is None else f"?token={quote(options.token, safe='')}"
         print(f"http://{f'[{host}]' if ':' in host else host}:{port}/{query}", flush=True)
-        _serve(application(served, options.token), listening)
+        server(application(served, options.token)).run(sockets=[listening])
     return 0
 
 
@@ -97,7 +97,8 @@ def _served(options: argparse.Namespace) -> Any:
     return Served(models, tokenizer, targets, base=options.base, style_base=options.style_base, native=options.native)
 
 
-def _listen(host: str, port: int | None) -> socket.socket:
+def listen(host: str, port: int | None) -> socket.socket:
+    """A socket on an address, of a free port by default."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port or 0), family=family)
@@ -109,8 +110,8 @@ def _listen(host: str, port: int | None) -> socket.socket:
         ) from error
 
 
-def _serve(application: Any, listening: socket.socket) -> None:
+def server(application: Any) -> Any:
+    """uvicorn's, of one page. It ends although streams to browsers are open."""
     import uvicorn
 
-    config = uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1)
-    uvicorn.Server(config).run(sockets=[listening])
+    return uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1))

@@ -27,7 +27,6 @@ SLIDERS = {  # keyword of `Served.ask`: label, step, value, and what it does
     "gamma": ("Style mixture", 0.1, 0.0, "gamma; 0: none, 1: all of it"),
     "bound": ("Refiner bound", 0.01, 0.0, "KL in nats a token; 0: no refiner"),
 }
-
 _MUTED = {"": "#5b5f66", "_dark": "#a4a9b1"}  # as page.css has it: gradio's own is too faint to read
 _FAINT = ("body_text_color_subdued", "block_info_text_color", "block_label_text_color")
 _COLOURS = {
@@ -61,7 +60,7 @@ def blocks(served: Served) -> Any:
     with gradio.Blocks(title=f"dft-kernels play: {visible(served.name)}", analytics_enabled=False) as made:
         gradio.HTML(
             f"<h1>{escape(visible(served.name))}</h1><p>Text, drawn token by token"
-            f"{', beside its base' if not served.alone else ', as the model is and with the settings below'}.</p>"
+            f"{', beside its base' if not served.alone else ', as the model is and with the settings'}.</p>"
         )
         session = gradio.State(None)
         with gradio.Row():

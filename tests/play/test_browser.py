@@ -18,9 +18,8 @@ if CHROMIUM is None:
     pytest.skip("no chromium and no chrome on PATH", allow_module_level=True)
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
-import uvicorn
 
-from dft_kernels.commands.play import _listen
+from dft_kernels.commands.play import listen, server
 from dft_kernels.play.page import application
 from dft_kernels.play.session import Served
 
@@ -41,7 +40,7 @@ class Site:
         page.set_default_timeout(10_000)
 
         def asked(request: Any) -> None:
-            if not request.url.startswith((self.url, "blob:" + self.url, "data:")):
+            if not request.url.startswith((f"{self.url}/", f"blob:{self.url}/", "data:")):
                 self.problems.append(f"asked for {request.url}")
 
         page.on("request", asked)
@@ -56,9 +55,9 @@ class Site:
 @pytest.fixture(scope="module")
 def site(model: Any, tokenizer: Any, target: Any, file: str) -> Iterator[Site]:
     served = Served({"tiny": model}, tokenizer, {file: target}, style_base=file)
-    with _listen("127.0.0.1", None) as listening, sync_api.sync_playwright() as driver:
-        server = uvicorn.Server(uvicorn.Config(application(served), log_level="critical", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    with listen("127.0.0.1", None) as listening, sync_api.sync_playwright() as driver:
+        running = server(application(served))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
         thread.start()
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         found = Site(f"http://127.0.0.1:{listening.getsockname()[1]}", browser, served)
@@ -66,7 +65,7 @@ def site(model: Any, tokenizer: Any, target: Any, file: str) -> Iterator[Site]:
         yield found
         hook.remove()
         browser.close()
-        server.should_exit = True
+        running.should_exit = True
         thread.join()
 
 

@@ -130,9 +130,15 @@ def test_the_command_serves_on_this_machine(
     folder: Path, file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     served: list[tuple[Any, Any]] = []
-    monkeypatch.setattr(
-        play, "_serve", lambda application, listening: served.append((application, listening.getsockname()))
-    )
+
+    class Server:
+        def __init__(self, application: Any) -> None:
+            self.application = application
+
+        def run(self, sockets: Any) -> None:
+            served.append((self.application, sockets[0].getsockname()))
+
+    monkeypatch.setattr(play, "server", Server)
     assert cli.main(["play", str(folder), "--target", file, "--style-base", file]) == 0
     out = capsys.readouterr().out
     ((application, (host, port)),) = served

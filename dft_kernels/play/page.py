@@ -28,7 +28,7 @@ SLIDERS = {  # keyword of `Served.ask`: label, step, value, and what it does
     "bound": ("Refiner bound", 0.01, 0.0, "KL in nats a token; 0: no refiner"),
 }
 _MUTED = {"": "#5b5f66", "_dark": "#a4a9b1"}  # as page.css has it: gradio's own is too faint to read
-_FAINT = ("body_text_color_subdued", "block_info_text_color", "block_label_text_color")
+_FAINT = ("body_text_color_subdued", "block_info_text_color", "block_label_text_color", "input_placeholder_color")
 _COLOURS = {
     **{f"{name}{scheme}": colour for name in _FAINT for scheme, colour in _MUTED.items()},
     **{f"button_primary_background_fill{scheme}": "#0b5394" for scheme in _MUTED},

@@ -18,6 +18,7 @@ if CHROMIUM is None:
     pytest.skip("no chromium and no chrome on PATH", allow_module_level=True)
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
+sync_api.expect.set_options(timeout=20_000)
 
 from dft_kernels.commands.play import listen, server
 from dft_kernels.play.page import application
@@ -25,6 +26,32 @@ from dft_kernels.play.session import Served
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # gradio's own
 PROMPT = "The cat sat ."
+FAINT = """() => {
+  const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const luminance = (colour) => parts(colour).slice(0, 3).map((x) => x / 255)
+    .map((x) => (x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, x, at) => sum + [0.2126, 0.7152, 0.0722][at] * x, 0);
+  const ground = (one) => {
+    for (; one; one = one.parentElement) {
+      const colour = getComputedStyle(one).backgroundColor;
+      if ((parts(colour)[3] ?? 1) === 1) return colour;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const faint = [];
+  for (const one of document.querySelectorAll("body *")) {
+    const said = [...one.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+    if (!one.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
+    const colours = said ? [getComputedStyle(one).color] : [];
+    if (one.placeholder) colours.push(getComputedStyle(one, "::placeholder").color);
+    for (const colour of colours) {
+      const [dark, bright] = [luminance(colour), luminance(ground(one))].sort((a, b) => a - b);
+      const ratio = (bright + 0.05) / (dark + 0.05);
+      if (ratio < 4.5) faint.push(`${ratio.toFixed(2)} ${colour} on ${ground(one)}: ${one.outerHTML.slice(0, 120)}`);
+    }
+  }
+  return [...new Set(faint)];
+}"""  # text of less contrast than WCAG 2.1 asks for, AA
 
 
 class Site:
@@ -37,7 +64,7 @@ class Site:
     def visitor(self, **context: Any) -> Any:
         """A page of a new visitor, whose requests and console are looked at."""
         page = self.browser.new_context(permissions=["clipboard-read", "clipboard-write"], **context).new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(20_000)
 
         def asked(request: Any) -> None:
             if not request.url.startswith((f"{self.url}/", f"blob:{self.url}/", "data:")):
@@ -85,7 +112,7 @@ def visit(site: Site, visitor: Any) -> Iterator[Any]:
 
 def status(page: Any, text: str) -> None:
     """Wait until it says so."""
-    sync_api.expect(page.locator("#status")).to_contain_text(re.compile(text), timeout=10_000)
+    sync_api.expect(page.locator("#status")).to_contain_text(re.compile(text), timeout=20_000)
 
 
 def write(page: Any, prompt: str = PROMPT, length: int = 30) -> None:
@@ -216,7 +243,7 @@ def test_two_visitors_do_not_meet(site: Site, visit: Any) -> None:
 
 
 def test_sizes_and_schemes(site: Site, visit: Any) -> None:
-    """Nothing is wider than the page, all that is used has a name, and colours follow the scheme."""
+    """Nothing is wider than the page, all that is used has a name, and all text stands out, in both schemes."""
     write(visit)
     status(visit, "Done")
     for width in (390, 1280):
@@ -225,6 +252,7 @@ def test_sizes_and_schemes(site: Site, visit: Any) -> None:
             visit.emulate_media(color_scheme=scheme)
             sync_api.expect(visit.locator(".token").first).to_have_css("color", ink)
             assert visit.evaluate("document.documentElement.scrollWidth") <= width
+            assert visit.evaluate(FAINT) == []
     unnamed = visit.evaluate("""[...document.querySelectorAll('button, input, textarea, select')].filter(one =>
         one.checkVisibility() && !(one.ariaLabel || one.labels?.length || one.innerText.trim() || one.title)
     ).map(one => one.outerHTML)""")

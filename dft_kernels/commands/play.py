@@ -11,7 +11,7 @@ from urllib.parse import quote
 import transformers
 
 from ..generation.settings import Settings
-from ..materials.sources import MODEL_HELP, model_of, trained_model
+from ..materials.sources import MODEL_HELP, model_of, tokenizer_of, trained_model
 from ..play.guard import SHORTEST, is_loopback
 from ..targets import target_file
 from .arguments import Checked, Help, Parser, Whole
@@ -85,15 +85,14 @@ def _served(options: argparse.Namespace) -> Any:
 
     transformers.utils.logging.disable_progress_bar()
     chosen = trained_model(options.model, options.base)
-    model, tokenizer = chosen.load(options.cache)
-    models = {options.model: model}
-    if chosen.base is not None:
-        models = {chosen.base: model_of(chosen.base, options.cache, argument="base")[0], **models}
+    tokenizer = tokenizer_of(chosen.whole, options.cache)
     targets = {name: target_file.load(name) for name in target_file.presets()}
     targets |= {name: target_file.load(name, tokenizer) for name in options.target}
-    for name in (options.native, options.style_base if options.style_base != Settings.style_base else None):
-        if name is not None:
-            target_file.load(name, tokenizer)
+    for name in {options.native, options.style_base} - {None, Settings.style_base}:
+        target_file.load(name, tokenizer)
+    models = {options.model: chosen.load(options.cache)[0]}
+    if chosen.base is not None:
+        models = {chosen.base: model_of(chosen.base, options.cache, argument="base")[0], **models}
     return Served(models, tokenizer, targets, base=options.base, style_base=options.style_base, native=options.native)
 
 

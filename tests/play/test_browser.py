@@ -246,6 +246,7 @@ def test_sizes_and_schemes(site: Site, visit: Any) -> None:
     """Nothing is wider than the page, all that is used has a name, and all text stands out, in both schemes."""
     write(visit)
     status(visit, "Done")
+    visit.add_style_tag(content="* { transition: none !important; }")  # colours at once
     for width in (390, 1280):
         for scheme, ink in (("light", "rgb(27, 28, 30)"), ("dark", "rgb(231, 232, 234)")):
             visit.set_viewport_size({"width": width, "height": 800})

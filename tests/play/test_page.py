@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 
 from dft_kernels.commands import main as cli
 from dft_kernels.commands import play
+from dft_kernels.materials.sources import Trained
 from dft_kernels.play import page
 from dft_kernels.play.distances import Distance
 from dft_kernels.play.session import Served, Session
@@ -153,7 +154,10 @@ def test_the_command_serves_on_this_machine(
     assert served[1][0].token == token
 
 
-def test_errors_are_one_line(folder: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_line_before_a_model_is_loaded(
+    folder: Path, file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Trained, "load", lambda *_: pytest.fail("a model was loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for line, said in (

@@ -197,7 +197,7 @@ def table(served: Served, session: Session | None, columns: list[list[Distance]]
     kl = "".join(f"<td>{one.kl:.2f} nats</td>" for one in session.written)
     return (
         f"<table><caption>Distance of the text so far from {of}, in floors: 1 is what a text of this size, drawn word "
-        "by word from the target itself, is off by; people’s own lie at about 1, seldom above 3.</caption>"
+        "by word from the target itself, is off by; people’s own text lies at about 1, seldom above 3.</caption>"
         f'<thead><tr><th scope="col">Statistic</th>{heads}</tr></thead>'
         f'<tbody>{body}<tr><th scope="row">KL spent</th>{kl}</tr></tbody></table>'
     )

@@ -11,12 +11,14 @@ from torch import Tensor
 
 class Seen(NamedTuple):
     """Of rows of text, F features of tokens. age [B, F]: tokens since the last with this feature, all of them where
-    none has it; met [B, F]: whether one has; counts [B, F]; tokens [B, 1]: of the text. Special tokens are no text."""
+    none has it; met [B, F]: whether one has; counts [B, F]; tokens [B, 1]: of the text; text [B, T]: which are. Special
+    tokens are no text."""
 
     age: Tensor
     met: Tensor
     counts: Tensor
     tokens: Tensor
+    text: Tensor
 
 
 class History:
@@ -49,7 +51,8 @@ class History:
         code = self._code(input_ids)
         place = torch.arange(1, code.shape[1] + 1, device=code.device)  # 0: before the first
         begun = torch.where(code == self.special, place, 0).amax(1, keepdim=True)  # behind the last special token
-        has = ((code[..., None] >> self.shifts) & 1).bool() & (place > begun)[..., None]
+        text = place > begun
+        has = ((code[..., None] >> self.shifts) & 1).bool() & text[..., None]
         last = torch.where(has, place[:, None], 0).amax(1)
         age = code.shape[1] - torch.maximum(last, begun)
-        return Seen(age, last > 0, has.sum(1), code.shape[1] - begun)
+        return Seen(age, last > 0, has.sum(1), code.shape[1] - begun, text)

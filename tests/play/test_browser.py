@@ -206,6 +206,7 @@ def tab_to(page: Any, what: str) -> None:
 def test_by_keyboard_alone(site: Site, visit: Any) -> None:
     visit.get_by_label("Prompt").fill("")
     visit.locator("h1").click()  # from where Tab goes on
+    visit.mouse.move(0, 0)  # over no token, wherever text moves to
     tab_to(visit, "Prompt")
     visit.keyboard.type("The dog ran .")
     tab_to(visit, "Write")
@@ -218,7 +219,7 @@ def test_by_keyboard_alone(site: Site, visit: Any) -> None:
         visit.keyboard.press(key)
         one = first.last if at < 0 else first.nth(at)
         sync_api.expect(one).to_be_focused()
-        assert visit.locator("#looked-at").inner_text() == one.get_attribute("title")
+        sync_api.expect(visit.locator("#looked-at")).to_have_text(one.get_attribute("title"))
     visit.keyboard.press("Tab")
     sync_api.expect(visit.locator("#text-1 .token").first).to_be_focused()
     for name in ("Copy the command line", "Save the pair", "range slider for Temperature", "Style", "Seed"):

@@ -8,8 +8,8 @@ target is what the four others are like. Native statistics are of its own text a
     ...         by style, by diversity, by all of it
 
 Of each arm every metric of the evaluation room, with its floor; the perplexity of its texts under a second model,
-Gemma3-270M; nats of KL a token; seconds a token, and beside them those of the same draws without the steps. Texts are
-kept in --folder, an arm a file, and a run that was stopped goes on with the next arm.
+Gemma3-270M; nats of KL a token. Texts are kept in --folder, an arm a file, and a run that was stopped goes on with the
+next arm.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from dft_kernels.targets.target_file import load, save
 HELD_OUT = 2  # novels, the last ones
 PROMPT, BATCH = 32, 50
 TEMPERATURES = (1.0, 0.85, 0.7, 1.15)
-PLAIN = "plain, T 1"
+READ = 60  # texts that the second model reads
 SEEDS = {"test": 0, "native": 1000}
 Steps = Callable[[], list[Any]]
 
@@ -107,7 +107,8 @@ def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--count", type=int, default=200)
     made.add_argument("--length", type=int, default=128)
-    made.add_argument("--only", default="", help="arms whose names hold this, and plain sampling at temperature 1")
+    made.add_argument("--only", nargs="+", default=[""], help="arms whose names begin with one of these")
+    made.add_argument("--draw", action="store_true", help="no more: what others read and measure, arms side by side")
     made.add_argument("--folder", type=Path, default=Path("build/inference"))
     made.add_argument("--csv", type=Path)
     made.add_argument("--cache", type=Path, default=cache_folder())
@@ -132,18 +133,20 @@ def main() -> None:
     target, native = (load(str(options.folder / f"{name}.safetensors")) for name in ("target", "native"))
     those = people(held, tokenizer, PROMPT, options.length, options.count, SEEDS["test"])
     every = arms(tokenizer, target, native)
-    chosen = {name: of for name, of in every.items() if options.only in name or name == PLAIN}
+    chosen = {name: of for name, of in every.items() if name.startswith(tuple(options.only))}
     found = {}
     for name, of in chosen.items():
         file = options.folder / f"arm-{list(every).index(name)}.json"
         found[name] = one = drawn(model, tokenizer, those, of(), options.length, file)
         print(f"{name}: {1000 * one['seconds'] / one['tokens']:.2f} ms a token, KL {one['kl']:.4f}", flush=True)
+    if options.draw:
+        return
     other, its = gemma3(options.cache)
-    prompts = [one.prompt for one in those.reference]
+    prompts = [one.prompt for one in those.reference[:READ]]
     for name, one in {**found, "people": {"texts": [passage.text for passage in those.reference]}}.items():
         file = options.folder / f"read-{name.replace(' ', '-')}.json"
         if not file.exists():
-            of = read(other, its, prompts, one["texts"])
+            of = read(other, its, prompts, one["texts"][:READ])
             replace_text(file, json.dumps([of.cross_entropy.tolist(), of.tokens.tolist()]))
         loss, count = json.loads(file.read_text())
         one["perplexity"] = math.exp(sum(loss) / sum(count))
@@ -167,7 +170,8 @@ def measured_rows(tokenizer: Any, those: People, found: dict[str, dict[str, Any]
     values = measured(samples, metrics=metrics)
     rows = []
     for name, these in values.items():
-        print(f"\n{name}: mean {swept(these, samples[name])}")
+        mean, beyond = swept(these, samples[name])
+        print(f"\n{name}: mean {mean}, {beyond} beyond their floor")
         for one in these:
             value = one.value
             if value.value is None or not value.floor:
@@ -176,8 +180,8 @@ def measured_rows(tokenizer: Any, those: People, found: dict[str, dict[str, Any]
             of = found[name]
             rows.append({
                 "arm": name, "metric": one.metric.name, "value": value.value, "floor": value.floor, "low": value.low,
-                "high": value.high, "perplexity": of["perplexity"], "kl": of["kl"], "entropy": of["entropy"],
-                "ms_token": 1000 * of["seconds"] / of["tokens"], "count": len(of["texts"]),
+                "high": value.high, "perplexity": of.get("perplexity", ""), "kl": of["kl"], "entropy": of["entropy"],
+                "beyond": beyond, "count": len(of["texts"]), "read": min(READ, len(of["texts"])),
             })  # fmt: skip
     return rows
 

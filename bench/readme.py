@@ -285,6 +285,34 @@ def edges_table(rows: Rows) -> str:
     return markdown(head, lines, f"Ours / {who[1]} / {who[2]}, {rows[0]['dtype']}; {where(rows)}")
 
 
+def inference_table(rows: Rows) -> str:
+    """Of bench/inference.py: a row an arm, distances in floors."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    of = {(row["arm"], row["metric"]): row for row in rows}
+    distances = ("sentence length, W1", "punctuation gaps, W1", "punctuation transitions, TV", "token L2, 1-grams")
+
+    def cells(arm: str) -> list[str]:
+        first = next(row for row in rows if row["arm"] == arm)
+        made = [of[arm, name] for name in distances]
+        ratios = [f"{float(row['value']) / float(row['floor']):.2f}" for row in made]
+        perplexity = first["perplexity"] and f"{float(first['perplexity']):.0f}"
+        return [
+            arm,
+            *ratios,
+            first["beyond"],
+            perplexity,
+            f"{float(first['entropy']):.2f}",
+            f"{float(first['kl']):.3f}",
+        ]
+
+    head = ["", *distances, "metrics beyond their floor", "perplexity", "entropy, nats", "KL, nats a token"]
+    first = rows[0]
+    what = (
+        f"Distances in floors; {first['count']} texts of 128 tokens; perplexity of {first['read']} under Gemma 3 270M"
+    )
+    return markdown(head, map(cells, arms), f"{what}; {where(rows)}")
+
+
 def floors_table(rows: Rows) -> str:
     """Of bench/evaluation.py: a row a metric, a column a kind of text."""
     texts = list(dict.fromkeys(row["texts"] for row in rows))
@@ -351,6 +379,7 @@ KINDS: dict[str, Callable[[Rows], str]] = {
     "active-training": active_training_table,
     "threads": threads_table,  # bench/threads.py
     "edges": edges_table,  # dft-kernels bench --preset edges
+    "inference": inference_table,  # bench/inference.py
     "floors": floors_table,  # bench/evaluation.py
     "evaluation": evaluation_table,  # dft-kernels evaluate
     "errors": errors_table,  # dft-kernels bench --inputs

@@ -51,7 +51,7 @@ def test_versions_that_do_not_go_together_are_named() -> None:
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inform"]) == 2
-    known = "bench, capture, demo, evaluate, gap, info, report, sample, store, target, train"
+    known = "bench, capture, demo, evaluate, gap, info, play, report, sample, store, target, train"
     assert f"COMMAND must be one of {known}, got 'inform'" in capsys.readouterr().err
 
 

@@ -18,6 +18,7 @@ from dft_kernels.backends.formulas import PAIRS
 ROOT = Path(dft_kernels.__file__).parent
 FLOORS = (  # from the top: a package imports from floors below its own, and itself
     {"commands"},
+    {"play"},
     {"training", "benchmarks"},
     {"evaluation"},
     {"generation"},
@@ -34,7 +35,7 @@ FLOORS = (  # from the top: a package imports from floors below its own, and its
     {"errors", "dtypes"},
 )
 ANYWHERE = {"testing", "info"}  # may import any; imported by tests, benchmarks and commands only
-WITH_TRANSFORMERS = {"commands", "training", "benchmarks", "evaluation", "generation", "materials", "models"}
+WITH_TRANSFORMERS = {"commands", "play", "training", "benchmarks", "evaluation", "generation", "materials", "models"}
 SHARED = (  # by the backends
     "contract", "formulas", "sparse", "rows", "kernels", "gemm", "extension", "exponentials", "active", "sketch",
 )  # fmt: skip

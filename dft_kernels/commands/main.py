@@ -24,6 +24,8 @@ COMMANDS = {
     "demo": Command("a real model trained by cross-entropy and towards a teacher's distributions, compared", _TRAINING),
     "train": Command("a model towards a teacher, from a configuration file or flags", _TRAINING),
     "sample": Command("what a model writes, beside its base or beside itself with other settings", _TRAINING),
+    "play": Command("a page on this machine: a model token by token, beside its base or itself with settings",
+                    ("transformers", "gradio", "scipy", "lexicalrichness"), "play"),
     "capture": Command("run a teacher over texts and store its distributions", _TRAINING),
     "store": Command("what such a store holds, whether it is whole, and one store of shards (info, verify, join)",
                      ("safetensors", "rich")),

@@ -24,6 +24,7 @@ BASES: dict[tuple[str, ...], list[str]] = {  # what each command needs, before a
     ("demo",): ["--text", FILE],
     ("train",): ["--model", "model", "--text", FILE, "--output_dir", "new", "--use_cpu"],
     ("sample",): ["model", "--prompt", "x"],
+    ("play",): ["model"],
     ("capture",): ["--model", "model", "--text", FILE, "--out", "new"],
     ("store", "info"): [FOLDER],
     ("store", "verify"): [FOLDER],
@@ -60,6 +61,7 @@ WORDS: dict[str, list[str]] = {  # what is a text for argparse
     "divergence": ["nothing"], "temperature_scaling": ["nothing"], "dtype": ["nothing", "int8"],
     "served": ["host:8000", "ftp://host", "http://me:key@host", "http://host?key=1"],
     "loss_backend": ["nothing"], "report_to": ["nothing"],
+    "host": ["nowhere.example", "", "127.0.0.1:80", "256.0.0.1"], "token": ["", "too short", "é" * 16, "\n" * 16],
     "style": ["literary", "nothing=1", "literary=much", "literary=nan", "=1", f"{FOLDER}=1", f"{BINARY}=1"],
     "names": ["nothing"], "peer": ["nothing"], "shape": ["1,2", "0,1,1", "a,b,c"],
 }  # fmt: skip

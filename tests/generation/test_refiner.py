@@ -14,6 +14,7 @@ from target_texts import WORDS, documents
 from tiny_models import far, word_tokenizer
 
 from dft_kernels.generation import potentials
+from dft_kernels.generation.continued import Continued
 from dft_kernels.generation.history import History
 from dft_kernels.generation.refiner import IterativeRefiner
 from dft_kernels.generation.sampling import continuations
@@ -195,6 +196,60 @@ def test_padding_and_other_rows_change_nothing(words: Any, pair: tuple[Target, T
         assert torch.allclose(refiner(ids[row : row + 1, start:], scores[row : row + 1])[0], whole[row], atol=1e-5)
 
 
+def test_ngrams_that_both_track(words: Any) -> None:
+    """By context of one token and of two, the latter before the former, of text alone."""
+    generator = random.Random(0)
+
+    def text(likely: float) -> str:  # behind "dog sat" comes "far", or "late"; behind "cat sat" another share
+        draws = []
+        for _ in range(60):
+            who = generator.choice(["dog", "cat"])
+            far = generator.random() < (likely if who == "dog" else 0.5)
+            draws.append(f"The {who} sat {'far' if far else 'late'} .")
+        return " ".join(draws)
+
+    target, native = (
+        corpus.build([text(likely) for _ in range(40)], words, name=name) for name, likely in (("a", 0.8), ("b", 0.2))
+    )
+    the, dog, cat, sat, far, late = (
+        words.convert_tokens_to_ids(word) for word in ("The", "dog", "cat", "sat", "far", "late")
+    )
+    found = Continued(target, native, torch.tensor(sorted([dog, far, late])))
+    at = {token: n for n, token in enumerate(sorted([dog, far, late]))}
+    ids = torch.tensor([[the, dog, sat], [the, cat, sat], [dog, 0, sat], [the, the, late], [0, 0, the]])
+    made = found(ids, torch.tensor([[1, 1, 1], [1, 1, 1], [0, 0, 1], [1, 1, 1], [0, 0, 1]]).bool())
+
+    def odds(p: float, q: float) -> float:
+        return math.log(p / (1 - p)) - math.log(q / (1 - q))
+
+    assert float(made[0, at[far]]) == pytest.approx(2.0, abs=0.01)  # of 2.8: the limit
+    assert float(made[0, at[late]]) == pytest.approx(-2.0, abs=0.01)
+    assert abs(float(made[1, at[far]])) < 0.3
+    assert float(made[2, at[far]]) == pytest.approx(odds(0.65, 0.35), abs=0.3)  # behind "sat" alone
+    assert not made[3].any()  # nothing is tracked behind it but "."
+    assert abs(float(made[4, at[dog]])) < 0.2
+
+
+def test_token_frequencies(words: Any) -> None:
+    """A word that the target has more often than the model becomes likelier, and one that the text has too often less
+    likely; of marks nothing changes but by what sums to 1."""
+    more, less = (
+        corpus.build([text.replace("word1 ", word) for text in documents(80)], words, name=name)
+        for name, word in (("dogs", "dog "), ("cats", "cat "))
+    )
+    dog, cat, late = (words.convert_tokens_to_ids(word) for word in ("dog", "cat", "late"))
+    refiner = IterativeRefiner(more, words, less, bound=1.0, towards=("tokens",))
+    scores, ids = torch.zeros(2, len(words)), torch.full((2, 40), dog)
+    ids[1] = late
+    made = refiner(ids, scores).exp() * len(words)
+    assert float(made[1, dog]) > 3 > 0.5 > float(made[1, cat])
+    assert float(made[0, dog]) < 0.6 * float(made[1, dog])
+    comma, stop = (words.convert_tokens_to_ids(mark) for mark in ",.")
+    assert float(made[1, comma]) == pytest.approx(float(made[1, stop]), rel=1e-4)
+    ngrams = IterativeRefiner(more, words, less, bound=1.0, towards=("sentences", "punctuation", "tokens", "ngrams"))
+    assert torch.allclose(ngrams(ids, scores).logsumexp(-1), torch.zeros(2), atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_writes_more_like_the_target(words: Any, pair: tuple[Target, Target]) -> None:
     """Of a model that draws all words alike, towards its own corpus: what was measured of it comes to the target's."""
@@ -235,6 +290,9 @@ def test_idle_and_repr(words: Any, pair: tuple[Target, Target]) -> None:
         ({"bound": math.nan}, "bound must be at least 0 nats, got nan"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"feedback": -1}, "feedback must be at least 0, got -1"),
+        ({"towards": ("rhymes",)}, "towards must hold statistics of sentences, .*, got rhymes"),
+        ({"towards": ()}, "towards must hold statistics of .*, got none"),
+        ({"towards": ("ngrams",)}, "native must be there for ngrams, got none"),
     ],
 )
 def test_wrong_settings(words: Any, pair: tuple[Target, Target], more: dict[str, Any], said: str) -> None:

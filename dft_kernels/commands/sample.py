@@ -193,6 +193,9 @@ def _refined(out: Any, column: Column, refiner: IterativeRefiner) -> None:
     tokens = f"{found.tokens} tokens{' of all beams' if column.settings.beams > 1 else ''}"
     spent = f"KL {found.kl:.4f} nats a token, {found.bounded:.0%} of {tokens} at the bound of {refiner.bound:g}"
     out.print(f"{column.label}, refined towards {name}: {spent}", markup=False, highlight=False)
+    if refiner.native is None:
+        hint = "by the text so far alone, which moves little: measure the model's own with dft-kernels gap --own, "
+        out.print(f"{hint}and name the file with --native", markup=False, highlight=False)
     table = Table("expected in 1,000 tokens", "before", "after", "target")
     for statistic, target in found.target.items():
         values = (found.before[statistic], found.after[statistic], target)

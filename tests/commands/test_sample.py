@@ -81,7 +81,14 @@ def test_beside_itself_with_other_settings(here: Path, capsys: pytest.CaptureFix
     assert found[1]["settings"]["style"] == ["made", 0.5]
     assert found[0]["settings"]["style"] is None
     assert {one["seed"] for one in found[:2]} == {0}
-    for words in ("distinct-1", "entropy, nats a token", "KL from the model", "at the bound of 0.2", "sentence end"):
+    for words in (
+        "distinct-1",
+        "entropy, nats a token",
+        "KL from the model",
+        "at the bound of 0.2",
+        "sentence end",
+        "--native",
+    ):
         assert words in said
     assert sample("--out", "plain.jsonl") == 0
     assert [one["text"] for one in records(here / "plain.jsonl")] == [one["text"] for one in found[::2]]

@@ -36,7 +36,7 @@ from dft_kernels.evaluation.reading import read
 from dft_kernels.files import replace_text
 from dft_kernels.generation.refiner import IterativeRefiner
 from dft_kernels.generation.sampling import continuations
-from dft_kernels.generation.steps import Watch, ordered, warpers
+from dft_kernels.generation.steps import Step, Watch, ordered, warpers
 from dft_kernels.generation.style import StyleShift
 from dft_kernels.generation.temperature import Diversity
 from dft_kernels.generation.truncation import TopNSigma
@@ -67,17 +67,25 @@ def arms(tokenizer: Any, target: Target, native: Target) -> dict[str, Steps]:
         made[f"refined, {bound:g} nats"] = lambda bound=bound: [refined(bound)]
     made["refined, 0.1 nats, by the text so far alone"] = lambda: [IterativeRefiner(target, tokenizer, bound=0.1)]
     made["style 0.5"] = lambda: [StyleShift(target, native, 0.5)]
-    made["diversity +0.1"] = lambda: [TopNSigma(2.0), Diversity(0.1)]
+    made["top-n-sigma 2, diversity +0.1"] = lambda: [TopNSigma(2.0), Diversity(0.1)]
     made["style 0.5, top-n-sigma 2, diversity +0.1, refined, 0.1 nats"] = lambda: [
         StyleShift(target, native, 0.5), TopNSigma(2.0), Diversity(0.1), refined(0.1)
     ]  # fmt: skip
     return made
 
 
+def _name(step: Any) -> str:
+    return repr(step) if isinstance(step, Step) else f"{type(step).__name__}({vars(step)})"
+
+
 def drawn(model: Any, tokenizer: Any, those: People, steps: list[Any], length: int, file: Path) -> dict[str, Any]:
     """Texts after the prompts of the reference, and what was spent; from the file where it has them."""
+    how = [len(those.reference), length, *map(_name, steps)]
     if file.exists():
-        return dict(json.loads(file.read_text()))
+        found = dict(json.loads(file.read_text()))
+        if found["how"] != how:
+            raise ValueError(f"{file} must be of {how}, got {found['how']}. Name another --folder.")
+        return found
     prompts = [tokenizer(one.prompt, add_special_tokens=False)["input_ids"] for one in those.reference]
     watch, texts, tokens, seconds = Watch(), [], 0, 0.0
     for number, start in enumerate(range(0, len(prompts), BATCH)):
@@ -87,6 +95,7 @@ def drawn(model: Any, tokenizer: Any, those: People, steps: list[Any], length: i
         seconds += time.perf_counter() - began
         tokens += sum(map(len, made))
         texts += [tokenizer.decode(ids) for ids in made]
+    reports = [vars(step.report()) for step in steps if isinstance(step, IterativeRefiner)]
     made = continuations(model, tokenizer, prompts[:BATCH], length, 0, logits_processor=watch.around(ordered(steps)))
     live = [[at < len(ids) for ids in made] for at in range(len(watch.kl))]
     kl, entropy = (
@@ -94,10 +103,7 @@ def drawn(model: Any, tokenizer: Any, those: People, steps: list[Any], length: i
         for of in (watch.kl, watch.entropy)
     )
     found = {"texts": texts, "tokens": tokens, "seconds": seconds, "kl": kl, "entropy": entropy,
-             "steps": [repr(step) for step in steps]}  # fmt: skip
-    for step in steps:
-        if isinstance(step, IterativeRefiner):
-            found["report"] = vars(step.report())
+             "how": how, "steps": [repr(step) for step in steps], "report": next(iter(reports), None)}  # fmt: skip
     replace_text(file, json.dumps(found))
     return found
 

@@ -79,10 +79,10 @@ def run(options: argparse.Namespace) -> int:
     texts = options.prompt if options.text is None else texts_of(options.text, options.cache)[: options.count]
     tokenizer = tokenizer_of(chosen.whole, options.cache)
     settings.steps(tokenizer)  # their mistakes, before a model is read
-    prompts = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
     if options.text is not None:
-        prompts = [ids[: options.prompt_tokens] for ids in prompts]
-        texts = [text_after(tokenizer, [], ids) for ids in prompts]
+        beginnings = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+        texts = [text_after(tokenizer, [], ids[: options.prompt_tokens]) for ids in beginnings]
+    prompts = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
     if not all(prompts):
         given = "prompt" if options.text is None else "text"
         raise ValueError(f"sample: {given} must hold a token, each of them, got an empty one. Leave it out.")

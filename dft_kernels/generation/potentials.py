@@ -27,21 +27,22 @@ F = len(NAMES)
 
 def ratios(target: Target, native: Target) -> Tensor:
     """delta [F, A + 1] of a sentence end and of a mark of each class, by the tokens since the last one, and for no such
-    mark yet. States are pooled with those around them, a quarter of their number to each side, and each counts with
-    PRIOR tokens of the ratio of all states together."""
-    sides = []
+    mark yet. Both are taken for as large as the smaller of them; states are pooled with those around them, a quarter of
+    their number to each side, and each counts with PRIOR tokens of the ratio of all states together."""
+    sides, tokens = [], min(one.about.tokens or 0 for one in (target, native))
+    opened = all("mark_hazard" in one.tensors for one in (target, native))
     for one in (target, native):
-        events, risk = (_pooled(x) for x in _counts(one))
+        events, risk = (_pooled(x) for x in _counts(one, tokens, opened))
         overall = rates(one).double()[:, None]
         hazard = (events + PRIOR * overall) / (risk + PRIOR)
         sides.append(hazard.clamp(1e-5, 1 - 1e-5).logit())
     return (sides[0] - sides[1]).clamp(-LIMIT, LIMIT).float()
 
 
-def _counts(one: Target) -> tuple[Tensor, Tensor]:
-    """Events and tokens at risk [F, A + 1]. Of a target that was built before it had open gaps: of whole ones."""
-    tokens = one.about.tokens or 0
-    if "mark_hazard" in one.tensors:
+def _counts(one: Target, tokens: int, opened: bool) -> tuple[Tensor, Tensor]:
+    """Events and tokens at risk [F, A + 1] of so many tokens. opened: of gaps as far as they go; of whole ones for
+    targets of which one has no others, as one that was built before, or blended log-linearly."""
+    if opened:
         risk = one["mark_risk"].double() * tokens
         return one["mark_hazard"].double() * risk, risk
     of_ends = at_risk(one) / at_risk(one).sum() * tokens

@@ -53,7 +53,8 @@ class IterativeRefiner(Step):
 
         of how the model writes: logit h*(a) - logit h(a), a the tokens since the last f, or none yet: hazards of
             sentence ends and of marks, of target and `native`
-        of the text so far: log((n r + 4) / (c + 4)), r the target's rate, n tokens that hold c times f
+        of the text so far: log((n r + 4) / (c + 4)), r the share of the target's tokens that have f for the most part,
+            n tokens of which c have
 
     Their sum may make one feature likelier and another one less, which a token shares (a full stop ends a sentence):
     what the steps settle. Step sizes of a half are those of generalized iterative scaling for tokens of two features
@@ -62,7 +63,7 @@ class IterativeRefiner(Step):
     probabilities behind the last one or two tokens where both targets track these; and that of the text so far.
 
     The row is then drawn from the point q = q_0 exp(eta u) / Z of the way to q_steps = q_0 exp(u) / Z with the largest
-    eta <= 1 at which KL(q‖q_0) <= bound, found by bracketed Newton steps from below to a thousandth of the bound: it
+    eta <= 1 at which KL(q‖q_0) <= bound, found by bracketed Newton steps, to a thousandth of the bound below it: it
     rises with eta, by eta Var_q(u). Every token that the model leaves out stays out.
 
     Args:
@@ -123,6 +124,7 @@ class IterativeRefiner(Step):
             self._words = _Words(target, native, self._support, self._features, towards, self.feedback)
         self._history = History(members >= 0.5, tokenizer.all_special_ids)
         self._rates = potentials.rates(target)
+        self._counted = (members >= 0.5).float().t() @ target["unigram"]  # as the text so far is counted
         none = torch.zeros(potentials.F, 2)
         self._by_age = none if native is None else potentials.ratios(target, native)  # [F, ages + 1]: none yet
         use = ["sentences" in towards, *["punctuation" in towards] * (potentials.F - 1)]
@@ -159,7 +161,7 @@ class IterativeRefiner(Step):
         age = torch.where(seen.met, seen.age.clamp(max=last - 1), last)
         age[:, 0] = seen.age[:, 0].clamp(max=last - 1)  # a text begins with a sentence
         here = self._by_age.gather(1, age.t()).t()
-        return self._use * (here + self.feedback * _missing(self._rates * seen.tokens, seen.counts))
+        return self._use * (here + self.feedback * _missing(self._counted * seen.tokens, seen.counts))
 
     def _tilt(self, mass: Tensor, delta: Tensor, words: Tensor) -> Tensor:
         """u [B, S], by mirror descent from words [B, S]."""
@@ -183,7 +185,7 @@ class IterativeRefiner(Step):
             of = f"be of the model's {scores.shape[1]} tokens"
             fail("IterativeRefiner", "target", of, size, "Build it for the model: dft-kernels target build")
         if self._support.device != scores.device:
-            for name in ("_support", "_features", "_rates", "_by_age", "_use"):
+            for name in ("_support", "_features", "_rates", "_counted", "_by_age", "_use"):
                 setattr(self, name, getattr(self, name).to(scores.device))
             self._history.to(scores.device)
             if self._words is not None:

@@ -18,6 +18,8 @@ from .style import StyleShift
 from .temperature import Diversity, EntropyTemperature
 from .truncation import TopNSigma
 
+COLDEST = 0.01  # temperature: below it scores overflow
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -47,6 +49,10 @@ class Settings:
     beams: int = 1
 
     def __post_init__(self) -> None:
+        if 0 < self.temperature < COLDEST:
+            fail(
+                "Settings", "temperature", f"be 0 or at least {COLDEST:g}", self.temperature, "0 is the likeliest token"
+            )
         if self.native is not None and self.refine is None:
             fail("Settings", "native", "come with refine", "none", "Name a target to refine towards")
         if self.style is None and self.style_base != Settings.style_base:

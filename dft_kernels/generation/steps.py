@@ -78,15 +78,25 @@ def ordered(
             continue
         if not sample and here in ("temperature", "entropy") and not getattr(step, "idle", False):
             what = "beams" if beams > 1 else "the likeliest token"
-            fail("ordered", "steps", f"hold no temperature with {what}", repr(step), "Draw, or drop it")
+            fail("ordered", "steps", f"hold no temperature with {what}", _said(step), "Draw, or drop it")
         if last is not None:
             before = PLACES.index(place(last) or here)
             if before > PLACES.index(here):
-                fail("ordered", "steps", f"be in the order {', '.join(PLACES)}", f"{last!r} before {step!r}", "Swap")
+                fail(
+                    "ordered",
+                    "steps",
+                    f"be in the order {', '.join(PLACES)}",
+                    f"{_said(last)} before {_said(step)}",
+                    "Swap",
+                )
             if place(last) == here and here != "truncation":
-                fail("ordered", "steps", f"hold one step of {here}", f"{last!r} and {step!r}", "Drop one")
+                fail("ordered", "steps", f"hold one step of {here}", f"{_said(last)} and {_said(step)}", "Drop one")
         last = step
     return transformers.LogitsProcessorList(steps)
+
+
+def _said(step: Any) -> str:
+    return repr(step) if isinstance(step, Step) else type(step).__name__
 
 
 class Watch:

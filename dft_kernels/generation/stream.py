@@ -73,7 +73,8 @@ class Stream:
         self.ends = ends_of(model, tokenizer)
         self.drawn: list[list[Drawn]] = [[] for _ in prompts]  # so far
         watch = Watch()
-        processors = watch.around(ordered(steps, sample=not greedy)) + ([] if greedy else [_Draw(seed)])
+        checked = ordered(steps, sample=not greedy)
+        processors = watch.around([*checked, _Likeliest()]) if greedy else [*watch.around(checked), _Draw(seed)]
         self._work = _Work(watch)
         arguments = (self._work, model, self.prompts, length, self.ends, processors)
         self._thread = threading.Thread(target=_run, args=arguments, name="Stream", daemon=True)
@@ -202,6 +203,13 @@ def _run(
         pass
     except BaseException as error:
         work.made.put(error)  # raised where the stream is read
+
+
+class _Likeliest(LogitsProcessor):
+    """The last of the steps of a greedy text: all on the likeliest token."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -torch.inf).scatter_(-1, scores.argmax(-1, keepdim=True), 0.0)
 
 
 class _Draw(LogitsProcessor):

@@ -56,8 +56,9 @@ class Diversity(Step):
         H(softmax(scores / T)) = H(softmax(scores)) (1 + d),   0.05 <= T <= most
 
     of the tokens that are left: truncate first, or a high T finds what is wrong in the tail. By Newton's method in
-    log T on log H, dH / dlog T = Var_T(scores) / T^2 (an exponential family: dH/dT = Var / T^3), bracketed, to 1e-4
-    nats in 8 steps at most. A row whose entropy cannot be had, log n of n tokens at most, is at the limit of T.
+    log T on log H, dH / dlog T = Var_T(scores) / T^2 (an exponential family: dH/dT = Var / T^3), bracketed, in 8 steps
+    at most: to 1e-4 nats of rows that models make; of one likely token over a long flat tail, whose entropy jumps, as
+    near as bisection comes. A row whose entropy cannot be had, log n of n tokens at most, is at the limit of T.
 
     d: above -1; 0, the default, leaves the model as it is. most: T at most, above 1.
     Cost: a softmax and five passes over [B, V] for the entropy, and for each step; a log-softmax.
@@ -90,7 +91,8 @@ def solved(z: Tensor, goal: Tensor, entropy: Tensor, slope: Tensor, limits: tupl
     """log T [B, 1] within limits at which rows z [B, V] (at most 0, 0 their largest) have an entropy of goal [B, 1].
     entropy, slope: at T = 1, as `_at` has them."""
     low, high = (torch.full_like(goal, limit) for limit in limits)
-    x = torch.zeros_like(goal)
+    x, edge = torch.zeros_like(goal), torch.where(goal > entropy, high, low)  # what T may not go beyond
+    untried = torch.ones_like(goal, dtype=torch.bool)
     for number in range(ITERATIONS):
         if number:
             entropy, slope = _at(z, x)
@@ -99,11 +101,12 @@ def solved(z: Tensor, goal: Tensor, entropy: Tensor, slope: Tensor, limits: tupl
         found = ((entropy - goal).abs() <= CLOSE) | (low >= high)
         if z.device.type == "cpu" and bool(found.all()):
             break  # to ask a GPU would be to wait for it
+        untried &= x != edge
         # in log H: of a row with one likely token, H falls by powers as T does
         there = x + (goal.clamp_min(1e-30) / entropy.clamp_min(1e-30)).log() * entropy / slope.clamp_min(1e-30)
-        if number:  # the first step may try a limit
-            there = torch.where((there >= low) & (there <= high), there, (low + high) / 2)
-        x = torch.where(found, x, torch.minimum(torch.maximum(there, low), high))
+        beyond = torch.where(edge > 0, there >= edge, there <= edge) & untried
+        there = torch.where((there > low) & (there < high), there, (low + high) / 2)
+        x = torch.where(found, x, torch.where(beyond, edge, there))
     return x
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
@@ -30,6 +31,7 @@ from ..targets import target_file
 from .settings import Settings
 
 KEY = "dft_kernels"  # of extra_args
+_SERVED = "vllm serve takes a model's own settings unless it is started with --generation-config vllm"
 _KEPT = 64  # settings that are kept as they were checked, or with their steps
 _DEFAULTS = {one.name: one.default for one in fields(Settings) if one.name != "beams"}
 _TARGETS = ("style_base", "refine", "native")
@@ -52,7 +54,7 @@ def settings_of(params: SamplingParams) -> Settings | None:
     if isinstance(given, str):
         try:
             given = json.loads(given)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             fail("Steps", KEY, "be JSON where it is text", f"{given!r}: {error}", 'Write it, as {"diversity": 0.1}')
     if not isinstance(given, dict):
         fail("Steps", KEY, "be an object of settings", repr(given), 'Write one, as {"diversity": 0.1}')
@@ -80,7 +82,7 @@ def _typed(name: str, value: Any) -> Any:
 
 
 def _finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < math.inf and abs(value) <= sys.float_info.max
 
 
 @lru_cache(_KEPT)
@@ -114,9 +116,9 @@ class Steps(LogitsProcessor):
         wanted = {"temperature": 0.0 if settings.greedy else 1.0, **_NEUTRAL}
         for name, value in wanted.items():
             if (got := getattr(sampling_params, name)) != value:
-                fail("Steps", name, f"be {value:g} in SamplingParams", got, f"Put what is wished into {KEY}")
+                fail("Steps", name, f"be {value:g} in SamplingParams", got, f"Put what is wished into {KEY}. {_SERVED}")
         if sampling_params.top_k > 0:
-            fail("Steps", "top_k", "be 0 in SamplingParams", sampling_params.top_k, "Leave it out")
+            fail("Steps", "top_k", "be 0 in SamplingParams", sampling_params.top_k, _SERVED)
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         model = vllm_config.model_config

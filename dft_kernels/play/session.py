@@ -163,7 +163,7 @@ class Served:
             fail("play", "prompt", "hold a word", "an empty one", "Write how a text begins")
         if len(prompt) > CHARACTERS:
             fail("play", "prompt", f"have at most {CHARACTERS:,} characters", f"{len(prompt):,}", "Shorten it")
-        ids: list[int] = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = self.tokenizer(prompt, verbose=False)["input_ids"]
         if not ids:
             fail("play", "prompt", "hold a token", repr(prompt), "Write how a text begins")
         for model in self.by_side:

@@ -74,11 +74,12 @@ def encode(tokenizer: Any, texts: list[str]) -> list[Any]:
 class Counts:
     """What has been counted, by block. `add` a passage, `merge` another's, make a `target`.
 
-    tokenizer: a fast one of transformers, or None for text statistics alone.
+    tokenizer: a fast one of transformers, or None for text statistics alone. starts: whether texts begin where a
+    sentence does; else mark_hazard knows the age of a sentence from the first end on.
     """
 
-    def __init__(self, tokenizer: Any = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any = None, starts: bool = True) -> None:
+        self.tokenizer, self.starts = tokenizer, starts
         K = len(CLASSES)
         shapes: dict[str, tuple[int, ...]] = {
             **dict.fromkeys(("documents", "characters", "words", "sentences", "tokens"), ()),
@@ -154,7 +155,10 @@ class Counts:
         kinds = self._mark_class[np.repeat(self._mark_start[ids] - first, counts) + np.arange(counts.sum())]
         _tally(sums["punctuation"], kinds)
         np.add.at(sums["transition"], (kinds[:-1], kinds[1:]), 1)
-        _tally_open(sums, 0, last, len(ids), 0)
+        if self.starts:
+            _tally_open(sums, 0, last, len(ids), 0)
+        elif len(last):
+            _tally_open(sums, 0, last[1:] - last[0] - 1, len(ids) - last[0] - 1, 0)
         for kind in range(len(CLASSES)):
             _tally(sums["gap"][kind], np.diff(where[kinds == kind]) - 1)
             _tally_open(sums, 1 + kind, where[kinds == kind], len(ids), GAPS)
@@ -250,11 +254,13 @@ def build(
     licence: str = "",
     tokenizer_name: str | None = None,
     seed: int = 0,
+    starts: bool = True,
     tick: Callable[[int], None] | None = None,
 ) -> Target:
     """A Target of passages (see `passages`), streaming: the memory is that of the counts, about 170 V numbers and the
-    different n-grams. tick: called with the characters of each passage once counted. seed: of the split into blocks."""
-    counts, deal = Counts(tokenizer), random.Random(seed)
+    different n-grams. tick: called with the characters of each passage once counted. seed: of the split into blocks.
+    starts: see `Counts`."""
+    counts, deal = Counts(tokenizer, starts), random.Random(seed)
     stream = iter(documents)
     while batch := list(islice(stream, _BATCH)):
         encodings = [None] * len(batch) if tokenizer is None else encode(tokenizer, batch)

@@ -228,8 +228,7 @@ def test_presets_and_sweeps_hold_what_they_say() -> None:
         return command.todo(command.parser().parse_args(arguments), "cpu")
 
     assert list(plan()) == [
-        Case(Shape(256, 576, 49152), "bfloat16", loss, "both", "cpu")
-        for loss in ("cross_entropy", "forward_kl", "jensen_shannon")
+        Case(Shape(256, 576, 49152), "bfloat16", loss, "both", "cpu") for loss in ("cross_entropy", "forward_kl")
     ]
     for name in PRESETS:
         assert plan("--preset", name)

@@ -118,6 +118,36 @@ def test_potentials_are_log_odds_ratios(pair: tuple[Target, Target]) -> None:
     assert bool((found[exclamation] < -0.5).all())
 
 
+def test_size_is_no_style(pair: tuple[Target, Target]) -> None:
+    """The same statistics of a smaller corpus ask for nothing."""
+    small = replace(pair[0], about=replace(pair[0].about, tokens=2000))
+    assert not potentials.ratios(pair[0], small).any()
+
+
+def test_sentences_that_began_before_the_text(words: Any) -> None:
+    """Continuations begin inside a sentence: their ages are known from the first end on."""
+    texts = [text.split() for text in documents(80)]
+    whole, inside, wrong = (
+        corpus.build([" ".join(text[cut:]) for text in texts], words, name="made", starts=starts)
+        for cut, starts in ((0, True), (6, False), (6, True))
+    )
+    ages = slice(2, 5)
+    least = [float(one["mark_hazard"][0, ages].mean()) for one in (whole, inside, wrong)]
+    assert least[0] == pytest.approx(least[1], abs=0.005)
+    assert abs(least[2] - least[0]) > 0.015
+    assert torch.equal(inside["mark_hazard"][1:], wrong["mark_hazard"][1:])
+
+
+def test_text_like_the_targets_asks_for_nothing(words: Any, pair: tuple[Target, Target]) -> None:
+    """What the text so far adds, in the limit of a text that has what the target has."""
+    target = pair[0]
+    refiner = IterativeRefiner(target, words, bound=1.0)
+    counts = (potentials.features(target) >= 0.5).float().t() @ target["unigram"]
+    seen = History(potentials.features(target) >= 0.5, words.all_special_ids)(torch.full((1, 4), 20))
+    much = seen._replace(counts=1e6 * counts[None], tokens=torch.tensor([[1e6]]))
+    assert float(refiner._deltas(much).abs().max()) < 1e-4
+
+
 def test_a_target_that_was_built_before_has_its_whole_gaps(pair: tuple[Target, Target]) -> None:
     target, native = pair
     before = {name: tensor for name, tensor in target.tensors.items() if not name.startswith("mark_")}

@@ -87,6 +87,7 @@ def test_what_does_not_go_together(tokenizer: Any, target: str) -> None:
         with pytest.raises(ValueError, match=said):
             Settings(**given)
     for given, said in (
+        ({"temperature": 1e-3}, "temperature must be 0 or at least 0.01, got 0.001"),
         ({"diversity": 0.1, "entropy_temperature": 0.5}, "hold one step of entropy"),
         ({"diversity": 0.1, "temperature": 0.0}, "hold no temperature with the likeliest token"),
         ({"diversity": 0.1, "beams": 2}, "hold no temperature with beams"),

@@ -71,6 +71,15 @@ def test_diversity_finds_the_temperature(kind: str, d: float) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_an_entropy_that_cannot_be_had_is_at_the_limit() -> None:
+    for given in (3 * torch.randn(8, 1000), -1.1 * torch.arange(1.0, 2001).log().repeat(2, 1)):
+        for d, limit in ((1.0, 2.0), (3.0, 2.0)):
+            made = Diversity(d, most=2.0)(IDS, given)
+            far = [entropy(row) * (1 + d) > entropy(row, limit) for row in given.numpy()]
+            expected = (given / limit).log_softmax(-1)
+            assert torch.allclose(made[far], expected[far], atol=1e-4)
+
+
 def test_entropy_temperature(kind: str) -> None:
     given = scores(kind)
     made = EntropyTemperature(0.7, 1.3, 0.8)(IDS, given).double().numpy()

@@ -268,11 +268,11 @@ def _furthest(mass: Tensor, tilt: Tensor, bound: float) -> tuple[Tensor, Tensor,
     are tilted [B, S]."""
     aim = bound * (1 - _TIGHT / 2)
     low, high = torch.zeros_like(mass[:, :1]), torch.ones_like(mass[:, :1])
-    kl, log_z, slope = _divergence(mass, tilt, high)
+    kl, _, _ = _divergence(mass, tilt, high)
     best = torch.where(kl <= bound, 1.0, low)
     eta, high = (aim / kl.clamp_min(aim)).sqrt(), torch.where(kl <= bound, low + 1, high)
     for _ in range(_SEARCH):
-        kl, log_z, slope = _divergence(mass, tilt, eta)
+        kl, _, slope = _divergence(mass, tilt, eta)
         inside = kl <= bound
         best = torch.where(inside, torch.maximum(best, eta), best)
         low, high = torch.where(inside, torch.maximum(low, eta), low), torch.where(inside, high, eta)

@@ -16,9 +16,8 @@ SMOOTHING = 5.0  # occurrences
 
 
 class StyleShift(Step):
-    """Scores + gamma log(t / b), t and b the shares of each token in target and base, smoothed: of n tokens, the
-    smaller corpus' number, t = (n t + SMOOTHING) / (n + ...) and b alike, so that what neither has is left as it is,
-    and what was seen a few times is hardly moved.
+    """Scores + gamma log((n t + 5) / (n b + 5)), t and b the shares of each token in target and base, n the tokens of
+    the smaller corpus: what neither has is left as it is, and what was seen a few times is hardly moved.
 
     With gamma 1 a text that has the base's shares is drawn towards the target's; below 0 it is drawn away, above 1
     beyond. 0, the default, leaves the model as it is.

@@ -41,11 +41,12 @@ from dft_kernels.evaluation.metrics import METRICS, Sample
 from dft_kernels.evaluation.paired import paired
 from dft_kernels.evaluation.people import People, people
 from dft_kernels.evaluation.results import FILE, load
-from dft_kernels.evaluation.subject import Job
+from dft_kernels.evaluation.subject import Job, Model
 from dft_kernels.files import replace_text
 from dft_kernels.generation.sampling import Sampling
+from dft_kernels.generation.settings import Settings
 from dft_kernels.materials.encoders import embed, encoder
-from dft_kernels.materials.models import cache_folder, gemma3, smollm2_folder
+from dft_kernels.materials.models import cache_folder, gemma3
 from dft_kernels.materials.sources import model_of, tokenizer_of
 from dft_kernels.materials.texts import documents_of
 
@@ -62,6 +63,7 @@ NAMED = (
 TERMS = ("token_l2", "sentence_length", "punctuation_rate", "punctuation_gap", "ngrams")
 TASKS, QUESTIONS = ("lambada", "arc_easy", "arc_challenge"), 500
 SFT, BEST = "SFT", "SFT, best sampling"
+PLAIN = Settings()
 
 
 def _terms(weight: str, target: str = "{folder}/target.safetensors") -> tuple[str, ...]:
@@ -227,24 +229,29 @@ class Study:
         texts = [Path(file).read_text() for file in self.texts(part)]
         return people(texts, tokenizer_of("smollm2", self.cache), 32, LENGTH, Sampling().count, 0), texts
 
-    def write(self, part: str, name: str, model: str, sampling: Sampling, **more: Any) -> None:
+    def write(self, part: str, name: str, model: str, settings: Settings = PLAIN, **more: Any) -> None:
         """Texts of a model, what it knows, all metrics: unless they are there."""
         folder = self.folder / part / name
         if (folder / FILE).exists():
             return
         those = [Path(file).read_text() for file in self.texts(part)]
         job = Job(
-            human=self.texts(part), sampling=sampling, cache=self.cache, batch=50,
+            human=self.texts(part), cache=self.cache, batch=50,
             encoder=encoder("minilm", self.cache), **more,
         )  # fmt: skip
-        load_it = partial(model_of, model if model != "smollm2" else str(smollm2_folder(self.cache)), self.cache)
+        subject = Model(name, partial(model_of, model, self.cache), (settings,))
         tokenizer = tokenizer_of("smollm2", self.cache)
-        room.evaluate(job, those, tokenizer, [(name, load_it)], folder, partial(progress, quiet=False))
+        room.evaluate(job, those, tokenizer, [subject], folder, partial(progress, quiet=False))
 
-    def sampling(self) -> Sampling:
-        """SFT's best one, on the validation novel."""
-        (found,) = load(self.folder / "validation" / f"{SFT}-0").models[:1]
-        return found.sampling
+    def settings(self, arm: Arm, seed: int) -> Settings:
+        """How an arm's texts are drawn."""
+        if arm.sampled:
+            best = load(self.folder / "validation" / f"{SFT}-0").models[0].sampling
+            return Settings(best.temperature, best.top_p, best.min_p)
+        if not arm.refined:
+            return PLAIN
+        native = self.native(self.model(arm, seed), f"native-{arm.of}-{seed}")
+        return Settings(refine=str(self.folder / "target.safetensors"), bound=0.1, native=native)
 
 
 def seeds_first(names: Iterable[str]) -> list[tuple[Arm, int]]:
@@ -266,8 +273,8 @@ def train(study: Study, names: list[str]) -> None:
 
 def validate(study: Study) -> None:
     """The first SFT by all ways of sampling."""
-    study.write("validation", f"{SFT}-0", study.model(BY_NAME[SFT], 0), Sampling(), sweep=room.GRID)
-    print(f"best on the validation novel: {study.sampling()}")
+    study.write("validation", f"{SFT}-0", study.model(BY_NAME[SFT], 0), sweep=room.GRID)
+    print(f"best on the validation novel: {study.settings(BY_NAME[BEST], 0)}")
 
 
 def test(study: Study, names: list[str]) -> None:
@@ -276,11 +283,8 @@ def test(study: Study, names: list[str]) -> None:
         model = study.model(arm, seed)
         if not arm.tested or (os.sep in model and not (Path(model) / "config.json").exists()):
             continue
-        sampling = replace(study.sampling(), seed=0) if arm.sampled else Sampling()
-        study.write(
-            "test", f"{arm.name}-{seed}", model, sampling,
-            tasks=() if arm.of else TASKS, questions=QUESTIONS,
-        )  # fmt: skip
+        tasks = () if arm.of else TASKS
+        study.write("test", f"{arm.name}-{seed}", model, study.settings(arm, seed), tasks=tasks, questions=QUESTIONS)
         print(f"{arm.name}, seed {seed}: written", flush=True)
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -39,7 +38,7 @@ from dft_kernels.evaluation.documents import Documents
 from dft_kernels.evaluation.measure import Found, measured
 from dft_kernels.evaluation.metrics import METRICS, Sample
 from dft_kernels.evaluation.paired import paired
-from dft_kernels.evaluation.people import People, people
+from dft_kernels.evaluation.people import people
 from dft_kernels.evaluation.results import FILE, load
 from dft_kernels.evaluation.subject import Job, Model
 from dft_kernels.files import replace_text
@@ -47,10 +46,11 @@ from dft_kernels.generation.sampling import Sampling
 from dft_kernels.generation.settings import Settings
 from dft_kernels.materials.encoders import embed, encoder
 from dft_kernels.materials.models import cache_folder, gemma3
-from dft_kernels.materials.sources import model_of, tokenizer_of
+from dft_kernels.materials.sources import ABOUT, model_of, tokenizer_of
 from dft_kernels.materials.texts import documents_of
 
 STEPS, BATCH, LENGTH, WARMUP = 300, 4, 128, 10
+PROMPT, COUNT = 32, 200  # tokens; texts of an arm
 RATES, PILOT = ("5e-5", "1e-4", "2e-4"), 40
 NOVELS = {  # of Debian's r-cran-janeaustenr, in its order
     "emma": "train", "mansfield": "test", "northanger": "train", "persuasion": "train", "pride": "train",
@@ -80,7 +80,8 @@ _ROLLOUTS = (
 @dataclass(frozen=True)
 class Arm:
     """flags: of dft-kernels train, beside those of all; None: not trained. text: what on; model: from what start.
-    of: the arm whose models it takes; sampled: as validation found best; steps: at inference."""
+    of: the arm whose models it takes; sampled: as validation found best; refined: towards the target, at inference;
+    tested: False of what only others need."""
 
     name: str
     flags: tuple[str, ...] | None = ()
@@ -147,7 +148,8 @@ class Study:
 
     def train(self, arm: Arm, seed: int, out: Path, rate: str, steps: int, *more: str) -> None:
         """One model, unless it is there."""
-        if (out / "model.safetensors").exists():
+        about = out / ABOUT
+        if about.exists() and "held_out" in json.loads(about.read_text()):
             return
         assert arm.flags is not None
         self.command(
@@ -171,12 +173,7 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, text in zip(NOVELS, documents_of("literary", self.cache)[1], strict=True):
             replace_text(self.folder / f"{name}.txt", text)
-        target = self.folder / "target.safetensors"
-        if not target.exists():
-            self.command(
-                "target", "build", "--text", *self.texts("train"), "--tokenizer", "smollm2", "--out", str(target),
-                "--cache", str(self.cache), log="target",
-            )  # fmt: skip
+        self.target()
         if not (self.folder / "rate.json").exists():
             found = {}
             for rate in RATES:
@@ -190,7 +187,7 @@ class Study:
     @staticmethod
     def held_out(out: Path) -> float:
         """Cross-entropy on held-out sequences after training."""
-        return float(json.loads((out / "dft_kernels.json").read_text())["held_out"]["after"]["cross_entropy"])
+        return float(json.loads((out / ABOUT).read_text())["held_out"]["after"]["cross_entropy"])
 
     def logged(self, log: str) -> list[dict[str, str]]:
         """What Trainer printed at each log of the training loss."""
@@ -199,35 +196,45 @@ class Study:
 
     def needed(self, arm: Arm) -> None:
         """Targets that an arm takes besides."""
-        if arm.model == "gemma3" and not (self.folder / "gemma3").exists():
-            model, tokenizer = gemma3(self.cache)
-            model.save_pretrained(self.folder / "gemma3")
-            tokenizer.save_pretrained(self.folder / "gemma3")
-        if arm.model == "gemma3" and not (self.folder / "target-gemma3.safetensors").exists():
+        if arm.model == "gemma3":
+            folder = self.folder / "gemma3"
+            if not folder.exists():
+                for part in gemma3(self.cache):
+                    part.save_pretrained(folder)
+            self.target("gemma3")
+        beyond = self.folder / "beyond.safetensors"
+        if arm.name == "beyond" and not beyond.exists():
+            parts = (self.native(self.start("smollm2"), "native"), self.target())
+            self.command("target", "blend", *parts, "--gamma", "1.5", "--out", str(beyond), log="target")
+
+    def target(self, model: str = "smollm2") -> str:
+        """Of the training novels, by a model's tokens."""
+        out = self.folder / ("target.safetensors" if model == "smollm2" else f"target-{model}.safetensors")
+        if not out.exists():
             self.command(
-                "target", "build", "--text", *self.texts("train"), "--tokenizer", str(self.folder / "gemma3"),
-                "--out", str(self.folder / "target-gemma3.safetensors"), log="target",
+                "target", "build", "--text", *self.texts("train"), "--tokenizer", self.start(model), "--out", str(out),
+                "--cache", str(self.cache), log="target",
             )  # fmt: skip
-        if arm.name == "beyond" and not (self.folder / "beyond.safetensors").exists():
-            self.command(
-                "target", "blend", self.native("smollm2", "native"), str(self.folder / "target.safetensors"),
-                "--gamma", "1.5", "--out", str(self.folder / "beyond.safetensors"), log="target",
-            )  # fmt: skip
+        return str(out)
 
     def native(self, model: str, name: str) -> str:
         """A model's own statistics, after prompts of the training novels."""
         out = self.folder / f"{name}.safetensors"
         if not out.exists():
             self.command(
-                "gap", model, "--target", str(self.folder / "target.safetensors"), "--text", *self.texts("train"),
-                "--count", "200", "--own", str(out), "--cache", str(self.cache), log="native",
+                "gap", model, "--target", self.target(), "--text", *self.texts("train"),
+                "--count", str(COUNT), "--prompt", str(PROMPT), "--length", str(LENGTH), "--own", str(out),
+                "--cache", str(self.cache), log="native",
             )  # fmt: skip
         return str(out)
 
-    def people(self, part: str) -> tuple[People, list[str]]:
-        """Passages of the validation or the test novel, by SmolLM2's tokens."""
-        texts = [Path(file).read_text() for file in self.texts(part)]
-        return people(texts, tokenizer_of("smollm2", self.cache), 32, LENGTH, Sampling().count, 0), texts
+    def tokenizer(self) -> Any:
+        """By whose tokens texts are cut and counted."""
+        return tokenizer_of(self.start("smollm2"), self.cache)
+
+    def encoder(self) -> Any:
+        """Of MMD."""
+        return encoder("minilm", self.cache)
 
     def write(self, part: str, name: str, model: str, settings: Settings = PLAIN, **more: Any) -> None:
         """Texts of a model, what it knows, all metrics: unless they are there."""
@@ -236,12 +243,11 @@ class Study:
             return
         those = [Path(file).read_text() for file in self.texts(part)]
         job = Job(
-            human=self.texts(part), cache=self.cache, batch=50,
-            encoder=encoder("minilm", self.cache), **more,
+            human=self.texts(part), sampling=Sampling(length=LENGTH, count=COUNT), prompt=PROMPT, cache=self.cache,
+            batch=50, encoder=self.encoder(), **more,
         )  # fmt: skip
         subject = Model(name, partial(model_of, model, self.cache), (settings,))
-        tokenizer = tokenizer_of("smollm2", self.cache)
-        room.evaluate(job, those, tokenizer, [subject], folder, partial(progress, quiet=False))
+        room.evaluate(job, those, self.tokenizer(), [subject], folder, partial(progress, quiet=False))
 
     def settings(self, arm: Arm, seed: int) -> Settings:
         """How an arm's texts are drawn."""
@@ -251,7 +257,7 @@ class Study:
         if not arm.refined:
             return PLAIN
         native = self.native(self.model(arm, seed), f"native-{arm.of}-{seed}")
-        return Settings(refine=str(self.folder / "target.safetensors"), bound=0.1, native=native)
+        return Settings(refine=self.target(), bound=0.1, native=native)
 
 
 def seeds_first(names: Iterable[str]) -> list[tuple[Arm, int]]:
@@ -281,7 +287,7 @@ def test(study: Study, names: list[str]) -> None:
     """Texts and metrics of the arms that are trained."""
     for arm, seed in seeds_first(names):
         model = study.model(arm, seed)
-        if not arm.tested or (os.sep in model and not (Path(model) / "config.json").exists()):
+        if not arm.tested or not (model == "smollm2" or (Path(model) / "config.json").exists()):
             continue
         tasks = () if arm.of else TASKS
         study.write("test", f"{arm.name}-{seed}", model, study.settings(arm, seed), tasks=tasks, questions=QUESTIONS)
@@ -296,8 +302,8 @@ def _texts(folder: Path) -> list[str]:
 
 def compare(study: Study) -> None:
     """The named metrics of every arm that was tested, beside SFT's best sampling."""
-    those, _ = study.people("test")
-    tokenizer = tokenizer_of("smollm2", study.cache)
+    tokenizer = study.tokenizer()
+    those = people([Path(file).read_text() for file in study.texts("test")], tokenizer, PROMPT, LENGTH, COUNT)
     pool, prompts = [one.text for one in those.all], [one.prompt for one in those.all]
     rows: dict[tuple[str, int], Any] = {}
     for arm, seed in seeds_first([]):
@@ -307,7 +313,8 @@ def compare(study: Study) -> None:
             rows[arm.name, seed] = np.arange(len(pool), len(pool) + len(texts))
             pool += texts
             prompts += [one.prompt for one in those.reference]
-    vectors = embed(encoder("minilm", study.cache), pool).double().numpy()
+    its = study.encoder()
+    vectors = None if its is None else embed(its, pool).double().numpy()
     documents = Documents(pool, np.arange(len(those.all)), tokenizer, vectors, prompts)
     metrics = [next(metric for metric in METRICS if metric.name == name) for name in NAMED]
     found = measured({f"{name}-{seed}": Sample(documents, at) for (name, seed), at in rows.items()}, metrics=metrics)

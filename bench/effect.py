@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 
 from dft_kernels.benchmarks.runs import about
@@ -246,7 +247,7 @@ class Study:
             human=self.texts(part), sampling=Sampling(length=LENGTH, count=COUNT), prompt=PROMPT, cache=self.cache,
             batch=50, encoder=self.encoder(), **more,
         )  # fmt: skip
-        subject = Model(name, partial(model_of, model, self.cache), (settings,))
+        subject = Model(name, partial(model_of, model, self.cache, torch.bfloat16), (settings,))
         room.evaluate(job, those, self.tokenizer(), [subject], folder, partial(progress, quiet=False))
 
     def settings(self, arm: Arm, seed: int) -> Settings:

@@ -4,6 +4,7 @@
 # make test-all: the whole product of cases, dtypes, chunk sizes and backends
 # make test-oldest: the tests with the oldest versions that are supported, in a copy with a .venv of its own
 #   OLDEST_PYTHON=python3.12 makes that .venv
+# make docs: docs/ as a site in build/docs; python -m http.server -d build/docs shows it with its search
 # make sanitize: the C++ code under ASan and UBSan
 # make aarch64: the C++ code compiled for ARM, and its kernels run where there is qemu-aarch64-static (QEMU=/path/to/it)
 # make wheel: the source distribution and, out of it, a wheel for the torch and the Python at hand, in build/wheels
@@ -22,7 +23,7 @@ PYTEST := -m pytest -n auto --dist worksteal -p no:benchmark
 COPY := tar -c --exclude=./build --exclude=./.venv --exclude=./.git --exclude='*.so' --exclude=_build.json . | tar -x -C
 STAMP := build/installed-$(subst /,_,$(subst =,_,$(PY)-$(TORCH)))
 
-.PHONY: test test-all test-oldest demo install lint sanitize aarch64 wheel check-wheel served clean
+.PHONY: test test-all test-oldest demo docs install lint sanitize aarch64 wheel check-wheel served clean
 
 test: $(STAMP) lint
 	$(PY) $(PYTEST) -m 'not full'
@@ -45,6 +46,9 @@ lint: $(STAMP)
 
 demo: $(STAMP)
 	$(PY) -m dft_kernels.commands.main demo
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 install: $(STAMP)
 

@@ -361,6 +361,58 @@ def evaluation_table(rows: Rows) -> str:
     return markdown(["value in floors (95 % interval)", *models], lines, caption)
 
 
+def front_table(rows: Rows) -> str:
+    """The README's one table: of cpu.csv, h100.csv and errors-cpu.csv what a reader asks first. A cell is of the first
+    of a line's names that was measured there."""
+    lines = {
+        "dft_kernels": ("dft_kernels native", "dft_kernels triton"),
+        "torch.compile of the eager loss": ("torch.compile(eager)",),
+        "eager PyTorch": ("eager",),
+        "Liger-Kernel": ("Liger chunked, compiled", "Liger FLCE"),
+        "TRL `chunked_divergence`": ("TRL chunked_divergence",),
+        "Cut Cross-Entropy": ("CCE", "CCE torch_compile"),
+        "`F.linear_cross_entropy`": ("F.linear_cross_entropy",),
+    }
+    losses, shape = ("cross_entropy", "forward_kl"), ("4096", "576", "49152", "bfloat16", "both")
+    here = [row for row in rows if tuple(row[of] for of in ("n", "h", "v", "dtype", "part")) == shape]
+    here = [row for row in here if row["status"] == "ok" and row["loss"] in losses]
+    cpu = {(row["implementation"], row["loss"]): row for row in here}
+    with (ROOT / "bench" / "results" / "h100.csv").open(newline="") as file:
+        gpu = {next(iter(row.values())): row for row in csv.DictReader(file)}
+    with (ROOT / "bench" / "results" / "errors-cpu.csv").open(newline="") as file:
+        near = [row for row in csv.DictReader(file) if row["loss"] == "forward_kl" and row["error_dhidden"]]
+    kl = min({float(row["teacher_kl"]) for row in near}, key=lambda value: abs(value - 0.01))
+    error = {row["implementation"]: float(row["error_dhidden"]) for row in near if float(row["teacher_kl"]) == kl}
+
+    def on_cpu(names: Iterable[str], loss: str) -> str:
+        row = next((cpu[name, loss] for name in names if (name, loss) in cpu), None)
+        return f"{float(row['over_floor']):.2f}, {tables.megabytes(float(row['peak_bytes']))} MB" if row else ""
+
+    def on_gpu(names: Iterable[str], column: str) -> str:
+        return next((gpu[name][column] for name in names if name in gpu and gpu[name][column]), "")
+
+    def far(names: Iterable[str]) -> str:
+        return next((f"{100 * error[name]:.2g} %" for name in names if name in error), "")
+
+    columns = ("cross-entropy", "forward KL, teacher's head")
+    head = ["", *(f"CPU: {LOSSES[loss].title}" for loss in losses), "H100: cross-entropy", "H100: forward KL"]
+    head.append(f"error of dhidden, KL {kl:.2g}")
+    body = [
+        [line, *(on_cpu(names, loss) for loss in losses), *(on_gpu(names, column) for column in columns), far(names)]
+        for line, names in lines.items()
+    ]
+    versions = dict.fromkeys(row["package"] for row in here if not row["package"].startswith(("dft-", "torch")))
+    commits, dates = (", ".join(dict.fromkeys(row[of] for row in here)) for of in ("commit", "date"))
+    here_on = f"{here[0]['machine']}; torch {here[0]['torch']}, {', '.join(versions)}; commit {commits}; {dates}"
+    errors = (
+        f"the gradient of SmolLM2-135M's hidden states, against float64, forward KL to a teacher {kl:.2g} nats away"
+    )
+    about = (
+        f"CPU: N 4096, H 576, V 49152, bfloat16; {here_on}. H100: {next(iter(gpu.values()))['about']}. Error: {errors}"
+    )
+    return markdown(head, body, about)
+
+
 def summary_table(rows: Rows) -> str:
     """Of a CSV that is the table already: its cells as they stand; its last column, `about`, is the caption."""
     head = [name for name in rows[0] if name != "about"]
@@ -384,6 +436,7 @@ KINDS: dict[str, Callable[[Rows], str]] = {
     "evaluation": evaluation_table,  # dft-kernels evaluate
     "errors": errors_table,  # dft-kernels bench --inputs
     "every-error": every_error_table,
+    "front": front_table,
     "summary": summary_table,  # written by hand from the runs that its last column names
 }
 

@@ -93,6 +93,9 @@ def test_a_study_of_four_arms(bench: Any, tmp_path: Path, monkeypatch: pytest.Mo
         rows = list(csv.DictReader(file))
     assert {row["arm"] for row in rows} == {arm.name for arm in arms}
     assert {row["metric"] for row in rows} <= set(bench.NAMED)
+    table = load("summaries").effect_table(rows).splitlines()
+    assert len(table) == 2 + len(arms) + 2
+    assert table[3].startswith("| SFT, 2 | ")
     best = [row for row in rows if row["arm"] == bench.BEST]
     assert [(float(row["difference"]), row["closer"]) for row in best] == [(0.0, "0")] * len(best)
     assert {row["seeds"] for row in rows if row["arm"] in ("SFT", "terms")} == {"2"}

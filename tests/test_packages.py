@@ -38,7 +38,7 @@ def test_there_is_one_licence() -> None:
 
 
 def test_every_preset_has_the_licence_of_its_text() -> None:
-    text = (ROOT / "dft_kernels" / "targets" / "presets" / "LICENSES.md").read_text()
+    text = (ROOT / "dft_kernels" / "targets" / "presets" / "LICENSES.txt").read_text()
     listed = dict(re.findall(r"^\| `(.*?)` \|.*\| (.*) \|$", text, re.M))
     assert listed == {name: targets.load(name).about.licence for name in targets.presets()}
 

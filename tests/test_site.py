@@ -172,8 +172,9 @@ def test_in_a_browser(site: Path, served: str, tmp_path: Path) -> None:
     """On a phone and a desk, light and dark: nothing is asked of another host, no page is wider than the screen, no
     script fails; and the search finds a divergence."""
     with chromium.browser(tmp_path / "profile", 120) as page:
-        for width, dark in ((360, False), (360, True), (1280, True)):
-            for name in ("index", "loss", "performance", "reference/dft_kernels"):
+        wide = ("loss", "performance", "reference/dft_kernels")
+        for width, dark, names in ((360, False, ("index", *wide)), (360, True, ("index",)), (1280, True, ("index",))):
+            for name in names:
                 page.show(site / f"{name}.html", width, dark=dark)
                 asked = {of["request"]["url"] for kind, of in page.events if kind == "Network.requestWillBeSent"}
                 assert all(url.startswith(("file:", "data:")) for url in asked), asked

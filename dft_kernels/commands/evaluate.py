@@ -9,21 +9,34 @@ from typing import Any
 import torch
 import transformers
 
+from ..errors import fail
 from ..evaluation import evaluate as work
 from ..evaluation import retention, slices
 from ..evaluation.findings import has_gap
 from ..evaluation.intervals import FEW
 from ..evaluation.results import FILE, LEVEL, Evaluation
-from ..evaluation.subject import Job, check_fast
+from ..evaluation.subject import SPENT, Job, Model, check_fast
 from ..generation import vllm_engine
-from ..generation.sampling import Engine, Sampling
+from ..generation.engine import Engine
+from ..generation.sampling import Sampling
 from ..materials.encoders import encoder
 from ..materials.questions import TASKS
 from ..materials.records import Faults
 from ..materials.sources import SMOLLM2, Trained, texts_of, tokenizer_of, trained_model
 from ..models.heads import check_positions
 from .arguments import Help, Number, Parser, Whole, device, input_file, output_folder
-from .flags import add_cache, add_only, add_quiet, add_sampling, add_seed, add_skip_bad, add_text, sampled
+from .flags import (
+    add_cache,
+    add_only,
+    add_quiet,
+    add_sampling,
+    add_seed,
+    add_skip_bad,
+    add_steps,
+    add_text,
+    sampled,
+    settings_of,
+)
 from .printing import console, progress
 
 ENGINES: dict[str, type[Engine]] = {one.name: one for one in (Engine, vllm_engine.VllmEngine)}
@@ -50,6 +63,8 @@ def parser() -> Parser:
     add("--prompt", type=Whole(1), default=32, help="tokens of a prompt")
     add("--length", type=Whole(2), default=128, help="tokens that a text has at most")
     add_sampling(made, Number(least=0), "of every model; 0: the likeliest token", min_p=True)
+    add_steps(made)
+    add("--compare", action="store_true", help="every model as it is beside itself with these settings")
     add_seed(made, "of passages, draws and halves")
     sweep = f"try the first model by {len(work.GRID)} ways of sampling too, and hold the others against the best one"
     add("--sweep", action="store_true", help=sweep)
@@ -82,8 +97,11 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"evaluate: model must be named once each, got {min(twice)} twice. Leave one out.")
     chosen = {name: trained_model(name, options.base) for name in options.model}
     sampling = Sampling(options.temperature, options.top_p, options.min_p, options.seed, options.length, options.count)
+    settings = settings_of(options)
+    if options.compare and settings == settings.plain:
+        fail("evaluate", "compare", "stand beside a setting", "none", "Add one, as --diversity 0.1")
     if options.engine == vllm_engine.VllmEngine.name and not options.again:
-        vllm_engine.check({name: one.adapter for name, one in chosen.items()}, sampling)
+        vllm_engine.check({name: one.adapter for name, one in chosen.items()}, sampling, settings)
     tasks = () if options.tasks is None else tuple(options.tasks or TASKS)
     if tasks:
         retention.check(tasks, options.questions)
@@ -96,8 +114,11 @@ def run(options: argparse.Namespace) -> int:
     sources = {name: str(one.base if one.adapter else one.name) for name, one in chosen.items()}
     for name, source in sources.items():
         _check_positions(name, source, options)
+        if settings.stepped and not options.again:
+            settings.steps(tokenizer_of(source, options.cache))  # their mistakes, before anything is drawn
     tokenizer = tokenizer_of(options.tokenizer or sources[options.model[0]], options.cache)
     check_fast(tokenizer, options.tokenizer or options.model[0])
+    ways = (settings.plain, settings) if options.compare else (settings,)
     job = Job(
         human=options.human,
         sampling=sampling,
@@ -117,7 +138,7 @@ def run(options: argparse.Namespace) -> int:
         job,
         texts,
         tokenizer,
-        [(name, partial(_loaded, one, options)) for name, one in chosen.items()],
+        [Model(name, partial(_loaded, one, options), ways) for name, one in chosen.items()],
         options.out,
         partial(progress, quiet=options.quiet),
     )
@@ -160,7 +181,10 @@ def render(found: Evaluation, about: str) -> Any:
     for at, metric in enumerate(found.metrics):
         made.add_row(metric.name, *(_cell(model.values[at], metric.kind == LEVEL) for model in found.models))
     score = [f"{model.score.value:.0f}" if model.score else "" for model in found.models]
-    made.add_row("style diversity score", *score, end_section=True)
+    spent = [f"{model.cost[SPENT]:.4f}" if SPENT in model.cost else "" for model in found.models]
+    made.add_row("style diversity score", *score, end_section=not any(spent))
+    if any(spent):
+        made.add_row(SPENT, *spent, end_section=True)
     people = " (people: {:.0f} to {:.0f})".format(*found.human_score[::2]) if found.human_score else ""
     made.caption = f"*: a gap, beyond 95 % of human halves, whose interval excludes 0; score of 100{people}; {about}"
     return made

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from importlib import import_module
 from typing import NamedTuple
 
+from .. import __version__, require_torch
 from .arguments import UsageError
 
 _TRAINING = ("transformers", "rich", "matplotlib")
@@ -18,34 +20,42 @@ class Command(NamedTuple):
     about: str
     needs: tuple[str, ...] = ()  # packages that must be installed, of `extra`
     extra: str = "finetune"
+    torch: bool = True
 
 
 COMMANDS = {
-    "demo": Command("a real model trained by cross-entropy and towards a teacher's distributions, compared", _TRAINING),
-    "train": Command("a model towards a teacher, from a configuration file or flags", _TRAINING),
-    "sample": Command("what a model writes, beside its base or beside itself with other settings", _TRAINING),
-    "play": Command("a page on this machine: a model token by token, beside its base or itself with settings",
+    "demo": Command("train a real model by cross-entropy and towards a teacher: compare", _TRAINING),
+    "train": Command("a model towards a teacher or a target, by a YAML file or flags", _TRAINING),
+    "sample": Command("what a model writes, beside its base or other settings", _TRAINING),
+    "play": Command("a page on this machine: a model token by token, beside its base",
                     ("transformers", "gradio", "scipy", "lexicalrichness"), "play"),
     "capture": Command("run a teacher over texts and store its distributions", _TRAINING),
-    "store": Command("what such a store holds, whether it is whole, and one store of shards (info, verify, join)",
-                     ("safetensors", "rich")),
-    "target": Command("statistics of human writing: build one from texts, list, show, blend", ("safetensors", "rich")),
-    "gap": Command("how far a model's writing lies from such a target, statistic by statistic", _TRAINING),
-    "evaluate": Command("whether models write like people: every metric against human text, with its noise",
+    "store": Command("such a store: what it holds, whether it is whole, join shards", ("safetensors", "rich")),
+    "target": Command("statistics of human writing: build, list, show, blend", ("safetensors", "rich")),
+    "gap": Command("how far a model's writing lies from such a target", _TRAINING),
+    "evaluate": Command("whether models write like people, metric by metric",
                         ("transformers", "rich", "lexicalrichness"), "evaluate"),
-    "report": Command("what evaluations found, as one HTML page: is there a gap, was it closed, what did it cost",
-                      ("jinja2", "matplotlib"), "evaluate"),
-    "bench": Command("this loss against the bare matrix products, PyTorch's and other libraries' losses",
-                     ("rich", "matplotlib"), "bench"),
-    "info": Command("versions, backends available and why not, instruction sets, build stamp, defaults"),
+    "report": Command("such evaluations as one HTML page", ("jinja2", "matplotlib"), "evaluate"),
+    "bench": Command("time, memory, errors: against the floor and other libraries", ("rich", "matplotlib"), "bench"),
+    "info": Command("versions, backends, build, defaults; --check computes with each"),
+    "doctor": Command("what is wrong with this installation, and what mends it", torch=False),
 }  # fmt: skip
+_SHELLS = ("bash", "zsh", "tcsh")
 
 
 def usage() -> str:
     """All commands, a line each."""
     lines = [f"  {name:9} {command.about}" for name, command in COMMANDS.items()]
     return "\n".join(
-        ["usage: dft-kernels COMMAND [options]", "", *lines, "", "dft-kernels COMMAND --help: its options"]
+        [
+            "usage: dft-kernels COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "dft-kernels COMMAND --help               its options",
+            "dft-kernels --version",
+            "dft-kernels --print-completion SHELL     completion for bash, zsh or tcsh",
+        ]
     )
 
 
@@ -55,12 +65,43 @@ def main(arguments: list[str] | None = None) -> int:
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if name in COMMANDS:
         return _run(name, rest)
+    if name == "--version":
+        print(f"dft-kernels {__version__}")
+        return 0
+    if name == "--print-completion":
+        return _print_completion(rest)
     print(usage())
     if name in ("-h", "--help"):
         return 0
     known = ", ".join(sorted(COMMANDS))
     print(f"dft-kernels: COMMAND must be one of {known}, got {name!r}. See the list above.", file=sys.stderr)
     return 2
+
+
+def _print_completion(arguments: list[str]) -> int:
+    """A script for a shell, of every command whose packages are installed."""
+    if len(arguments) != 1 or arguments[0] not in _SHELLS:
+        got = " ".join(arguments) or "none"
+        print(f"dft-kernels: SHELL must be one of {', '.join(_SHELLS)}, got {got}. Name one.", file=sys.stderr)
+        return 2
+    try:
+        import shtab
+    except ModuleNotFoundError:
+        remedy = "Run pip install 'dft-kernels[completion]'."
+        print(f"dft-kernels --print-completion: shtab must be installed, got none. {remedy}", file=sys.stderr)
+        return 1
+    whole = argparse.ArgumentParser(prog="dft-kernels")
+    whole.add_argument("--version", action="store_true")
+    commands = whole.add_subparsers()
+    for name, command in COMMANDS.items():
+        try:
+            options = [import_module(f".{name}", __package__).parser()]
+        except (ImportError, RuntimeError) as error:
+            print(f"dft-kernels: {name} is completed by name alone: {error}", file=sys.stderr)
+            options = []
+        commands.add_parser(name, help=command.about, parents=options, add_help=not options)
+    print(shtab.complete(whole, shell=arguments[0]))
+    return 0
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -70,6 +111,8 @@ def _run(name: str, arguments: list[str]) -> int:
 
     command, parser, options = COMMANDS[name], None, None
     try:
+        if command.torch:
+            require_torch()
         for package in command.needs:
             import_module(package)
         module = import_module(f".{name}", __package__)
@@ -78,6 +121,9 @@ def _run(name: str, arguments: list[str]) -> int:
         return int(module.run(options))
     except ModuleNotFoundError as error:
         say(f"{error.name} must be installed, got none. Run pip install 'dft-kernels[{command.extra}]'.")
+        return 1
+    except ImportError as error:
+        say(f"{error} See dft-kernels doctor.")
         return 1
     except UsageError as error:
         say(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
 from importlib.metadata import version
@@ -18,6 +18,7 @@ import numpy as np
 from .. import __version__
 from ..files import replace_text
 from ..generation.sampling import Sampling
+from ..generation.settings import said
 from ..materials.encoders import embed
 from ..store.fingerprint import tokenizer_fingerprint
 from ..targets.punctuation import CLASSES
@@ -28,7 +29,7 @@ from .measure import Found, measured, standing_out, style_score, swept
 from .metrics import METRICS, Sample, Statistic
 from .people import People, people
 from .results import About, Evaluated, Evaluation, Slice, Swept, Text
-from .subject import Bars, Job, Subject, gathered
+from .subject import Bars, Job, Model, Subject, gathered
 
 CSV = "evaluation.csv"
 SHOWN = 10  # texts of a model that the file keeps: the first, of prompts in random order
@@ -42,20 +43,20 @@ def evaluate(
     job: Job,
     texts: Sequence[str],
     tokenizer: Any,
-    models: Sequence[tuple[str, Callable[[], tuple[Any, Any]]]],
+    models: Sequence[Model],
     folder: Path,
     bars: Bars,
 ) -> Evaluation:
     """Evaluate models against human texts, write results.FILE and CSV into `folder`, and return what is in them.
 
-    tokenizer: by whose tokens passages are cut and n-grams are counted, whatever a model's own. models: names, and
-    functions that load model and tokenizer, called one after another. bars: makes progress bars."""
+    tokenizer: by whose tokens passages are cut and n-grams are counted, whatever a model's own. models: loaded one
+    after another. bars: makes progress bars."""
     those = people(texts, tokenizer, job.prompt, job.sampling.length, job.sampling.count, job.sampling.seed)
     folder.mkdir(parents=True, exist_ok=True)
     by_words = slices.slices_of([passage.prompt for passage in those.reference], job.words)
-    subjects = []
-    for number, (name, load) in enumerate(models):
-        subjects.append(gathered(job, those, tokenizer, name, load, folder, bars, job.sweep if number == 0 else ()))
+    subjects: list[Subject] = []
+    for one in models:
+        subjects += gathered(job, those, tokenizer, one, folder, bars, sweep=bool(job.sweep) and not subjects)
     found = _results(job, those, tokenizer, subjects, bars)
     settings = {
         "human": job.human, "human_sha256": those.sha256, "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -80,9 +81,9 @@ def _results(job: Job, those: People, tokenizer: Any, subjects: list[Subject], b
         pool.extend(texts)
         return np.arange(len(pool) - len(texts), len(pool))
 
-    rows = {one.name: placed(one.texts) for one in subjects}
+    rows = [placed(one.texts) for one in subjects]
     tried = [placed(texts) for texts in subjects[0].tried]
-    swapped = {one.name: placed(one.swapped) for one in subjects}
+    swapped = [placed(one.swapped) for one in subjects]
     written = [passage.prompt for passage in those.reference]
     prompts = [*(passage.prompt for passage in those.all), *written * (len(subjects) + len(tried))]
     prompts += [one for subject in subjects for one in subject.swapped_prompts]
@@ -91,21 +92,19 @@ def _results(job: Job, those: People, tokenizer: Any, subjects: list[Subject], b
         with bars("embedding", len(pool), "texts") as bar:
             vectors = embed(job.encoder, pool, tick=bar).double().numpy()
     documents = Documents(pool, np.arange(len(those.all)), tokenizer, vectors, prompts)
-    samples = {one.name: Sample(documents, rows[one.name], one.reading) for one in subjects}
+    samples = [Sample(documents, at, one.reading) for one, at in zip(subjects, rows, strict=True)]
     with bars("measuring", len(METRICS) * len(samples), "metrics") as bar:
-        found = measured(samples, seed=job.sampling.seed, tick=bar)
+        by_number = measured({str(at): one for at, one in enumerate(samples)}, seed=job.sampling.seed, tick=bar)
+    found = list(by_number.values())
     models = []
-    for one in subjects:
+    for at, one in enumerate(subjects):
         with bars(f"{one.name}: slices", len(METRICS), "metrics") as bar:
-            of = _slices(job, those, samples[one.name], swapped[one.name], one.swapped_at, bar)
-        models.append(_evaluated(those, one, samples[one.name], found[one.name], of))
+            of = _slices(job, those, samples[at], swapped[at], one.swapped_at, bar)
+        models.append(_evaluated(those, one, samples[at], found[at], of))
     if tried:
-        first = subjects[0]
-        models = [
-            *_swept(job, those, first, samples[first.name], tried, found[first.name], bars, models[0]),
-            *models[1:],
-        ]
-    score = next((score for score in map(style_score, found.values()) if score is not None), None)
+        best = _swept(job, those, subjects[0], samples[0], tried, found[0], bars, models[0])
+        models = [*best, *models[1:]]
+    score = next((score for score in map(style_score, found) if score is not None), None)
     about = [About(**{each.name: getattr(one, each.name) for each in fields(About)}) for one in METRICS]
     human = _histograms(documents, np.arange(n))
     return Evaluation("", "", {}, about, models, [] if score is None else score[1], human)
@@ -144,7 +143,7 @@ def _swept(
 ) -> list[Evaluated]:
     """The first model by the best of its ways of sampling, `plain` among them, before what it is as asked for: others
     have that to beat. Chosen on the same texts as it is measured on, it looks a little better than it is."""
-    ways: list[Sampling] = [job.sampling, *job.swept()]
+    ways: list[Sampling] = [first.sampling, *job.swept(first.sampling)]
     samples = [sample, *(Sample(sample.documents, at) for at in tried)]
     sweep = [Swept(how, *swept(found, one)) for how, one in zip(ways, samples, strict=True)]
     known = [(one.distance, at) for at, one in enumerate(sweep) if one.distance is not None]
@@ -197,7 +196,8 @@ def _table(evaluation: Evaluation) -> str:
             "model": model.name, "metric": value.metric, "group": about[value.metric].group,
             **{name: getattr(value, name) for name in ("value", "low", "high", "floor", "ratio", "p", "note")},
             "of_model": value.model, "of_human": value.human, "unit": about[value.metric].unit,
-            **asdict(model.sampling), **{name: evaluation.settings[name] for name in ("prompt", "human_sha256")},
+            **asdict(model.sampling), "steps": said(model.drawn.get("steps", {})),
+            **{name: evaluation.settings[name] for name in ("prompt", "human_sha256")},
             "date": evaluation.date,
         }
         for model in evaluation.models

@@ -6,6 +6,7 @@ has a gap and another has none.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field, replace
@@ -244,8 +245,10 @@ def _closed(run: Evaluation, labels: Sequence[str]) -> list[Answer]:
 
 def _drawn(run: Evaluation) -> list[Answer]:
     ways = {(one.sampling.temperature, one.sampling.top_p, one.sampling.min_p) for one in run.models}
+    steps = {json.dumps(one.drawn.get("steps"), sort_keys=True) for one in run.models}
     said = "The models were not sampled alike (see Settings): part of a difference may be the sampling's"
-    return [Answer(None, [said])] if len(ways) > 1 else []
+    other = "Not all texts were drawn with the same steps (see Settings): part of a difference may be theirs"
+    return [Answer(None, [one]) for one, of in ((said, ways), (other, steps)) if len(of) > 1]
 
 
 def _cost(run: Evaluation, labels: Sequence[str]) -> list[Answer]:

@@ -206,6 +206,11 @@ def _rate(kind: int) -> Callable[[Documents, Rows], float]:
     return statistic
 
 
+def _rates_l1(documents: Documents, a: Rows, b: Rows) -> float:
+    rates = [np.array([_rate(kind)(documents, rows) for kind in range(len(CLASSES))]) for rows in (a, b)]
+    return float(np.abs(rates[0] - rates[1]).sum())
+
+
 def _marks(kind: int) -> Callable[[Documents], Any]:
     return lambda documents: documents.marks[:, kind]
 
@@ -347,6 +352,11 @@ METRICS: tuple[Metric, ...] = (
             events=_marks(CLASSES.index(kind)),
         )
         for kind, name in _MARKS.items()
+    ),
+    Distance(
+        "punctuation rates, L1", "punctuation", DISTANCE, "per 1,000 words",
+        "sum abs(r_model - r_human) over the classes of marks, r the rate of one in 1,000 words",
+        "targets.punctuation", of=_rates_l1,
     ),
     Distance(
         "punctuation gaps, W1", "punctuation", DISTANCE, "words",

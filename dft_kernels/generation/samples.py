@@ -3,6 +3,8 @@
     {"format": ..., "model": ..., "sampling": {...}, ...}                        what the texts depend on: `Header`
     {"number": 0, "prompt": ..., "text": ..., "tokens": 128, "seconds": 0.31}    a line a text, in the prompts' order
 
+Where steps are in use (`Settings`), the header has "steps" and a line "entropy" and "kl".
+
 Batch b of a run is drawn by the seed sampling.seed + b and written at once. A run that was killed drops the batch that
 was being written and goes on, so that its file equals that of a run which was not, but for the seconds.
 """
@@ -12,24 +14,29 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..errors import fail
 from ..files import Source
 from ..models.heads import check_positions
 from ..store.fingerprint import model_fingerprint, tokenizer_fingerprint
+from .engine import Engine
 from .journal import Journal
-from .sampling import Engine, Sampling, own_settings, text_after
+from .sampling import Sampling, own_settings, text_after
+from .settings import Settings, described
 
 FORMAT = "dft_kernels samples 1"
+PLAIN = Settings()
 
 
 @dataclass(frozen=True)
 class Header:
     """What the texts of a file depend on. model_sha256: of the weights; generation: what the model's own
-    generation_config sets, as a repetition penalty, which is applied too; engine, device: what drew them, and where."""
+    generation_config sets, as a repetition penalty, which is applied too; engine, device: what drew them, and where;
+    steps: besides `sampling`, as `settings.described` has them."""
 
     format: str
     model: str
@@ -42,28 +49,34 @@ class Header:
     engine: str
     device: str
     versions: dict[str, str]
+    steps: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A text. tokens: that were drawn; seconds: its share of its batch's."""
+    """A text. tokens: that were drawn; seconds: its share of its batch's; entropy, kl: of `engine.Written`."""
 
     number: int
     prompt: str
     text: str
     tokens: int
     seconds: float
+    entropy: float | None = None
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The texts of a model after prompts, in their order. tokens, seconds: of all of them together."""
+    """The texts of a model after prompts, in their order. tokens, seconds: of all of them together; entropy, kl: nats a
+    token that was drawn, None where that was not told."""
 
     header: Header
     prompts: list[str]
     texts: list[str]
     tokens: int
     seconds: float
+    entropy: float | None = None
+    kl: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -78,6 +91,7 @@ def draw(
     file: Path,
     *,
     model_name: str,
+    settings: Settings = PLAIN,
     batch: int = 16,
     tick: Callable[[int], None] | None = None,
 ) -> Samples:
@@ -90,6 +104,7 @@ def draw(
     file: JSON lines, see above. A finished one is read and nothing is drawn. One of other settings (`Header`) is not
         touched, an engine's not by another; nor is an unfinished one of other versions or another device gone on with,
         whose draws would be others.
+    settings: steps besides sampling, whose temperature, top_p and min_p count.
     batch: prompts at a time, of which the draws depend.
     tick: called with the number of texts there are more, those of an earlier run too.
 
@@ -100,10 +115,10 @@ def draw(
     """
     if min(batch, sampling.length) < 1:
         fail("draw", "batch and sampling.length", "be at least 1", (batch, sampling.length), "Draw some")
-    engine.check(sampling)
+    engine.check(sampling, settings)
     tokenizer = engine.tokenizer
     ids = _encoded(tokenizer, prompts, sampling, engine.model)
-    header = asdict(_header(engine, prompts, sampling, model_name, batch))
+    header = _line(_header(engine, prompts, sampling, settings, model_name, batch), "steps")
     journal = Journal.begin(_source("draw", file), header)
     found = _checked(journal)
     finished = len(found.texts) == len(prompts)
@@ -116,10 +131,22 @@ def draw(
     for start in range(len(journal.lines), len(prompts), batch):
         rows = range(start, min(start + batch, len(prompts)))
         began = time.perf_counter()
-        drawn = engine.draw([ids[row] for row in rows], sampling, sampling.seed + start // batch)
+        drawn = engine.draw([ids[row] for row in rows], sampling, settings, sampling.seed + start // batch)
         seconds = round((time.perf_counter() - began) / len(rows), 6)
         journal.add(
-            asdict(_Line(row, prompts[row], text_after(tokenizer, ids[row], new), len(new), seconds))
+            _line(
+                _Line(
+                    row,
+                    prompts[row],
+                    text_after(tokenizer, ids[row], new.ids),
+                    len(new.ids),
+                    seconds,
+                    new.entropy,
+                    new.kl,
+                ),
+                "entropy",
+                "kl",
+            )
             for row, new in zip(rows, drawn, strict=True)
         )
         if tick is not None:
@@ -156,7 +183,16 @@ def _encoded(tokenizer: Any, prompts: Sequence[str], sampling: Sampling, model: 
     return ids
 
 
-def _header(engine: Engine, prompts: Sequence[str], sampling: Sampling, model_name: str, batch: int) -> Header:
+def _line(value: Any, *optional: str) -> dict[str, Any]:
+    """A record as its file has it: without optional fields that say nothing, which files of before have not."""
+    found = asdict(value)
+    return {name: one for name, one in found.items() if one not in (None, {}) or name not in optional}
+
+
+def _header(
+    engine: Engine, prompts: Sequence[str], sampling: Sampling, settings: Settings, model_name: str, batch: int
+) -> Header:
+    ours = {"dft_kernels": __version__} if settings.stepped else {}
     return Header(
         format=FORMAT,
         model=model_name,
@@ -168,7 +204,8 @@ def _header(engine: Engine, prompts: Sequence[str], sampling: Sampling, model_na
         generation=own_settings(engine.model),
         engine=engine.name,
         device=engine.device,
-        versions=engine.versions,
+        versions={**engine.versions, **ours},
+        steps=described(settings),
     )
 
 
@@ -187,11 +224,12 @@ def _checked(journal: Journal) -> Samples:
     if journal.header.get("format") != FORMAT:
         source.fail("format", f"be {FORMAT!r}", journal.header.get("format"))
     journal.header.setdefault("engine", Engine.name)  # of a file from before there was another
-    header = source.record(Header, journal.header, bounds={"batch": (1, 1 << 31)})
-    limits = {"tokens": (0, header.sampling.length), "seconds": (0, 1e9)}
+    header = source.record(Header, {"steps": {}, **journal.header}, bounds={"batch": (1, 1 << 31)})
+    most = (0.0, 1e9)
+    limits = {"tokens": (0, header.sampling.length), **dict.fromkeys(("seconds", "entropy", "kl"), most)}
     lines: list[_Line] = []
     for number, value in enumerate(journal.lines):
-        line = source.record(_Line, value, f"line {number + 2}", limits)
+        line = source.record(_Line, {"entropy": None, "kl": None, **value}, f"line {number + 2}", limits)
         if line.number != number:
             source.fail(f"line {number + 2}.number", f"be {number}", line.number)
         lines.append(line)
@@ -206,4 +244,13 @@ def _checked(journal: Journal) -> Samples:
         [line.text for line in lines],
         sum(line.tokens for line in lines),
         sum(line.seconds for line in lines),
+        *(_mean(lines, of, header.sampling.length) for of in ("entropy", "kl")),
     )
+
+
+def _mean(lines: Sequence[_Line], of: str, length: int) -> float | None:
+    """Of all draws, of which a text has one more than tokens where it ended."""
+    values, draws = [getattr(line, of) for line in lines], [min(line.tokens + 1, length) for line in lines]
+    if not lines or None in values:
+        return None
+    return sum(value * count for value, count in zip(values, draws, strict=True)) / sum(draws)

@@ -1,4 +1,4 @@
-"""Text of a model's own, drawn by transformers' `generate`, and what else may draw it."""
+"""Text of a model's own, drawn by transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from ..models.heads import output_layer, unwrapped
@@ -128,36 +127,3 @@ def text_after(tokenizer: Any, before: Sequence[int], new: Sequence[int]) -> str
 
     whole, prompt = decoded([*before, *new]), decoded([*before])
     return whole.removeprefix(prompt) if whole.startswith(prompt) else decoded([*new])
-
-
-class Engine:
-    """What draws the tokens of texts: transformers' `generate`, of a model in memory. Another one overrides all of it.
-
-    name, device, versions: what a file of texts says they were drawn by."""
-
-    name = "transformers"
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
-
-    @property
-    def device(self) -> str:
-        device = output_layer(self.model).weight.device
-        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-    @property
-    def versions(self) -> dict[str, str]:
-        return {"torch": torch.__version__, "transformers": transformers.__version__}
-
-    def check(self, sampling: Sampling) -> None:
-        """ValueError for a way of sampling that it has not."""
-
-    def start(self, tokens: int, batch: int) -> None:
-        """Be ready for so many texts at a time, of so many tokens with their prompts."""
-
-    def draw(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[int]]:
-        """New token ids after each prompt, without the end of the text; the same ones by the same seed."""
-        return continuations(self.model, self.tokenizer, prompts, sampling.length, seed, **sampling.keywords())
-
-    def close(self) -> None:
-        """Free what `start` took; it may be started again."""

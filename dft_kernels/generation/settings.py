@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from transformers import LogitsProcessor
@@ -12,6 +13,7 @@ from ..errors import fail
 from ..targets import target_file
 from ..targets.target import Target
 from .refiner import IterativeRefiner
+from .sampling import Sampling
 from .steps import ordered, warpers
 from .stream import Stream
 from .style import StyleShift
@@ -68,6 +70,16 @@ class Settings:
         """The model as it is, drawn or searched in the same way: what these settings are compared with."""
         return Settings(temperature=0.0 if self.greedy else 1.0, beams=self.beams)
 
+    @property
+    def stepped(self) -> bool:
+        """Whether there is a step besides temperature, top_p and min_p."""
+        given = (self.top_n_sigma, self.style, self.refine)
+        return bool(self.diversity or self.entropy_temperature) or any(one is not None for one in given)
+
+    def by(self, sampling: Sampling) -> Settings:
+        """These, with the temperature, top_p and min_p of a way of sampling."""
+        return replace(self, temperature=sampling.temperature, top_p=sampling.top_p, min_p=sampling.min_p)
+
     def steps(self, tokenizer: Any) -> list[LogitsProcessor]:
         """The processors of scores, in their order, new ones; none for the defaults. ValueError for a target of another
         tokenizer, or without what is needed of it, and for what `ordered` refuses: two temperatures, one with beams or
@@ -104,6 +116,45 @@ class Settings:
         words = ["dft-kernels", "sample", model, *(["--base", base] if base is not None else [])]
         words += [*_flag("prompt", prompt), "--length", str(length), "--seed", str(seed)]
         return shlex.join([*words, *self.flags()])
+
+
+def described(settings: Settings) -> dict[str, Any]:
+    """The steps besides temperature, top_p and min_p, as a file says what its texts depend on: a target by its own name
+    and the sha256 of its content, wherever its file lies. {} without any. ValueError for a target that cannot be
+    read."""
+    found: dict[str, Any] = {}
+    if settings.style is not None:
+        name, gamma = settings.style
+        found |= {"style": {**_content(name), "gamma": gamma}, "style_base": _content(settings.style_base)}
+    if settings.top_n_sigma is not None:
+        found["top_n_sigma"] = settings.top_n_sigma
+    for name in ("entropy_temperature", "diversity"):
+        if value := getattr(settings, name):
+            found[name] = value
+    if settings.refine is not None:
+        found |= {"refine": _content(settings.refine), "bound": settings.bound}
+        if settings.native is not None:
+            found["native"] = _content(settings.native)
+    return found
+
+
+def said(steps: Mapping[str, Any]) -> str:
+    """What `described` has found, for a reader; "" of {}."""
+    made = []
+    if "style" in steps:
+        made.append(f"style {steps['style']['name']} {steps['style']['gamma']:g}")
+    for name, sign in (("top_n_sigma", ""), ("entropy_temperature", ""), ("diversity", "+")):
+        if name in steps:
+            made.append(f"{name.replace('_', '-')} {steps[name]:{sign}g}")
+    if "refine" in steps:
+        alone = "" if "native" in steps else ", by the text so far alone"
+        made.append(f"refined to {steps['refine']['name']}, {steps['bound']:g} nats{alone}")
+    return ", ".join(made)
+
+
+def _content(file: str) -> dict[str, str]:
+    target = target_file.load(file)
+    return {"name": target.about.name, "sha256": target_file.fingerprint(target)}
 
 
 @dataclass(frozen=True)

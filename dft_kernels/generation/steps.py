@@ -137,6 +137,13 @@ class _Hook(transformers.LogitsProcessor):
         return scores
 
 
+class Likeliest(transformers.LogitsProcessor):
+    """The last of the steps of a greedy text: all on the likeliest token."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -torch.inf).scatter_(-1, scores.argmax(-1, keepdim=True), 0.0)
+
+
 def warpers(temperature: float = 1.0, top_p: float = 1.0, min_p: float = 0.0) -> list[transformers.LogitsProcessor]:
     """transformers' own steps of these settings, in its order: none where they leave the model as it is."""
     found: list[transformers.LogitsProcessor] = []

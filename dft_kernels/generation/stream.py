@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import fail
 from ..models.heads import check_positions
 from .sampling import Sampling, ends_of, roll_out, text_after
-from .steps import Watch, ordered
+from .steps import Likeliest, Watch, ordered
 
 _CUT = "\ufffd"  # what decoding makes of bytes that are not yet a character
 
@@ -74,7 +74,7 @@ class Stream:
         self.drawn: list[list[Drawn]] = [[] for _ in prompts]  # so far
         watch = Watch()
         checked = ordered(steps, sample=not greedy)
-        processors = watch.around([*checked, _Likeliest()]) if greedy else [*watch.around(checked), _Draw(seed)]
+        processors = watch.around([*checked, Likeliest()]) if greedy else [*watch.around(checked), _Draw(seed)]
         self._work = _Work(watch)
         arguments = (self._work, model, self.prompts, length, self.ends, processors)
         self._thread = threading.Thread(target=_run, args=arguments, name="Stream", daemon=True)
@@ -203,13 +203,6 @@ def _run(
         pass
     except BaseException as error:
         work.made.put(error)  # raised where the stream is read
-
-
-class _Likeliest(LogitsProcessor):
-    """The last of the steps of a greedy text: all on the likeliest token."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return torch.full_like(scores, -torch.inf).scatter_(-1, scores.argmax(-1, keepdim=True), 0.0)
 
 
 class _Draw(LogitsProcessor):

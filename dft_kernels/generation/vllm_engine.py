@@ -17,7 +17,9 @@ import torch
 
 from ..errors import fail
 from ..models.heads import CORRECTION, in_mode, output_layer
-from .sampling import Engine, Sampling, ends_of, own_settings, without_end
+from .engine import Engine, Written
+from .sampling import Sampling, ends_of, own_settings, without_end
+from .settings import Settings
 
 COLDEST, HOTTEST = 0.01, 2.0  # temperatures but 0 that vLLM takes
 _SAID = {"do_sample", "temperature", "top_p", "top_k", "min_p", "max_length", "max_new_tokens"}  # by Sampling
@@ -26,15 +28,17 @@ _ELSE = "Draw by transformers"
 _COMPARED = 16  # tokens whose log-probabilities vLLM and the model are asked for
 
 
-def check(adapters: Mapping[str, str | None], sampling: Sampling) -> None:
-    """ValueError where vLLM is not installed, or has not the way of sampling or one of the models: adapters, by name,
-    their files' names. Before a model is loaded."""
+def check(adapters: Mapping[str, str | None], sampling: Sampling, settings: Settings) -> None:
+    """ValueError where vLLM is not installed, or has not the way of sampling, the steps or one of the models: adapters,
+    by name, their files' names. Before a model is loaded."""
     if find_spec("vllm") is None:
         remedy = "Install it in an environment of its own (docs/evaluation.md), or leave --engine out"
         fail("vllm", "engine", "be installed", "vllm, of which there is no package", remedy)
     for name, adapter in adapters.items():
         if adapter is not None:
             _adapted(f"{name}, with {adapter}")
+    if settings.stepped:
+        fail("vllm", "engine", "be transformers beside steps", VllmEngine.name, "Leave --engine out, or the steps")
     cold = sampling.temperature
     if cold and not COLDEST <= cold <= HOTTEST:
         fail("vllm", "temperature", f"be 0, or in [{COLDEST}, {HOTTEST:g}]", cold, _ELSE)
@@ -80,8 +84,8 @@ class VllmEngine(Engine):
     def versions(self) -> dict[str, str]:
         return {**super().versions, self.name: version("vllm")}
 
-    def check(self, sampling: Sampling) -> None:
-        check({}, sampling)
+    def check(self, sampling: Sampling, settings: Settings) -> None:
+        check({}, sampling, settings)
         for name, value in own_settings(self.model).items():
             if value and name not in _SAID | _TAKEN:
                 fail("vllm", "generation_config", "set nothing that vLLM has not", f"{name} {value}", _ELSE)
@@ -141,7 +145,9 @@ class VllmEngine(Engine):
                 "Save it and load it, or draw by transformers",
             )
 
-    def draw(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[int]]:
+    def draw(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, settings: Settings, seed: int
+    ) -> list[Written]:
         import vllm
 
         at, own = ends_of(self.model, self.tokenizer), own_settings(self.model)
@@ -161,7 +167,7 @@ class VllmEngine(Engine):
             for one in seeds
         ]
         made = self._llm.generate([{"prompt_token_ids": list(one)} for one in prompts], how, use_tqdm=False)
-        return without_end([one.outputs[0].token_ids for one in made], at)
+        return [Written(ids) for ids in without_end([one.outputs[0].token_ids for one in made], at)]
 
     def close(self) -> None:
         """End vLLM's processes, and with them its memory."""

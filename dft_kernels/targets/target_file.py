@@ -38,16 +38,7 @@ def save(target: Target, path: str | Path) -> Path:
     from safetensors.torch import save as serialized
 
     path = Path(path)
-    tensors, sizes = _packed(target.tensors)
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "about": dataclasses.asdict(target.about),
-        "noise": dict(target.noise),
-        "warnings": list(target.warnings),
-        "sizes": sizes,
-    }
-    header["sha256"] = _sha256(header, tensors)
+    header, tensors = _whole(target)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +49,11 @@ def save(target: Target, path: str | Path) -> Path:
     except OSError as error:
         _source(path).fail("the file", "be writable", str(error), "Name another with --out")
     return path
+
+
+def fingerprint(target: Target) -> str:
+    """sha256 of all that a target is, as its file's header has it: the same wherever the file lies."""
+    return str(_whole(target)[0]["sha256"])
 
 
 def load(name: str | Path, tokenizer: Any = None) -> Target:
@@ -131,6 +127,20 @@ def _sha256(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         if tensor.numel():
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _whole(target: Target) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file of it holds: header and tensors."""
+    tensors, sizes = _packed(target.tensors)
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "about": dataclasses.asdict(target.about),
+        "noise": dict(target.noise),
+        "warnings": list(target.warnings),
+        "sizes": sizes,
+    }
+    return {**header, "sha256": _sha256(header, tensors)}, tensors
 
 
 def _packed(tensors: Any) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -150,7 +150,8 @@ class Run:
     def _measure(self) -> HeldOut | None:
         if not self.batches:
             return None
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        # as it is saved, and as it was before the first step: not in mixed precision
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_fp32_wrapper=False)
         return held_out(model, self.batches, asked(self.teacher, self.trainer.args.device))
 
     def _save(self) -> None:

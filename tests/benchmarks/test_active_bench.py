@@ -30,6 +30,6 @@ def test_the_errors_are_within_what_is_said(tmp_path: Path, monkeypatch: pytest.
         assert max(float(row["dhidden_error"]), float(row["dweight_error"])) <= bound + 1e-5
         assert float(row["ratio_25"]) <= float(row["ratio"]) <= float(row["ratio_75"])
     assert float(rows[2]["active"]) < 1
-    table = load("readme").active_table(rows)
+    table = load("summaries").active_table(rows)
     assert "| cross-entropy | none |" in table
     assert "| forward KL | 0.05 |" in table

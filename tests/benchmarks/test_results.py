@@ -40,7 +40,7 @@ def load(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where a dataclass looks for its own
     spec.loader.exec_module(module)
     return module
 
@@ -198,7 +198,7 @@ def test_the_cpu_script_refuses(mistake: list[str], tmp_path: Path) -> None:
 
 def test_a_loss_beside_busy_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))  # where the process that is timed finds it too
-    threads, readme = importlib.import_module("threads"), load("readme")
+    threads, summaries = importlib.import_module("threads"), load("summaries")
     case = Case(Shape(16, 8, 32), "float32", "forward_kl", "both", "cpu")
     before = dict(os.environ)
     row = threads.measured(case, 1, "OMP_WAIT_POLICY=passive", 1, 3)
@@ -216,7 +216,7 @@ def test_a_loss_beside_busy_processes(tmp_path: Path, monkeypatch: pytest.Monkey
     what = ["--shape", "16,8,32", "--rounds", "4", "--commit", "abc"]
     assert threads.main([*what, "--csv", str(tmp_path / "t.csv")]) == 0
     with (tmp_path / "t.csv").open(newline="") as file:
-        head, _, *lines, _, caption = readme.threads_table(list(csv.DictReader(file))).splitlines()
+        head, _, *lines, _, caption = summaries.threads_table(list(csv.DictReader(file))).splitlines()
     cores = len(os.sched_getaffinity(0))
     assert head == f"| ours, and over eager (least to most) | alone | beside {cores} busy processes |"
     assert lines[0].startswith("| 1 thread | ")

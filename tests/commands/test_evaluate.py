@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import far, tokenizer  # noqa: F401 - a fixture
+from target_texts import WORDS, documents
+from tiny_models import far, tokenizer, word_tokenizer  # noqa: F401 - a fixture
 from vllm_installed import vllm  # noqa: F401 - a fixture
 
 from dft_kernels.commands import main as cli
-from dft_kernels.evaluation import results
+from dft_kernels.evaluation import report, results, subject
 from dft_kernels.evaluation.metrics import METRICS
 from dft_kernels.generation import samples
+from dft_kernels.targets import corpus, target_file
 
 COUNT = 24
 
@@ -73,6 +75,80 @@ def test_a_run_writes_all_of_it(here: Path, capsys: pytest.CaptureFixture[str]) 
     assert (
         len(list((here / "out/samples").iterdir())) == 2 + 2 + 7
     )  # swapped ones, and a sweep of 8 of which one is the first
+
+
+@pytest.fixture
+def target(here: Path) -> str:
+    """Of other texts of the same tokenizer."""
+    own = word_tokenizer(WORDS)
+    for name in ("start", "tuned"):
+        own.save_pretrained(name)
+    lines = [json.dumps({"text": text}) + "\n" for text in documents(3 * COUNT, 1)]
+    Path("human.jsonl").write_text("".join(lines))
+    made = corpus.build(documents(60), own, name="made", tokenizer_name="tiny")
+    return str(target_file.save(made, here / "made.safetensors"))
+
+
+def test_a_model_stands_beside_itself_with_steps(
+    target: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    reading = subject.read
+    monkeypatch.setattr(subject, "read", lambda *given, **more: read.append(len(given[3])) or reading(*given, **more))
+    steps = ("--refine", target, "--bound", "0.05", "--diversity", "0.1")
+    assert evaluate(*steps, "--compare") == 0
+    said = capsys.readouterr().out
+    assert read == [2 * COUNT, COUNT, COUNT]  # human texts once a model
+    whole = results.load(here / "out")
+    how = "diversity +0.1, refined to made, 0.05 nats, by the text so far alone"
+    names = ["start", f"start + {how}"]
+    assert [model.name for model in whole.models] == names
+    sha256 = target_file.fingerprint(target_file.load(target))
+    assert whole.models[1].drawn["steps"] == {
+        "diversity": 0.1, "refine": {"name": "made", "sha256": sha256}, "bound": 0.05
+    }  # fmt: skip
+    assert "steps" not in whole.models[0].drawn
+    assert subject.SPENT not in whole.models[0].cost
+    assert whole.models[1].cost[subject.SPENT] > 0.01
+    assert "KL from the model" in said
+    assert whole.models[0].texts != whole.models[1].texts
+    with (here / "out/evaluation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["model"]: row["steps"] for row in rows} == dict(zip(names, ["", how], strict=True))
+    page = report.page([whole])
+    assert f"steps of {names[1]}.refine.sha256" in page
+    assert "Not all texts were drawn with the same steps" in page
+
+    # a run of either is a part of it, and its file is its own
+    before = {one.name: one.read_bytes() for one in (here / "out/samples").iterdir()}
+    assert len(before) == 2
+    for given, one in (((), whole.models[0]), (steps, whole.models[1])):
+        assert evaluate(*given, "--again", "--quiet") == 0
+        (alone,) = results.load(here / "out").models
+        assert (alone.name, alone.texts, alone.drawn) == (one.name, one.texts, one.drawn)
+        assert [value.value for value in alone.values] == pytest.approx([value.value for value in one.values])
+    assert {one.name: one.read_bytes() for one in (here / "out/samples").iterdir()} == before
+    assert evaluate(*steps[:3], "0.06", "--again") == 1  # a bound of which there are no texts
+    assert "Draw them first" in capsys.readouterr().err
+
+
+def test_steps_that_cannot_be_are_one_line_before_any_work(
+    target: str,
+    vllm: Any,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for more, said in (
+        (("--compare",), "--compare must stand beside a setting, got none. Add one"),
+        (("--refine", "literary"), "--refine: "),
+        (("--native", target), "--native must come with"),
+        (("--diversity", "0.1", "--temperature", "0"), "hold no temperature with the likeliest token"),
+        (("--diversity", "0.1", "--engine", "vllm"), "--engine must be transformers beside steps, got vllm."),
+    ):
+        assert evaluate(*more) == 1, more
+        error = capsys.readouterr().err
+        assert said in error, error
+        assert error.count("\n") == 1
+    assert not Path("out").exists()
 
 
 def test_it_goes_on_and_measures_again_without_the_models(here: Path) -> None:

@@ -98,6 +98,10 @@ def second(name: str, pool: Documents, a: Any, b: Any) -> float:
         return float(np.mean([len(one) for one in listed]))
     if name == "repeated openings":
         return 1.0  # each sentence of these texts begins with The
+    if name == "punctuation rates, L1":
+        totals = [sum(len(words(pool, row)) for row in rows) for rows in (a, b)]
+        sides = [Counter(mark for row in rows for mark in marks(pool.texts[row])) for rows in (a, b)]
+        return 1000 * sum(abs(sides[0][k] / totals[0] - sides[1][k] / totals[1]) for k in {**sides[0], **sides[1]})
     if name == "punctuation gaps, W1":
         return float(wasserstein_distance(gaps(pool, a), gaps(pool, b)))
     if name == "punctuation transitions, TV":

@@ -10,12 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from target_texts import WORDS, documents
 from tiny_models import far as tiny
-from tiny_models import tokenizer  # noqa: F401 - a fixture
+from tiny_models import tokenizer, word_tokenizer  # noqa: F401 - a fixture
+from transformers import LogitsProcessorList
 
-from dft_kernels.generation import sampling
+from dft_kernels.generation import engine
+from dft_kernels.generation.engine import Engine
 from dft_kernels.generation.samples import Samples, draw, read
-from dft_kernels.generation.sampling import Engine, Sampling, continuations
+from dft_kernels.generation.sampling import Sampling, continuations
+from dft_kernels.generation.settings import Settings, described
+from dft_kernels.targets import corpus, target_file
 
 PROMPTS = ["word1 word2 word3", "word4", "word5 word6", "word7", "word8 word9"]
 SAMPLING = Sampling(count=5, length=4, seed=3)
@@ -72,8 +78,8 @@ def test_a_finished_file_needs_no_model(drawing: Any, tmp_path: Path, monkeypatc
     file = tmp_path / "samples.jsonl"
     found, kept = drawing(file), file.read_bytes()
     assert read(file) == found
-    monkeypatch.setattr("dft_kernels.generation.sampling.continuations", pytest.fail)
-    monkeypatch.setattr(sampling.transformers, "__version__", "9.9")  # who draws nothing may have another
+    monkeypatch.setattr("dft_kernels.generation.engine.continuations", pytest.fail)
+    monkeypatch.setattr(engine.transformers, "__version__", "9.9")  # who draws nothing may have another
     ticks: list[int] = []
     assert drawing(file, tick=ticks.append) == found
     assert ticks == [5]
@@ -153,11 +159,122 @@ def test_a_file_of_other_settings_is_not_touched(
         model.lm_head.weight.copy_(tiny().lm_head.weight)
     unfinished = b"".join(kept.splitlines(True)[:3])
     file.write_bytes(unfinished)
-    monkeypatch.setattr(sampling.transformers, "__version__", "9.9")
+    monkeypatch.setattr(engine.transformers, "__version__", "9.9")
     with pytest.raises(ValueError, match=r'versions.transformers must be "[0-9.]+", as in the file, got "9.9"'):
         drawing(file)
     assert file.read_bytes() == unfinished
     assert drawing(tmp_path / "other.jsonl", batch=3).texts[2:] != drawing(tmp_path / "third.jsonl", batch=2).texts[2:]
+
+
+@pytest.fixture
+def stepped(model: Any) -> Any:
+    """As `drawing`, by a tokenizer of whose texts there can be targets."""
+    own = word_tokenizer(WORDS)
+
+    def run(file: Path, settings: Settings, **more: Any) -> Samples:
+        given = {"model_name": "tiny", "batch": 2, **more}
+        return draw(Engine(model, own), PROMPTS, given.pop("sampling", SAMPLING), file, settings=settings, **given)
+
+    return run
+
+
+def target(file: Path, seed: int = 0) -> str:
+    made = corpus.build(documents(60, seed), word_tokenizer(WORDS), name="made", tokenizer_name="tiny")
+    return str(target_file.save(made, file))
+
+
+def test_steps_draw_and_stand_in_the_file(stepped: Any, model: Any, tmp_path: Path) -> None:
+    refine = target(tmp_path / "target.safetensors")
+    settings = Settings(top_n_sigma=2.0, refine=refine, bound=0.05)
+    warm = replace(SAMPLING, temperature=0.8)
+    found = stepped(tmp_path / "steps.jsonl", settings, sampling=warm)
+    own = word_tokenizer(WORDS)
+    whole = replace(settings, temperature=0.8).steps(own)
+    ids = [own(prompt)["input_ids"] for prompt in PROMPTS]
+    for number, start in enumerate((0, 2, 4)):
+        expected = continuations(
+            model, own, ids[start : start + 2], 4, 3 + number, logits_processor=LogitsProcessorList(whole)
+        )
+        for text, new in zip(found.texts[start:], expected, strict=False):
+            assert text.split() == own.decode(new, skip_special_tokens=True).split()
+    assert found.texts != stepped(tmp_path / "plain.jsonl", Settings(), sampling=warm).texts
+    lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    sha256 = json.loads(safe_open(refine, "pt").metadata()["target"])["sha256"]
+    assert lines[0]["steps"] == {"top_n_sigma": 2.0, "refine": {"name": "made", "sha256": sha256}, "bound": 0.05}
+    assert set(lines[0]["versions"]) == {"torch", "transformers", "dft_kernels"}
+    draws = [min(line["tokens"] + 1, 4) for line in lines[1:]]
+    assert found.kl == pytest.approx(sum(line["kl"] * n for line, n in zip(lines[1:], draws, strict=True)) / sum(draws))
+    assert found.kl > 0
+    assert 0 < found.entropy < math.log(100)
+    assert read(tmp_path / "steps.jsonl") == found
+
+
+def test_the_kl_is_what_steps_spend(stepped: Any, model: Any, tmp_path: Path) -> None:
+    """Of a refiner at its bound, every token's; of the likeliest token, its surprise; of idle steps, none."""
+    refine = target(tmp_path / "target.safetensors")
+    idle = stepped(tmp_path / "idle.jsonl", Settings(refine=refine, bound=0.0))
+    assert idle.texts == stepped(tmp_path / "plain.jsonl", Settings()).texts
+    assert idle.kl == 0
+    bare = [text.replace(",", "") for text in documents(60)]
+    native = target_file.save(
+        corpus.build(bare, word_tokenizer(WORDS), name="bare", tokenizer_name="tiny"), tmp_path / "native.safetensors"
+    )
+    spent = stepped(tmp_path / "some.jsonl", Settings(refine=refine, bound=1e-3, native=str(native))).kl
+    assert spent == pytest.approx(1e-3, rel=0.01)
+    greedy = stepped(
+        tmp_path / "greedy.jsonl", Settings(refine=refine, bound=0.0), sampling=replace(SAMPLING, temperature=0.0)
+    )
+    assert greedy.entropy == pytest.approx(0, abs=1e-6)
+    text = PROMPTS[0].split()
+    own = word_tokenizer(WORDS)
+    ids = torch.tensor([own(" ".join(text))["input_ids"]])
+    with torch.no_grad():
+        made = model.generate(ids, do_sample=False, max_new_tokens=4, pad_token_id=0, eos_token_id=1)
+        likely = model(made).logits.log_softmax(-1).amax(-1)[0, ids.shape[1] - 1 : -1]
+    (line,) = (json.loads(one) for one in (tmp_path / "greedy.jsonl").read_text().splitlines()[1:2])
+    assert line["kl"] == pytest.approx(-float(likely.mean()), rel=1e-4)
+
+
+def test_a_file_is_gone_on_with_by_the_same_steps_alone(stepped: Any, tmp_path: Path) -> None:
+    """By what a target holds, not by where it lies."""
+    first, other = (target(tmp_path / f"{seed}.safetensors", seed) for seed in (0, 1))
+    file, whole = tmp_path / "samples.jsonl", tmp_path / "whole.jsonl"
+    kept = stepped(whole, Settings(refine=first, native=other))
+    file.write_text("".join(whole.read_text().splitlines(True)[:3]))
+    (tmp_path / "elsewhere.safetensors").write_bytes(Path(first).read_bytes())
+    assert stepped(file, Settings(refine=str(tmp_path / "elsewhere.safetensors"), native=other)).texts == kept.texts
+    assert timeless(file.read_bytes()) == timeless(whole.read_bytes())
+    for settings, said in (
+        (Settings(refine=other, native=other), r"steps\.refine\.sha256 must be"),
+        (Settings(refine=first), r"steps\.native\.name must be \"made\", as in the file, got null"),
+        (Settings(refine=first, native=other, bound=0.2), r"steps\.bound must be 0\.1, as in the file, got 0\.2"),
+        (Settings(), r"steps\.refine\.name must be \"made\", as in the file, got null"),
+    ):
+        with pytest.raises(ValueError, match=rf"draw: .*{said}.*Name another folder, or delete"):
+            stepped(file, settings)
+    plain = tmp_path / "plain.jsonl"
+    stepped(plain, Settings())
+    assert "steps" not in json.loads(plain.read_text().splitlines()[0])
+    with pytest.raises(ValueError, match=r"steps\.diversity must be null, as in the file, got 0\.1"):
+        stepped(plain, Settings(diversity=0.1))
+
+
+def test_steps_that_cannot_be(stepped: Any, model: Any, tmp_path: Path) -> None:
+    file = tmp_path / "samples.jsonl"
+    with pytest.raises(ValueError, match=r"hold no temperature with the likeliest token"):
+        stepped(file, Settings(diversity=0.1), sampling=replace(SAMPLING, temperature=0.0))
+    model.generation_config.typical_p = 0.9
+    with pytest.raises(ValueError, match=r"draw: generation_config must set none of .* beside steps, .*got typical_p"):
+        stepped(file, Settings(diversity=0.1))
+    assert not file.exists()
+
+
+def test_a_target_is_what_it_holds(tmp_path: Path) -> None:
+    seeds = {"a": 0, "b": 0, "c": 1}
+    one, other, third = (target(tmp_path / f"{name}.safetensors", seed) for name, seed in seeds.items())
+    assert described(Settings(refine=one)) == described(Settings(refine=other))
+    assert described(Settings(refine=one)) != described(Settings(refine=third))
+    assert described(Settings(temperature=0.5, top_p=0.9)) == {}
 
 
 def test_damage_is_named(drawing: Any, tmp_path: Path) -> None:

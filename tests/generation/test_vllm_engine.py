@@ -16,8 +16,10 @@ from tiny_models import far, tokenizer  # noqa: F401 - a fixture
 from vllm_installed import vllm  # noqa: F401 - a fixture
 
 from dft_kernels.generation import vllm_engine
+from dft_kernels.generation.engine import Engine
 from dft_kernels.generation.samples import Samples, draw, read
-from dft_kernels.generation.sampling import Engine, Sampling
+from dft_kernels.generation.sampling import Sampling
+from dft_kernels.generation.settings import Settings
 from dft_kernels.generation.vllm_engine import VllmEngine
 from dft_kernels.models.correction import add_correction
 
@@ -176,7 +178,7 @@ def test_weights_that_are_not_saved_are_not_taken_for_those_that_are(
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"vllm: engine must be installed, got vllm, .*\. Install it in an "):
-        vllm_engine.check({}, SAMPLING)
+        vllm_engine.check({}, SAMPLING, Settings())
 
 
 def test_the_dtype_is_the_models(model: Any, tokenizer: Any, vllm: Any) -> None:  # noqa: F811

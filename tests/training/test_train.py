@@ -156,6 +156,28 @@ def test_what_is_saved_is_sampled(folder: Path, adapted: str, capsys: pytest.Cap
     assert cli.main(["sample", str(out), "--text", *texts(folder)[:2], "--length", "3", "--temperature", "0"]) == 0
 
 
+@pytest.mark.parametrize("adapted", ["lora", "correction", "whole"])
+def test_mixed_precision_is_measured_as_it_is_saved(folder: Path, adapted: str) -> None:
+    """Accelerate's autocast about the forward is of training alone: held-out text is read by the weights as they are,
+    before and after."""
+    more = ["--text", *texts(folder), *([] if adapted == "whole" else [f"--{adapted}_rank", "4"])]
+    code, about = run(folder, *more, "--bf16", "true")
+    assert code == 0
+    before, after = (about["held_out"][when]["cross_entropy"] for when in ("before", "after"))
+    assert after < before
+    (folder / "out").rename(folder / "trained")
+    saved = str(folder / "trained" if adapted != "lora" else folder / "merged")
+    if adapted == "lora":
+        model, its = trained_model(str(folder / "trained"), None).load(folder)
+        model.merge_and_unload().save_pretrained(saved)
+        its.save_pretrained(saved)
+    if adapted != "correction":
+        assert cli.main(["train", "--model", saved, *more[:41], "--output_dir", str(folder / "again"), "--length", "16",
+                         *FAST, "--max_steps", "1"]) == 0  # fmt: skip
+        again = json.loads((folder / "again" / ABOUT).read_text())["held_out"]["before"]["cross_entropy"]
+        assert again == pytest.approx(after, rel=1e-5)
+
+
 def test_interrupted_it_goes_on(folder: Path) -> None:
     """SIGINT in the middle: a checkpoint where it stopped; the same command ends where an undisturbed one does."""
     whole, parts = folder / "whole", folder / "parts"

@@ -1,0 +1,384 @@
+"""The study of docs/effect.md: python bench/effect.py STAGE [ARM ...] [--folder build/effect]
+
+Stages, in this order; each keeps what it has done, and goes on where it was stopped:
+
+    prepare    the novels as files, the targets, the learning rate
+    train      the arms, by dft-kernels train, in the order of ARMS, the first seed of all before the second of any
+    validate   the first SFT by eight ways of sampling, on the validation novel
+    test       texts of the arms that are trained, after prompts of the test novel; what they know; all metrics
+    compare    the eight metrics of every arm beside SFT's best sampling: build/effect/effect.csv
+    cost       seconds and bytes of a step of the arms in turn, on a machine with nothing else to do
+
+dft-kernels report build/effect/test/* shows what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from dft_kernels.benchmarks.runs import about
+from dft_kernels.benchmarks.tables import write_csv
+from dft_kernels.commands.printing import progress
+from dft_kernels.evaluation import evaluate as room
+from dft_kernels.evaluation.documents import Documents
+from dft_kernels.evaluation.measure import Found, measured
+from dft_kernels.evaluation.metrics import METRICS, Sample
+from dft_kernels.evaluation.paired import paired
+from dft_kernels.evaluation.people import people
+from dft_kernels.evaluation.results import FILE, load
+from dft_kernels.evaluation.subject import Job, Model
+from dft_kernels.files import replace_text
+from dft_kernels.generation.sampling import Sampling
+from dft_kernels.generation.settings import Settings
+from dft_kernels.materials.encoders import embed, encoder
+from dft_kernels.materials.models import cache_folder, gemma3
+from dft_kernels.materials.sources import ABOUT, model_of, tokenizer_of
+from dft_kernels.materials.texts import documents_of
+
+STEPS, BATCH, LENGTH, WARMUP = 300, 4, 128, 10
+PROMPT, COUNT = 32, 200  # tokens; texts of an arm
+RATES, PILOT = ("5e-5", "1e-4", "2e-4"), 40
+NOVELS = {  # of Debian's r-cran-janeaustenr, in its order
+    "emma": "train", "mansfield": "test", "northanger": "train", "persuasion": "train", "pride": "train",
+    "sense": "validation",
+}  # fmt: skip
+NAMED = (
+    "token L2, 1-grams", "token L2, 2-grams", "token L2, 3-grams", "MMD², embeddings", "sentence length, W1",
+    "punctuation rates, L1", "distinct-2", "burstiness",
+)  # fmt: skip
+TERMS = ("token_l2", "sentence_length", "punctuation_rate", "punctuation_gap", "ngrams")
+TASKS, QUESTIONS = ("lambada", "arc_easy", "arc_challenge"), 500
+SFT, BEST = "SFT", "SFT, best sampling"
+PLAIN = Settings()
+
+
+def _terms(weight: str, target: str = "{folder}/target.safetensors") -> tuple[str, ...]:
+    return ("--target", target, "--terms", *(f"{name}={weight}" for name in TERMS))
+
+
+_TOWARDS = _terms("0.5x")
+_ROLLOUTS = (
+    *_TOWARDS, "--rollout_terms", *(f"{name}=0.5x" for name in TERMS[:-1]), "reference_kl=0.02",
+    "--rollout_every", "4", "--rollout_samples", "4",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Arm:
+    """flags: of dft-kernels train, beside those of all; None: not trained. text: what on; model: from what start.
+    of: the arm whose models it takes; sampled: as validation found best; refined: towards the target, at inference;
+    tested: False of what only others need."""
+
+    name: str
+    flags: tuple[str, ...] | None = ()
+    seeds: int = 1
+    steps: int = STEPS
+    text: str = "train"
+    model: str = "smollm2"
+    of: str | None = None
+    sampled: bool = False
+    refined: bool = False
+    tested: bool = True
+
+
+ARMS = (
+    Arm("start", None),
+    Arm(SFT, seeds=3),
+    Arm(BEST, None, seeds=3, of=SFT, sampled=True),
+    Arm("terms", _TOWARDS, seeds=3),
+    Arm("LAMBADA: SFT", text="lambada"),
+    Arm("LAMBADA: terms", _TOWARDS, text="lambada"),
+    Arm("rollouts", _ROLLOUTS, seeds=3),
+    Arm("LAMBADA: rollouts", _ROLLOUTS, text="lambada"),
+    Arm("constraint", _terms("floor")),
+    Arm("beyond", _terms("0.5x", "{folder}/beyond.safetensors")),
+    Arm("SFT, longer", steps=2 * STEPS, tested=False),
+    Arm("distilled", ("--teacher", "{folder}/models/SFT, longer-0")),
+    Arm("refined", None, of=SFT, refined=True),
+    Arm("terms, refined", None, of="terms", refined=True),
+    Arm("Gemma: start", None, model="gemma3"),
+    Arm("Gemma: SFT", model="gemma3"),
+    Arm("Gemma: terms", _terms("0.5x", "{folder}/target-gemma3.safetensors"), model="gemma3"),
+)
+BY_NAME = {arm.name: arm for arm in ARMS}
+
+
+class Study:
+    """The folder of a study, and what is in it."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self.folder, self.cache = folder, cache
+
+    def texts(self, part: str) -> list[str]:
+        """Files, or a text of the package, of what is trained on, validated or tested with."""
+        if part == "lambada":
+            return [part]
+        return [str(self.folder / f"{name}.txt") for name, its in NOVELS.items() if its == part]
+
+    def start(self, model: str) -> str:
+        """What dft-kernels calls a model to begin with."""
+        return str(self.folder / "gemma3") if model == "gemma3" else model
+
+    def model(self, arm: Arm, seed: int) -> str:
+        """What an arm's texts are drawn from."""
+        if arm.of is not None:
+            return self.model(BY_NAME[arm.of], seed)
+        return self.start(arm.model) if arm.flags is None else str(self.folder / "models" / f"{arm.name}-{seed}")
+
+    def command(self, *arguments: str, log: str) -> None:
+        """Run dft-kernels; what it says goes into a log."""
+        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        with (self.folder / "logs" / f"{log}.log").open("a") as out:
+            words = [sys.executable, "-m", "dft_kernels.commands.main", *arguments]
+            subprocess.run(words, check=True, stdout=out, stderr=subprocess.STDOUT)
+
+    def train(self, arm: Arm, seed: int, out: Path, rate: str, steps: int, *more: str) -> None:
+        """One model, unless it is there."""
+        about = out / ABOUT
+        if about.exists() and "held_out" in json.loads(about.read_text()):
+            return
+        assert arm.flags is not None
+        self.command(
+            "train", "--model", self.start(arm.model), "--text", *self.texts(arm.text), "--output_dir", str(out),
+            "--max_length", str(LENGTH), "--per_device_train_batch_size", str(BATCH), "--max_steps", str(steps),
+            "--learning_rate", rate, "--warmup_steps", str(WARMUP), "--held_out", "64", "--bf16", "true",
+            "--use_cpu", "true", "--save_steps", "50", "--save_total_limit", "1", "--report_to", "none",
+            "--seed", str(seed), "--cache", str(self.cache), *(flag.format(folder=self.folder) for flag in arm.flags),
+            *more, log=out.name,
+        )  # fmt: skip
+        for checkpoint in out.glob("checkpoint-*"):  # three times the model, of no use any more
+            shutil.rmtree(checkpoint)
+
+    @property
+    def rate(self) -> str:
+        """The learning rate that the pilot chose."""
+        return str(json.loads((self.folder / "rate.json").read_text())["rate"])
+
+    def prepare(self) -> None:
+        """Novels, targets, the learning rate."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, text in zip(NOVELS, documents_of("literary", self.cache)[1], strict=True):
+            replace_text(self.folder / f"{name}.txt", text)
+        self.target()
+        if not (self.folder / "rate.json").exists():
+            found = {}
+            for rate in RATES:
+                out = self.folder / "pilot" / rate
+                self.train(BY_NAME[SFT], 0, out, rate, PILOT)
+                found[rate] = self.held_out(out)
+                print(f"{rate}: held-out cross-entropy {found[rate]:.4f}", flush=True)
+            best = min(found, key=lambda rate: found[rate])
+            replace_text(self.folder / "rate.json", json.dumps({"rate": best, "held_out": found}))
+
+    @staticmethod
+    def held_out(out: Path) -> float:
+        """Cross-entropy on held-out sequences after training."""
+        return float(json.loads((out / ABOUT).read_text())["held_out"]["after"]["cross_entropy"])
+
+    def logged(self, log: str) -> list[dict[str, str]]:
+        """What Trainer printed at each log of the training loss."""
+        lines = (self.folder / "logs" / f"{log}.log").read_text().splitlines()
+        return [ast.literal_eval(line) for line in lines if line.startswith("{'loss'")]
+
+    def needed(self, arm: Arm) -> None:
+        """Targets that an arm takes besides."""
+        if arm.model == "gemma3":
+            folder = self.folder / "gemma3"
+            if not folder.exists():
+                for part in gemma3(self.cache):
+                    part.save_pretrained(folder)
+            self.target("gemma3")
+        beyond = self.folder / "beyond.safetensors"
+        if arm.name == "beyond" and not beyond.exists():
+            parts = (self.native(self.start("smollm2"), "native"), self.target())
+            self.command("target", "blend", *parts, "--gamma", "1.5", "--out", str(beyond), log="target")
+
+    def target(self, model: str = "smollm2") -> str:
+        """Of the training novels, by a model's tokens."""
+        out = self.folder / ("target.safetensors" if model == "smollm2" else f"target-{model}.safetensors")
+        if not out.exists():
+            self.command(
+                "target", "build", "--text", *self.texts("train"), "--tokenizer", self.start(model), "--out", str(out),
+                "--cache", str(self.cache), log="target",
+            )  # fmt: skip
+        return str(out)
+
+    def native(self, model: str, name: str) -> str:
+        """A model's own statistics, after prompts of the training novels."""
+        out = self.folder / f"{name}.safetensors"
+        if not out.exists():
+            self.command(
+                "gap", model, "--target", self.target(), "--text", *self.texts("train"),
+                "--count", str(COUNT), "--prompt", str(PROMPT), "--length", str(LENGTH), "--own", str(out),
+                "--cache", str(self.cache), log="native",
+            )  # fmt: skip
+        return str(out)
+
+    def tokenizer(self) -> Any:
+        """By whose tokens texts are cut and counted."""
+        return tokenizer_of(self.start("smollm2"), self.cache)
+
+    def encoder(self) -> Any:
+        """Of MMD."""
+        return encoder("minilm", self.cache)
+
+    def write(self, part: str, name: str, model: str, settings: Settings = PLAIN, **more: Any) -> None:
+        """Texts of a model, what it knows, all metrics: unless they are there."""
+        folder = self.folder / part / name
+        if (folder / FILE).exists():
+            return
+        those = [Path(file).read_text() for file in self.texts(part)]
+        job = Job(
+            human=self.texts(part), sampling=Sampling(length=LENGTH, count=COUNT), prompt=PROMPT, cache=self.cache,
+            batch=50, encoder=self.encoder(), **more,
+        )  # fmt: skip
+        subject = Model(name, partial(model_of, model, self.cache, torch.bfloat16), (settings,))
+        room.evaluate(job, those, self.tokenizer(), [subject], folder, partial(progress, quiet=False))
+
+    def settings(self, arm: Arm, seed: int) -> Settings:
+        """How an arm's texts are drawn."""
+        if arm.sampled:
+            best = load(self.folder / "validation" / f"{SFT}-0").models[0].sampling
+            return Settings(best.temperature, best.top_p, best.min_p)
+        if not arm.refined:
+            return PLAIN
+        native = self.native(self.model(arm, seed), f"native-{arm.of}-{seed}")
+        return Settings(refine=self.target(), bound=0.1, native=native)
+
+
+def seeds_first(names: Iterable[str]) -> list[tuple[Arm, int]]:
+    """The arms' runs: the first seed of all, then the second."""
+    named = set(names)
+    arms = [arm for arm in ARMS if not named or arm.name in named]
+    return [(arm, seed) for seed in range(3) for arm in arms if seed < arm.seeds]
+
+
+def train(study: Study, names: list[str]) -> None:
+    """Arms, unless they are trained."""
+    for arm, seed in seeds_first(names):
+        if arm.flags is not None:
+            study.needed(arm)
+            out = study.folder / "models" / f"{arm.name}-{seed}"
+            study.train(arm, seed, out, study.rate, arm.steps)
+            print(f"{arm.name}, seed {seed}: held-out cross-entropy {study.held_out(out):.4f}", flush=True)
+
+
+def validate(study: Study) -> None:
+    """The first SFT by all ways of sampling."""
+    study.write("validation", f"{SFT}-0", study.model(BY_NAME[SFT], 0), sweep=room.GRID)
+    print(f"best on the validation novel: {study.settings(BY_NAME[BEST], 0)}")
+
+
+def test(study: Study, names: list[str]) -> None:
+    """Texts and metrics of the arms that are trained."""
+    for arm, seed in seeds_first(names):
+        model = study.model(arm, seed)
+        if not arm.tested or not (model == "smollm2" or (Path(model) / "config.json").exists()):
+            continue
+        tasks = () if arm.of else TASKS
+        study.write("test", f"{arm.name}-{seed}", model, study.settings(arm, seed), tasks=tasks, questions=QUESTIONS)
+        print(f"{arm.name}, seed {seed}: written", flush=True)
+
+
+def _texts(folder: Path) -> list[str]:
+    """That a run of the test drew."""
+    (file,) = (folder / "samples").glob("*.jsonl")
+    return [str(json.loads(line)["text"]) for line in file.read_text().splitlines()[1:]]
+
+
+def compare(study: Study) -> None:
+    """The named metrics of every arm that was tested, beside SFT's best sampling."""
+    tokenizer = study.tokenizer()
+    those = people([Path(file).read_text() for file in study.texts("test")], tokenizer, PROMPT, LENGTH, COUNT)
+    pool, prompts = [one.text for one in those.all], [one.prompt for one in those.all]
+    rows: dict[tuple[str, int], Any] = {}
+    for arm, seed in seeds_first([]):
+        folder = study.folder / "test" / f"{arm.name}-{seed}"
+        if (folder / FILE).exists():
+            texts = _texts(folder)
+            rows[arm.name, seed] = np.arange(len(pool), len(pool) + len(texts))
+            pool += texts
+            prompts += [one.prompt for one in those.reference]
+    its = study.encoder()
+    vectors = None if its is None else embed(its, pool).double().numpy()
+    documents = Documents(pool, np.arange(len(those.all)), tokenizer, vectors, prompts)
+    metrics = [next(metric for metric in METRICS if metric.name == name) for name in NAMED]
+    found = measured({f"{name}-{seed}": Sample(documents, at) for (name, seed), at in rows.items()}, metrics=metrics)
+
+    def of(arm: Arm) -> list[list[Found]]:
+        return [found[f"{arm.name}-{seed}"] for seed in range(arm.seeds) if (arm.name, seed) in rows]
+
+    out = []
+    for arm in ARMS:
+        its = of(arm)
+        if not its:
+            continue
+        evaluations = [load(study.folder / "test" / f"{arm.name}-{seed}").models[0] for seed in range(len(its))]
+        known = {task.task: statistics.mean(100 * next(one.accuracy for one in each.retention if one.task == task.task)
+                                            for each in evaluations) for task in evaluations[0].retention}  # fmt: skip
+        models = [study.folder / "models" / f"{arm.name}-{seed}" for seed in range(len(its))]
+        trained = [study.held_out(one) for one in models if one.exists()]
+        for one in paired(of(BY_NAME[BEST]), its):
+            out.append({
+                "arm": arm.name, "seeds": len(its), **vars(one), "closer": int(one.closer), "halved": int(one.halved),
+                "held_out": statistics.mean(trained) if trained else "", **known, **about("cpu"),
+            })  # fmt: skip
+    write_csv(study.folder / "effect.csv", out)
+    for row in out:
+        print(f"{row['arm']:24s} {row['metric']:24s} {row['other'] / row['floor']:6.2f} floors, "
+              f"best SFT {row['first'] / row['floor']:6.2f}, p {row['adjusted']:.3f}")  # fmt: skip
+
+
+def cost(study: Study) -> None:
+    """Seconds and bytes of a step, the arms in turn, three rounds."""
+    rows = []
+    for turn in range(3):
+        for name in (SFT, "terms", "constraint", "distilled", "rollouts"):
+            out = study.folder / "cost" / f"{name}-{turn}"
+            arm = replace(BY_NAME[name], steps=12)
+            study.train(arm, 0, out, study.rate, arm.steps, "--logging_steps", "1", "--save_strategy", "no")
+            logs = study.logged(out.name)[-arm.steps + 2 :]
+            rows.append({
+                "arm": name, "round": turn,
+                "step_s": statistics.median(BATCH * LENGTH / float(one["tokens_per_second"]) for one in logs),
+                "peak_gb": max(float(one["peak_memory_gb"]) for one in logs), **about("cpu"),
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+            write_csv(study.folder / "cost.csv", rows)
+
+
+def main() -> None:
+    """One stage."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("stage", choices=("prepare", "train", "validate", "test", "compare", "cost"))
+    made.add_argument("arms", nargs="*", choices=[*BY_NAME, []], help="by name; all of them without")
+    made.add_argument("--folder", type=Path, default=Path("build/effect"))
+    made.add_argument("--cache", type=Path, default=cache_folder())
+    options = made.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    study = Study(options.folder, options.cache)
+    if options.stage == "prepare":
+        study.prepare()
+    elif options.stage in ("train", "test"):
+        {"train": train, "test": test}[options.stage](study, options.arms)
+    else:
+        {"validate": validate, "compare": compare, "cost": cost}[options.stage](study)
+
+
+if __name__ == "__main__":
+    main()

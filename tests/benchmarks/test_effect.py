@@ -1,0 +1,102 @@
+"""bench/effect.py: the whole study in miniature, and that its page registers what it does."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from target_texts import WORDS, documents
+from test_results import PAGES, load
+from tiny_models import far, word_tokenizer
+
+from dft_kernels.commands import main as cli
+from dft_kernels.evaluation.metrics import METRICS
+
+
+@pytest.fixture
+def bench() -> Any:
+    return load("effect")
+
+
+def test_the_page_registers_the_arms_and_the_metrics(bench: Any) -> None:
+    page = PAGES["docs/effect.md"]
+    arms = page.partition("| arm |")[2].partition("\n\n")[0]
+    named = {line.split("|")[1].strip() for line in arms.splitlines()[2:]}
+    starred = {name.rstrip("*") for name in named if name.endswith("*")}
+    groups: dict[str, list[str]] = {}
+    for arm in bench.ARMS:
+        group, _, part = arm.name.partition(": ")
+        if arm.tested:
+            groups.setdefault(group, []).append(part)
+    rows = {f"{group}: {', '.join(parts)}" if parts != [""] else group for group, parts in groups.items()}
+    assert {name.rstrip("*") for name in named} == rows
+    assert {arm.name for arm in bench.ARMS if arm.seeds == 3} - {bench.BEST} == starred
+    metrics = {metric.name for metric in METRICS}
+    assert set(bench.NAMED) <= metrics
+    assert len(set(bench.NAMED)) == 8
+    assert f"{bench.STEPS} optimiser steps of {bench.BATCH} sequences of {bench.LENGTH} tokens" in page
+    assert all(rate in page for rate in bench.RATES)
+
+
+def test_seeds_come_one_after_another(bench: Any) -> None:
+    runs = [(arm.name, seed) for arm, seed in bench.seeds_first(["terms", "SFT", "refined"])]
+    assert runs == [("SFT", 0), ("terms", 0), ("refined", 0), ("SFT", 1), ("terms", 1), ("SFT", 2), ("terms", 2)]
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")  # Trainer's own
+def test_a_study_of_four_arms(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From novels to a table; a second run does nothing again."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = word_tokenizer(WORDS)
+    far(vocab_size=len(WORDS)).save_pretrained("tiny")
+    tokenizer.save_pretrained("tiny")
+    sizes = {"STEPS": 4, "PILOT": 2, "LENGTH": 24, "COUNT": 24, "PROMPT": 4, "TASKS": (), "RATES": ("1e-3", "1e-2")}
+    for name, value in sizes.items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench, "NAMED", tuple(name for name in bench.NAMED if "MMD" not in name))
+    monkeypatch.setattr(bench, "documents_of", lambda *_: ("", ["\n\n".join(documents(60, at)) for at in range(6)]))
+    monkeypatch.setattr(bench.room, "GRID", ((1.0, 1.0, 0.0), (0.7, 1.0, 0.0)))
+    monkeypatch.setattr(bench.Study, "start", lambda self, model: str(tmp_path / "tiny"))
+    monkeypatch.setattr(bench.Study, "encoder", lambda self: None)
+    arms = [replace(bench.BY_NAME[name], seeds=min(2, bench.BY_NAME[name].seeds), steps=4)
+            for name in ("start", "SFT", bench.BEST, "terms", "refined")]  # fmt: skip
+    monkeypatch.setattr(bench, "ARMS", tuple(arms))
+    monkeypatch.setattr(bench, "BY_NAME", {arm.name: arm for arm in arms})
+    ran: list[str] = []
+
+    def command(self: Any, *arguments: str, log: str) -> None:
+        ran.append(arguments[0])
+        assert cli.main([*arguments]) == 0
+
+    monkeypatch.setattr(bench.Study, "command", command)
+    study = bench.Study(tmp_path / "study", tmp_path / "cache")
+    for turn in range(2):
+        study.prepare()
+        bench.train(study, [])
+        bench.validate(study)
+        bench.test(study, [])
+        bench.compare(study)
+        if turn == 0:
+            done = list(ran)
+    assert ran == done
+    assert done.count("train") == 2 + 2 + 2  # rates, then two arms by two seeds
+    assert done.count("target") == done.count("gap") == 1
+    assert not list((tmp_path / "study").rglob("checkpoint-*"))
+    chosen = json.loads((tmp_path / "study/rate.json").read_text())
+    assert chosen["held_out"][chosen["rate"]] == min(chosen["held_out"].values())
+    with (tmp_path / "study/effect.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["arm"] for row in rows} == {arm.name for arm in arms}
+    assert {row["metric"] for row in rows} <= set(bench.NAMED)
+    table = load("summaries").effect_table(rows).splitlines()
+    assert len(table) == 2 + len(arms) + 2
+    assert table[3].startswith("| SFT, 2 | ")
+    best = [row for row in rows if row["arm"] == bench.BEST]
+    assert [(float(row["difference"]), row["closer"]) for row in best] == [(0.0, "0")] * len(best)
+    assert {row["seeds"] for row in rows if row["arm"] in ("SFT", "terms")} == {"2"}
+    assert {row["held_out"] != "" for row in rows if row["arm"] in ("start", bench.BEST, "refined")} == {False}

@@ -402,7 +402,7 @@ def front_table(rows: Rows) -> str:
 
     columns = ("cross-entropy", "forward KL, teacher's head")
     head = ["", *(f"CPU: {LOSSES[loss].title}" for loss in losses), "H100: cross-entropy", "H100: forward KL"]
-    head.append(f"error of dhidden, KL {kl:.2g}")
+    head.append(f"error of the gradient, KL {kl:.2g}")
     body = [
         [line, *(on_cpu(names, loss) for loss in losses), *(on_gpu(names, column) for column in columns), far(names)]
         for line, names in lines.items()

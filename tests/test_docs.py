@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
+import math
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -50,6 +52,54 @@ def test_links_lead_somewhere(path: Path) -> None:
         there = (path.parent / file).resolve() if file else path
         assert there.exists(), link
         assert not heading or heading in anchors(there.read_text()), link
+
+
+def test_a_page_begins_with_what_a_reader_can_do_there() -> None:
+    for name in DOCS.keys() - {"install", "effect"}:
+        assert re.match(r"# .+\n\nOn this page: \w", DOCS[name]), name
+
+
+def test_every_source_that_is_cited_is_on_its_page() -> None:
+    numbered = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
+    code = [path for top in ("dft_kernels", "csrc", "triton_ops") for path in (ROOT / top).rglob("*")]
+    texts = [path.read_text() for path in code if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")]
+    texts += [text for name, text in DOCS.items() if name != "citations"]
+    assert set(numbered.findall(DOCS["citations"])) == {found for text in texts for found in numbered.findall(text)}
+    for number, address in re.findall(r"\[arXiv:(\S+)\]\((\S+)\)", DOCS["citations"]):
+        assert address == f"https://arxiv.org/abs/{number}"
+    for entry in divergences.TABLE.values():
+        assert entry.source.split(",")[0].split(" et al.")[0] in DOCS["citations"], entry.name
+
+
+def test_the_changelog_has_the_version() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    (version,) = re.findall(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert re.search(rf"^(?:## |Towards ){re.escape(version)}\b", changes, re.M)
+
+
+def figure(name: str) -> Any:
+    """A script of docs/figures as a module."""
+    spec = importlib.util.spec_from_file_location(f"figure_{name}", ROOT / "docs" / "figures" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_of_the_divergences_is_of_this_loss() -> None:
+    """What its panels say is what the loss gives now; and its fits are what theory says of two of them."""
+    script = figure("divergences")
+    panels = re.findall(r">([^<>]+)</text>", (ROOT / "docs" / "figures" / "divergences.svg").read_text())
+    assert {one.name for one in script.SHOWN} == set(divergences.TABLE)
+    fits = {one: script.fit(one) for one in script.SHOWN if one.name in ("forward_kl", "reverse_kl", "skew_kl")}
+    for divergence, found in fits.items():
+        said = script.title(divergence, found).split("\n")
+        assert set(said) <= set(panels), said
+    p = script.target().softmax(-1)
+    forward, reverse, _ = fits.values()
+    assert (forward.mean, forward.sd) == pytest.approx(script.moments(p), rel=1e-3)  # an exponential family's moments
+    assert reverse.loss == pytest.approx(-math.log(0.6), abs=1e-3)  # q is the larger mode alone
 
 
 def test_the_loss_page_has_every_divergence_and_backend() -> None:

@@ -80,6 +80,8 @@ MORE: dict[str, dict[str, Any]] = {  # what a class needs besides
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 HEAD = """# Models that `attach` takes
 
+On this page: whether `attach` takes the class of your model, and if not, why.
+
 Every causal LM class of transformers {version} (`MODEL_FOR_CAUSAL_LM_MAPPING` and every exported `*ForCausalLM`), built
 with random weights from a tiny configuration. Attached means that loss and all gradients of a padded batch with ignored
 labels equal the class's own, its router's loss included (`output_router_logits=True`); refused means a `ValueError` of

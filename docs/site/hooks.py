@@ -23,16 +23,9 @@ LANGUAGES = {".py": "python", ".h": "cpp", ".cpp": "cpp", ".cu": "cuda", ".cuh":
 def on_config(config: Any) -> Any:
     """Headings are linked to as GitHub links to them."""
     config.mdx_configs.setdefault("toc", {})["slugify"] = slugify(case="lower")
-    config.nav = [entry for entry in config.nav if not absent(entry)]
     section(config, "Use").append({"Notebooks": [{title: uri} for title, uri in notebooks.titles().items()]})
     section(config, "Reference").extend({title: uri} for title, uri in reference.titles().items())
     return config
-
-
-def absent(entry: dict[str, Any]) -> bool:
-    """An entry of the navigation whose page is not written."""
-    (at,) = entry.values()
-    return at == "effect.md" and not (ROOT / "docs" / at).exists()
 
 
 def section(config: Any, name: str) -> list[Any]:

@@ -9,6 +9,7 @@ import enum
 import inspect
 import re
 import textwrap
+from collections.abc import Callable
 from dataclasses import is_dataclass
 from functools import cache
 from importlib import import_module
@@ -18,7 +19,8 @@ from typing import Any
 
 API = Path(__file__).parent.parent / "api.md"
 SECTION = re.compile(r"(Args|Returns|Raises):")
-WIDE = 90
+WIDE = 78  # characters of code that a desk's column shows
+ITEM = re.compile(r"[\w,. *()]+: ")
 
 
 @cache
@@ -129,32 +131,31 @@ def prose(doc: str) -> str:
         lines = block.splitlines()
         while lines:
             if SECTION.fullmatch(lines[0]):
-                name = lines.pop(0)
-                items, lines = indented(lines)
-                out.append(f"**{name}**\n\n{described(textwrap.dedent(chr(10).join(items)))}")
+                out.append(f"**{lines.pop(0)}**")
+                items, lines = split(lines, lambda line: not line.startswith("  "))
+                out.append(described(textwrap.dedent("\n".join(items))))
             elif lines[0].startswith("  "):
-                code, lines = indented(lines)
+                code, lines = split(lines, lambda line: not line.startswith("  "))
                 out.append("```text\n" + textwrap.dedent("\n".join(code)) + "\n```")
+            elif len(lines) > 1 and all(ITEM.match(line) for line in lines if not line.startswith("  ")):
+                out.append(described("\n".join(lines)))
+                lines = []
             else:
-                until = next(
-                    (n for n, line in enumerate(lines) if n and (line.startswith("  ") or SECTION.fullmatch(line))),
-                    len(lines),
-                )
-                out.append(escaped(" ".join(lines[:until])))
-                lines = lines[until:]
+                text, lines = split(lines, lambda line: line.startswith("  ") or SECTION.fullmatch(line) is not None)
+                out.append(escaped(" ".join(text)))
     return "\n\n".join(out)
 
 
-def indented(lines: list[str]) -> tuple[list[str], list[str]]:
-    """The indented lines at the front, and the rest."""
-    until = next((n for n, line in enumerate(lines) if not line.startswith("  ")), len(lines))
+def split(lines: list[str], ends: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """The lines before the first that ends them, and the rest."""
+    until = next((n for n, line in enumerate(lines) if ends(line)), len(lines))
     return lines[:until], lines[until:]
 
 
 def described(text: str) -> str:
     """Items `name: what it is`, whose lines go on indented, as a list; other text as it is."""
     items = re.split(r"\n(?! )", text)
-    if not all(re.match(r"[\w, .*]+: ", item) for item in items):
+    if not all(ITEM.match(item) for item in items):
         return escaped(" ".join(text.split()))
     pairs = (item.split(": ", 1) for item in items)
     return "\n".join(f"- `{name}`: {escaped(' '.join(what.split()))}" for name, what in pairs)
@@ -163,4 +164,9 @@ def described(text: str) -> str:
 def escaped(text: str) -> str:
     """Without a meaning in Markdown, but for what stands in backticks."""
     parts = re.split(r"(`[^`]*`)", text)
-    return "".join(part if part.startswith("`") else re.sub(r"([*_<\[\]#|])", r"\\\1", part) for part in parts)
+    return "".join(part if part.startswith("`") else plain(part) for part in parts)
+
+
+def plain(text: str) -> str:
+    """Nothing of it markup."""
+    return re.sub(r"([*_\[\]#|])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))

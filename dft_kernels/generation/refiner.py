@@ -275,6 +275,9 @@ def _furthest(mass: Tensor, tilt: Tensor, bound: float) -> tuple[Tensor, Tensor,
         kl, _, slope = _divergence(mass, tilt, eta)
         inside = kl <= bound
         best = torch.where(inside, torch.maximum(best, eta), best)
+        found = (best == 1) | (inside & (kl >= bound * (1 - _TIGHT)))
+        if mass.device.type == "cpu" and bool(found.all()):
+            break  # to ask a GPU would be to wait for it
         low, high = torch.where(inside, torch.maximum(low, eta), low), torch.where(inside, high, eta)
         there = eta - (kl - aim) / slope.clamp_min(1e-30)
         eta = torch.where((there > low) & (there < high), there, (low + high) / 2)

@@ -105,7 +105,8 @@ def test_a_model_stands_beside_itself_with_steps(
     assert [model.name for model in whole.models] == names
     sha256 = target_file.fingerprint(target_file.load(target))
     assert whole.models[1].drawn["steps"] == {
-        "diversity": 0.1, "refine": {"name": "made", "sha256": sha256}, "bound": 0.05
+        "diversity": 0.1, "refine": {"name": "made", "sha256": sha256}, "bound": 0.05,
+        "towards": ["sentences", "punctuation"],
     }  # fmt: skip
     assert "steps" not in whole.models[0].drawn
     assert subject.SPENT not in whole.models[0].cost

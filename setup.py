@@ -38,7 +38,7 @@ if set(sys.argv[1:]) & {"sdist", "egg_info"}:  # what the sources ask for, whate
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
 except ImportError:
     sys.exit(
         "dft_kernels: torch must be installed first and be visible to this build, got no torch. Run 'pip install torch "
@@ -54,7 +54,7 @@ if TORCH < OLDEST_TORCH:
 
 HERE = Path(__file__).resolve().parent
 STAMP = HERE / "dft_kernels" / "_build.json"  # what the extensions were built against, or why there are none
-SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("bindings", "gathered", "memory", "ops", "step")]
+SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("bindings", "gathered", "memory", "ops", "scores", "step")]
 KERNELS = [
     f"csrc/cuda/{name}.cu"
     for name in (
@@ -247,6 +247,7 @@ class OptionalBuild(BuildExtension):
         self.cpu = {**versions, "built": kept, "reason": None if kept else "DFT_KERNELS_CPU=0 at the build"}
         self.cuda = {**versions, "built": False, "reason": "DFT_KERNELS_CUDA=0 at the build"}
         super().run()
+        stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.write_text(json.dumps({**self.cpu, "cuda_kernels": self.cuda}, indent=1) + "\n")
 
     def build_extensions(self):
@@ -256,7 +257,7 @@ class OptionalBuild(BuildExtension):
             print(f"dft_kernels: the CUDA kernels were not built: {self.cuda['reason']}")
         if self.attempt(cpu, self.cpu, "DFT_KERNELS_CPU", CPU, self.compile_rows):
             reason = self.cpu["reason"]
-            print(f"dft_kernels: the C++ extension was not built ({reason}); install a C++ compiler and repeat.")
+            print(f"dft_kernels: the C++ extension was not built: {reason}")
         self.extensions = [each for each, wanted in ((cpu, CPU), (cuda, CUDA)) if wanted is not False]
         cpu.optional = cuda.optional = True  # one that failed is not there to be copied
 
@@ -265,6 +266,9 @@ class OptionalBuild(BuildExtension):
         if wanted is False:
             return False
         try:
+            compiler = shlex.split(get_cxx_compiler())[0]
+            if shutil.which(compiler) is None:  # before minutes of nvcc
+                raise BuildError(f"there is no C++ compiler {compiler}. Install one (apt-get install g++), or set CXX.")
             Path(self.build_temp).mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(JOBS) as pool:
                 extension.extra_objects += compile_objects(extension, pool)
@@ -272,6 +276,8 @@ class OptionalBuild(BuildExtension):
             super().build_extensions()
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if not isinstance(error, BuildError | OSError):  # what distutils and ninja raise is the whole command
+                reason = f"{compiler} failed: pip install -v, or setup.py build_ext, shows its message."
             if wanted:
                 sys.exit(f"dft_kernels: {variable}=1, but {reason}")
             stamp.update(built=False, reason=reason)

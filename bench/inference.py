@@ -7,6 +7,8 @@ target is what the four others are like. Native statistics are of its own text a
     refined     at temperature 1, by an IterativeRefiner of each of two bounds, and without native statistics
     ...         by style, by diversity, by all of it
 
+    python bench/inference.py --time    CPU time of each step beside a token's, at batch 1 and 16
+
 Of each arm every metric of the evaluation room, with its floor; the perplexity of its texts under a second model,
 Gemma3-270M; nats of KL a token. Texts are kept in --folder, an arm a file, and a run that was stopped goes on with the
 next arm.
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 
 from dft_kernels.benchmarks.runs import about
@@ -38,7 +41,7 @@ from dft_kernels.generation.refiner import IterativeRefiner
 from dft_kernels.generation.sampling import continuations
 from dft_kernels.generation.steps import Step, Watch, ordered, warpers
 from dft_kernels.generation.style import StyleShift
-from dft_kernels.generation.temperature import Diversity
+from dft_kernels.generation.temperature import Diversity, EntropyTemperature
 from dft_kernels.generation.truncation import TopNSigma
 from dft_kernels.materials.models import cache_folder, gemma3, smollm2
 from dft_kernels.materials.texts import documents_of
@@ -108,6 +111,39 @@ def drawn(model: Any, tokenizer: Any, those: People, steps: list[Any], length: i
     return found
 
 
+def timed(model: Any, tokenizer: Any, cache: Path) -> None:
+    """Print CPU milliseconds, the least of some runs: of a token of the model's, and of each step on its scores."""
+    target, native = load("literary"), load("reference")
+    steps = [
+        StyleShift(target, native, 0.5), TopNSigma(2.0), Diversity(0.1), EntropyTemperature(1.0),
+        IterativeRefiner(target, tokenizer, native, bound=0.1),
+    ]  # fmt: skip
+
+    def least(call: Callable[[], Any], runs: int) -> float:
+        took = []
+        for _ in range(runs):
+            began = time.process_time()
+            call()
+            took.append(1000 * (time.process_time() - began))
+        return min(took[1:])
+
+    texts = next(iter(documents_of("literary", cache)[1])).split("\n\n")
+    rows = [row for row in (tokenizer(text)["input_ids"][:100] for text in texts) if len(row) == 100]
+    for batch in (1, 16):
+        ids = torch.tensor(rows[:batch])
+        with torch.no_grad():
+            made = model(ids, use_cache=True)
+            name = "cache" if "cache" in made else "past_key_values"
+            kept = {name: made[name]}
+            token = least(lambda ids=ids, kept=kept: model(ids[:, -1:], use_cache=True, **kept), 12)
+        scores = made.logits[:, -1].float()
+        drawn = least(lambda scores=scores: scores.softmax(-1).multinomial(1), 12)
+        print(f"batch {batch}: a token {token:.2f} ms; its draw, softmax and multinomial, {drawn:.2f}", flush=True)
+        for step in steps:
+            took = least(lambda step=step, ids=ids, scores=scores: step(ids, scores), 30)
+            print(f"  {step!r}: {took:.3f} ms, {100 * took / token:.2f} % of a token", flush=True)
+
+
 def main() -> None:
     """Draw, read, measure, write."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -116,12 +152,16 @@ def main() -> None:
     made.add_argument("--only", nargs="+", default=[""], help="arms whose names begin with one of these")
     made.add_argument("--draw", action="store_true", help="no more: what others read and measure, arms side by side")
     made.add_argument("--folder", type=Path, default=Path("build/inference"))
+    made.add_argument("--time", action="store_true", help="what the steps take, and nothing else")
     made.add_argument("--csv", type=Path)
     made.add_argument("--cache", type=Path, default=cache_folder())
     options = made.parse_args()
     transformers.utils.logging.disable_progress_bar()
     options.folder.mkdir(parents=True, exist_ok=True)
     model, tokenizer = smollm2(options.cache)
+    if options.time:
+        timed(model, tokenizer, options.cache)
+        return
     novels = list(documents_of("literary", options.cache)[1])
     known, held = (
         [one for text in some for one in passages(text.splitlines(True))]

@@ -101,12 +101,12 @@ def require_torch() -> None:
     """ImportError that says what to do, where a deep import would end in whatever an older torch lacks."""
     try:
         import torch
-    except ImportError as error:
-        raise ImportError(f"dft_kernels: torch must be importable, got: {error}. pip install torch.") from error
+    except (ImportError, OSError) as error:
+        raise ImportError(f"dft_kernels: torch must be importable, got: {error}. Run dft-kernels doctor.") from error
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise ImportError(
-            f"dft_kernels: torch must be {oldest} or newer, got {torch.__version__}. pip install 'torch>={oldest}'."
+            f"dft_kernels: torch must be {oldest} or newer, got {torch.__version__}. Run pip install 'torch>={oldest}'."
         )
 
 

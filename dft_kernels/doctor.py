@@ -70,7 +70,10 @@ def _torch() -> Finding:
             return Finding("fault", f"torch does not load: {cause.name} is not installed", f"pip install {cause.name}")
         if isinstance(error, ImportError) and cause is error:  # it loads, and is old
             oldest = ".".join(map(str, OLDEST_TORCH))
-            return Finding("fault", _first(error).removeprefix("dft_kernels: "), f"pip install 'torch>={oldest}'")
+            import torch
+
+            what = f"torch {torch.__version__} is older than {oldest}"
+            return Finding("fault", what, f"pip install 'torch>={oldest}'")
         return Finding("fault", f"torch does not load: {_first(cause)}", "pip install --force-reinstall torch")
     return Finding(
         "ok", f"torch {torch.__version__} ({f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'})"
@@ -84,9 +87,12 @@ def _cpu_kernels() -> Finding:
     if extension.REASON is None:
         return Finding("ok", f"CPU kernels: {extension.MODULE.instruction_set()}")
     mend = _rebuild()
-    why = extension.REASON.removesuffix(extension.rebuild()).removesuffix(" Install a C++ compiler. ").rstrip(" .")
+    why = extension.REASON.removesuffix(extension.rebuild()).rstrip(" .")
     said = f"CPU kernels: {why}. The slow reference runs instead"
-    if not (extension.read_stamp() or {}).get("built") and _compiler() is None:
+    if (
+        not (extension.read_stamp() or {}).get("built")
+        and shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) is None
+    ):
         tool = next((line for tool, line in _COMPILERS.items() if shutil.which(tool)), "install a C++ compiler")
         mend = f"{tool}; then {mend}"
     return Finding("fault", said, mend)
@@ -97,7 +103,7 @@ def _gpus() -> Iterator[Finding]:
 
     from .backends import BACKENDS, extension
 
-    here = Path("/proc/driver/nvidia/version").exists() or any(Path("/dev").glob("nvidia[0-9]*"))
+    here = _has_nvidia()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")  # of a driver that is too old, among others
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -160,11 +166,15 @@ def _packages() -> Iterator[Finding]:
         else:
             yield Finding("fault", "packaging is not installed", "pip install packaging")
         return
+    told: set[str] = set()
     for extra in ("", *_NEEDED_FOR):
         missing = [said for said in map(_missing, _of(extra, given)) if said is not None]
         if extra and missing:
-            said = f"{_NEEDED_FOR[extra]}: without {', '.join(missing)}"
-            yield Finding("note", said, f"pip install 'dft-kernels[{extra}]'")
+            new = [said for said in missing if said not in told] or ["those above"]
+            told |= {*missing}
+            yield Finding(
+                "note", f"{_NEEDED_FOR[extra]}: without {', '.join(new)}", f"pip install 'dft-kernels[{extra}]'"
+            )
         elif missing:
             yield Finding("fault", f"required: {', '.join(missing)}", "pip install dft-kernels")
         elif extra:
@@ -239,12 +249,11 @@ def _space(what: str, path: Path, mend: str) -> Finding:
     return Finding("ok", said) if free >= _LITTLE else Finding("note", said, mend)
 
 
-# ---- what a build would take, and words
+# ---- this machine, and words
 
 
-def _compiler() -> str | None:
-    asked = shlex.split(os.environ.get("CXX", ""))
-    return shutil.which(asked[0]) if asked else shutil.which("c++") or shutil.which("g++")
+def _has_nvidia() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _nvcc() -> str | None:

@@ -34,6 +34,31 @@ def test_info_as_json_and_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert "backends.reference.cpu:" in text
 
 
+def test_each_backend_is_checked_against_float64(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = {name: one for name, one in info.BACKENDS.items() if "cpu" not in one.emulated and name != "cuda"}
+    monkeypatch.setattr(info, "BACKENDS", real)  # of which none takes minutes here
+    assert cli.main(["info", "--check"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, backend in info.BACKENDS.items():
+        here = backend.unavailable(torch.device("cpu"), torch.float32) is None
+        assert len([line for line in lines if line.startswith(f"ok     {name:10} cpu ")]) == (6 if here else 0)
+    assert "reference" in lines[-1].removeprefix("right: ").split(", ")
+    monkeypatch.setattr(info, "BACKENDS", {"reference": info.BACKENDS["reference"]})
+    loss = info.linear_distribution_loss
+    monkeypatch.setattr(info, "linear_distribution_loss", lambda *args, **more: loss(*args, **more) * 1.01)
+    assert cli.main(["info", "--check"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "WRONG: reference; 6 failed"
+
+    def broken(*args: object, **more: object) -> None:
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setattr(info, "linear_distribution_loss", broken)
+    assert cli.main(["info", "--check"]) == 1
+    assert "WRONG  reference  cpu     float32   cross_entropy    no kernel image\n" in capsys.readouterr().out
+
+
 def test_the_extension_is_built_and_says_of_what() -> None:
     """`make test` has just built it: a machine where this fails has no compiler, and its info says so."""
     assert extension.MODULE is not None, extension.REASON
@@ -59,7 +84,7 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     ("stamp", "text"),
     [
         (None, "never built"),
-        ({"built": False, "reason": "no g++"}, r"could not be built \(no g\+\+\)"),
+        ({"built": False, "reason": "no g++."}, r"could not be built: no g\+\+\. \w"),
         ({"built": True, "torch": "1.0", "cuda": None}, r"built for torch 1\.0, this is torch"),
     ],
 )
@@ -132,7 +157,8 @@ def build_without_a_compiler(tmp_path: Path, **variables: str) -> subprocess.Com
 def test_without_a_compiler_the_build_succeeds_and_leaves_the_reason(tmp_path: Path) -> None:
     done = build_without_a_compiler(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "was not built" in done.stdout
+    assert "was not built: there is no C++ compiler /nonexistent/c++. Install one" in done.stdout
+    assert "nvcc -" not in done.stdout
     code = "import dft_kernels.info as i; r = i.collect(); print(r['extension']['reason']); print(r['backends'])"
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "could not be built" in ran.stdout

@@ -7,6 +7,7 @@
 #include "gathered.h"
 #include "memory.h"
 #include "products.h"
+#include "scores.h"
 
 namespace py = pybind11;
 using namespace dft;
@@ -43,6 +44,16 @@ PYBIND11_MODULE(_C, m) {
         "out[index] += left [n, R] right [R, H]; by how much that changes the sum of squares of out.");
   m.def("all_labels", &all_labels, "Whether target [N] holds ids of 0..vocab-1 alone and never the ignored one.");
   m.def("evaluate", &evaluate, "exp (0), expm1 (1), log1p (2), tanh (3) or exp_any (4) as the CPU kernels compute it.");
+
+  const auto free = py::call_guard<py::gil_scoped_release>();
+  m.def("shifted_scores", &shifted_scores, free, "out = log softmax(scores + shift).");
+  m.def("scores_within", &scores_within, free, "out = log softmax(scores), of those n standard deviations from the max.");
+  m.def(
+      "scores_at_entropy",
+      [](const at::Tensor& scores, double factor, double least, double most, int iterations, double close,
+         const at::Tensor& out) { scores_at_entropy(scores, factor, {least, most, iterations, close}, out); },
+      free, "out = log softmax(scores / T), with `factor` times its entropy at T = 1.");
+  m.def("scores_by_entropy", &scores_by_entropy, free, "out = log softmax(scores / T), T from the entropy at T = 1.");
 
   py::class_<HeadArguments>(m, "Head").def(py::init([](Optional weight, Optional bias, double scale, double cap) {
                                              return HeadArguments{std::move(weight), std::move(bias), scale, cap};

@@ -4,6 +4,7 @@
 #include "common/divergence.h"
 #include "simd.h"
 #include "sweep_gradient.h"
+#include "sweep_scores.h"
 #include "sweep_statistics.h"
 #include "sweep_sums.h"
 #include "transpose.h"
@@ -37,6 +38,7 @@ Kernels<T> table(DivergenceList<D...>) {
       round<T>,
       widen<T>,
       evaluate<T>,
+      {largest<T>, shifted<T>, weighed<T>, moments_of<T>, normalised<T>},
   };
 }
 

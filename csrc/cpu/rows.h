@@ -146,6 +146,29 @@ struct Gradient {
   double *squares, *reached;  // [m]: += sum over tokens of draw^2, of |draw| reach
 };
 
+// A row of next-token scores at a temperature: x = z - top of the tokens with x >= least. Sums and moments take an x
+// below kBelow for that: at any temperature that is allowed, 100 at most, it has no mass.
+constexpr double kBelow = -1e4;
+
+template <class T>
+struct Tempered {
+  T top, inverse, least;
+};
+
+// Of a row z [n] of next-token scores, whose tokens are the lanes (sweep_scores.h). Sums are in double.
+template <class T>
+struct ScoreKernels {
+  T (*largest)(const T* z, int64_t n);
+  // out = z + shift
+  void (*shifted)(const T* z, const T* shift, T* out, int64_t n);
+  // sums [3] += sum w, sum w x, sum w x^2 of w = exp(inverse x)
+  void (*weighed)(const T* z, int64_t n, const Tempered<T>&, double* sums);
+  // sums [3] += the number of tokens that are not left out, and sum x, sum x^2 of these
+  void (*moments)(const T* z, int64_t n, T top, double* sums);
+  // out = inverse x - log_sum, -inf where x < least; out may be z
+  void (*normalised)(const T* z, T* out, int64_t n, const Tempered<T>&, T log_sum);
+};
+
 template <class T>
 struct Kernels {
   void (*sums)(const Tile<T>&, const Finish<T>&, const Sums<T>&);
@@ -166,6 +189,7 @@ struct Kernels {
   void (*widen)(const Held<T>&, int64_t v, int64_t m, int64_t first, int64_t n, T* out);
   // y = exp, expm1, log1p, tanh, exp_any (simd.h) of x [n], for the tests of accuracy; n a multiple of kLanes
   void (*evaluate)(int function, const T* x, T* y, int64_t n);
+  ScoreKernels<T> scores;
 };
 
 #define DFT_DECLARE(ISA)               \

@@ -60,9 +60,7 @@ def mismatch(stamp: dict[str, Any] | None) -> str | None:
     if stamp is None:
         return f"the C++ extension was never built. {rebuild()}"
     if not stamp.get("built"):
-        reason = str(stamp.get("reason"))
-        compiler = "" if reason.startswith("DFT_KERNELS_") else "Install a C++ compiler. "
-        return f"the C++ extension could not be built ({reason}). {compiler}{rebuild()}"
+        return f"the C++ extension could not be built: {str(stamp.get('reason')).rstrip('.')}. {rebuild()}"
     built, running = stamp.get("torch"), torch.__version__
     if _minor(built) != _minor(running):
         return f"the C++ extension was built for torch {built}, this is torch {running}. {rebuild()}"

@@ -228,7 +228,7 @@ def output_folder(text: str) -> Path:
     path = Path(text)
     if path.exists() and not path.is_dir():
         _refuse("be a folder, or a name for a new one", f"{text}, a file", "Name another")
-    _check_parent(path / "file", text)
+    _check_output(path / "file", text)
     return path
 
 
@@ -244,12 +244,16 @@ class OutputFile:
             _refuse("be a file's name", f"{text}, a folder", "Name a file in it")
         if not path.name.endswith(self.suffix):
             _refuse(f"end in {self.suffix}", text, "Rename it")
-        _check_parent(path, text)
+        _check_output(path, text)
         return path
 
 
-def _check_parent(path: Path, text: str) -> None:
-    """That the nearest folder above that exists can be written to."""
+def _check_output(path: Path, text: str) -> None:
+    """That the nearest folder above that exists can be written to; and that this is a path: elsewhere than on Windows
+    C:\\runs\\one is the name of a file here."""
+    if os.sep == "/" and "\\" in text:
+        own = re.sub(r"^([A-Za-z]):", lambda drive: f"/mnt/{drive[1].lower()}", text).replace("\\", "/")
+        _refuse("have / between its folders", text, f"Write {own}")
     above = next((one for one in path.absolute().parents if one.exists()), Path("/"))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         _refuse("lie in a folder that can be written to", f"{text}, and {above} is none", "Name another")

@@ -27,5 +27,6 @@ def run(options: argparse.Namespace) -> int:
         if finding.mend is not None:
             print(f"       > {finding.mend}", flush=True)
     faults, notes = states["fault"], states["note"]
-    print(f"{faults} faults, {notes} notes. dft-kernels info --check computes with every backend.")
+    count = f"{faults} fault{'s' * (faults != 1)}, {notes} note{'s' * (notes != 1)}"
+    print(f"{count}. dft-kernels info --check computes with every backend.")
     return int(faults > 0)

@@ -70,6 +70,8 @@ def add_sampling(parser: Any, temperature: Number, about: str, min_p: bool = Fal
 
 def add_steps(parser: Any) -> None:
     """What else `generation.settings.Settings` has, but beams."""
+    from ..generation.refiner import STATISTICS, TOWARDS
+
     add, target = parser.add_argument, Checked(target_file.load)
     add(
         "--top-n-sigma",
@@ -117,6 +119,8 @@ def add_steps(parser: Any) -> None:
     )
     add("--native", type=target, default=None, metavar="FILE",
         help="how the model writes as it is, of dft-kernels gap --own: what --refine leads away from")  # fmt: skip
+    add("--towards", nargs="+", choices=STATISTICS, default=TOWARDS, metavar="STATISTIC",
+        help=f"what --refine moves: {', '.join(STATISTICS)}, of which the last needs --native")  # fmt: skip
 
 
 def style(text: str) -> tuple[str, float]:

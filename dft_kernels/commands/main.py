@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 from typing import NamedTuple
@@ -123,11 +124,14 @@ def _run(name: str, arguments: list[str]) -> int:
         say(f"{error.name} must be installed, got none. Run pip install 'dft-kernels[{command.extra}]'.")
         return 1
     except ImportError as error:
-        say(f"{error} See dft-kernels doctor.")
+        say(str(error).removeprefix("dft_kernels: "))
         return 1
     except UsageError as error:
         say(error)
         return 2
+    except BrokenPipeError:  # whoever read the output has enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit fails again
+        return 1
     except (ValueError, RuntimeError, OSError) as error:
         say(str(error) if parser is None else parser.named(str(error)))
         return 1

@@ -17,7 +17,7 @@ from ..errors import fail
 from ..evaluation.held_out import distinct
 from ..files import regular, replace_text
 from ..generation.refiner import IterativeRefiner
-from ..generation.sampling import Sampling, continuations, text_after
+from ..generation.sampling import Sampling, continuations, ends_of, text_after
 from ..generation.settings import Record, Settings, recorded
 from ..generation.stream import Drawn, Stream, check_prompts
 from ..materials.sources import MODEL_HELP, config_of, model_of, texts_of, tokenizer_of, trained_model
@@ -99,7 +99,10 @@ def run(options: argparse.Namespace) -> int:
             }
         elif beside is not None:
             made = {beside: (beside, model_of(beside, options.cache, argument="base")[0], settings), **made}
-    columns = [Column(label, *one, one[-1].steps(tokenizer)) for label, one in made.items()]
+    columns = [
+        Column(label, name, of, how, how.steps(tokenizer, ends_of(of, tokenizer)))
+        for label, (name, of, how) in made.items()
+    ]
     records: list[Record] = []
     for number, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
         seed = options.seed + number

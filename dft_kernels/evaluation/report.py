@@ -291,9 +291,10 @@ def _settings(runs: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:
         for model in run.models:
             if engine := model.drawn.get("engine"):
                 table[f"engine of {model.name}"] = f"{engine} {model.drawn['versions'].get(engine, '')}".rstrip()
-            for what, name in (("generation_config", "generation"), ("steps", "steps")):
-                if of := model.drawn.get(name):
-                    table |= flat(f"{what} of {model.name}", of)
+            if own := model.drawn.get("generation"):
+                table |= flat(f"generation_config of {model.name}", own)
+            if steps := model.drawn.get("steps"):
+                table[f"steps of {model.name}"] = json.dumps(steps, ensure_ascii=False)
         tables.append(table)
     found = []
     for name in dict.fromkeys(name for table in tables for name in table):

@@ -69,10 +69,11 @@ class Engine:
         if not settings.stepped:
             made = continuations(model, tokenizer, prompts, length, seed, **sampling.keywords())
             return [Written(ids) for ids in made]
-        watch, steps = Watch(), settings.by(sampling).steps(tokenizer)
+        watch, ends = Watch(), ends_of(model, tokenizer)
+        steps = settings.by(sampling).steps(tokenizer, ends)
         steps = watch.around([*steps, Likeliest()] if settings.by(sampling).greedy else steps)
         # of the scores that the steps leave, temperature among them
-        plain, ends = Sampling(temperature=float(sampling.temperature > 0)).keywords(), ends_of(model, tokenizer)
+        plain = Sampling(temperature=float(sampling.temperature > 0)).keywords()
         drawn = roll_out(
             model, prompts, length, ends, seed, logits_processor=transformers.LogitsProcessorList(steps), **plain
         ).target

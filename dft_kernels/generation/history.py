@@ -23,13 +23,14 @@ class Seen(NamedTuple):
 
 class History:
     """Features [V, F] bool of tokens, F at most 31, as bits. special: ids that begin a text anew: padding, BOS, EOS;
-    what stands before the last of them is not looked at."""
+    what stands before the last of them is not looked at. padding: an id that pads on the left and may stand in a text
+    too: where a row begins with it, and with more of them, it is no text."""
 
-    def __init__(self, members: Tensor, special: Iterable[int]) -> None:
+    def __init__(self, members: Tensor, special: Iterable[int], padding: int | None = None) -> None:
         features = members.shape[1]
         ids = torch.tensor(sorted(set(special)), dtype=torch.int64)
         size = max(len(members), int(ids.max()) + 1 if len(ids) else 0)
-        self.special = 1 << features
+        self.special, self.padding = 1 << features, padding
         self.bits = torch.zeros(size + 1, dtype=torch.int32)  # the last of all other ids
         self.shifts = torch.arange(features, dtype=torch.int32)
         self.bits[: len(members)] = (members.int() << self.shifts).sum(1, dtype=torch.int32)
@@ -51,6 +52,8 @@ class History:
         code = self._code(input_ids)
         place = torch.arange(1, code.shape[1] + 1, device=code.device)  # 0: before the first
         begun = torch.where(code == self.special, place, 0).amax(1, keepdim=True)  # behind the last special token
+        if self.padding is not None:
+            begun = torch.maximum(begun, (input_ids == self.padding).cumprod(1).sum(1, keepdim=True))
         text = place > begun
         has = ((code[..., None] >> self.shifts) & 1).bool() & text[..., None]
         last = torch.where(has, place[:, None], 0).amax(1)

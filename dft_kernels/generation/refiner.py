@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from .steps import Step
 from .style import log_ratio
 
 STATISTICS = ("sentences", "punctuation", "tokens", "ngrams")
+TOWARDS = STATISTICS[:2]
 _SEARCH = 8  # steps at most to the bound
 _TIGHT = 1e-3  # of the bound that may be left
 _SEEN = 5.0  # occurrences of a token, in either, from which on it is one to move
@@ -75,6 +76,8 @@ class IterativeRefiner(Step):
         steps: of mirror descent.
         feedback: factor of what the text so far adds to delta.
         towards: which statistics, of STATISTICS; "ngrams" needs native.
+        ends: ids that end a text besides the tokenizer's special ones: the model's own, `sampling.ends_of`.
+    Padding is a special token, or an end, as with `generate`; where there are none, a row's leading run of the id 0.
 
     `report()`: the KL spent and the statistics before and after, of all draws since `reset()`.
     Errors: ValueError for another tokenizer's targets, or one without the statistics.
@@ -92,7 +95,8 @@ class IterativeRefiner(Step):
         bound: float = 0.0,
         steps: int = 4,
         feedback: float = 1.0,
-        towards: Sequence[str] = ("sentences", "punctuation"),
+        towards: Sequence[str] = TOWARDS,
+        ends: Iterable[int] = (),
     ) -> None:
         function = "IterativeRefiner"
         if not (math.isfinite(bound) and bound >= 0):
@@ -101,12 +105,7 @@ class IterativeRefiner(Step):
             fail(function, "steps", "be at least 1", steps, "4 settle what overlaps")
         if not (math.isfinite(feedback) and feedback >= 0):
             fail(function, "feedback", "be at least 0", feedback, "0: the text so far only tells the state")
-        other = [name for name in towards if name not in STATISTICS]
-        if other or not towards:
-            got = other[0] if other else "none"
-            fail(function, "towards", f"hold statistics of {', '.join(STATISTICS)}", got, "Name some of these")
-        if "ngrams" in towards and native is None:
-            fail(function, "native", "be there for ngrams", "none", "Measure it: dft-kernels gap --own")
+        check_towards(function, towards, native)
         known = tokenizer_fingerprint(tokenizer)
         for name, one in (("target", target), ("native", native)):
             if one is not None and one.about.tokenizer_sha256 != known:
@@ -122,7 +121,9 @@ class IterativeRefiner(Step):
         self._features = members[self._support]  # [S, F]
         if len(self._support) and ("tokens" in towards or "ngrams" in towards):
             self._words = _Words(target, native, self._support, self._features, towards, self.feedback)
-        self._history = History(members >= 0.5, tokenizer.all_special_ids)
+        special = [*tokenizer.all_special_ids, *ends]
+        pads = {tokenizer.pad_token_id, tokenizer.eos_token_id, *ends} - {None}
+        self._history = History(members >= 0.5, special, None if pads else 0)
         self._rates = potentials.rates(target)
         self._counted = (members >= 0.5).float().t() @ target["unigram"]  # as the text so far is counted
         none = torch.zeros(potentials.F, 2)
@@ -213,6 +214,16 @@ class IterativeRefiner(Step):
         return f"IterativeRefiner({of} -> {self.target.about.name}, KL <= {self.bound:g} nats a token)"
 
 
+def check_towards(function: str, towards: Sequence[str], native: object) -> None:
+    """ValueError for what a refiner is asked to move and cannot."""
+    other = [name for name in towards if name not in STATISTICS]
+    if other or not towards:
+        got = other[0] if other else "none"
+        fail(function, "towards", f"hold statistics of {', '.join(STATISTICS)}", got, "Name some of these")
+    if "ngrams" in towards and native is None:
+        fail(function, "native", "be there for ngrams", "none", "Measure it: dft-kernels gap --own")
+
+
 class _Words:
     """delta_v of tokens without a feature [B, S]. support [S]: the tokens; features [S, F]: theirs."""
 
@@ -275,6 +286,9 @@ def _furthest(mass: Tensor, tilt: Tensor, bound: float) -> tuple[Tensor, Tensor,
         kl, _, slope = _divergence(mass, tilt, eta)
         inside = kl <= bound
         best = torch.where(inside, torch.maximum(best, eta), best)
+        found = (best == 1) | (inside & (kl >= bound * (1 - _TIGHT)))
+        if mass.device.type == "cpu" and bool(found.all()):
+            break  # to ask a GPU would be to wait for it
         low, high = torch.where(inside, torch.maximum(low, eta), low), torch.where(inside, high, eta)
         there = eta - (kl - aim) / slope.clamp_min(1e-30)
         eta = torch.where((there > low) & (there < high), there, (low + high) / 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 from ..errors import fail
 from ..targets import target_file
 from ..targets.target import Target
-from .refiner import IterativeRefiner
+from .refiner import TOWARDS, IterativeRefiner, check_towards
 from .sampling import Sampling
 from .steps import ordered, warpers
 from .stream import Stream
@@ -31,7 +31,7 @@ class Settings:
     top_p, min_p, top_n_sigma: what is left of each distribution; of top_n_sigma None is all
     diversity, entropy_temperature: at most one of them: `Diversity`'s d, `EntropyTemperature`'s theta
     style: a target and gamma; style_base: what it leads from: `StyleShift`
-    refine: a target; bound: nats a token; native: the model's own statistics: `IterativeRefiner`
+    refine: a target; bound: nats a token; native: the model's own statistics; towards: which ones: `IterativeRefiner`
     beams: of beam search, which draws nothing; 1: none
 
     `steps` raises ValueError for what does not go together.
@@ -48,15 +48,20 @@ class Settings:
     refine: str | None = None
     bound: float = 0.1
     native: str | None = None
+    towards: tuple[str, ...] = TOWARDS
     beams: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "towards", tuple(self.towards))  # a list, out of JSON or of flags
         if 0 < self.temperature < COLDEST:
             fail(
                 "Settings", "temperature", f"be 0 or at least {COLDEST:g}", self.temperature, "0 is the likeliest token"
             )
         if self.native is not None and self.refine is None:
             fail("Settings", "native", "come with refine", "none", "Name a target to refine towards")
+        if self.towards != TOWARDS and self.refine is None:
+            fail("Settings", "towards", "come with refine", "none", "Name a target to refine towards")
+        check_towards("Settings", self.towards, self.native)
         if self.style is None and self.style_base != Settings.style_base:
             fail("Settings", "style_base", "come with style", "none", "Name a target, as literary=0.5")
 
@@ -80,8 +85,9 @@ class Settings:
         """These, with the temperature, top_p and min_p of a way of sampling."""
         return replace(self, temperature=sampling.temperature, top_p=sampling.top_p, min_p=sampling.min_p)
 
-    def steps(self, tokenizer: Any) -> list[LogitsProcessor]:
-        """The processors of scores, in their order, new ones; none for the defaults. ValueError for a target of another
+    def steps(self, tokenizer: Any, ends: Sequence[int] = ()) -> list[LogitsProcessor]:
+        """The processors of scores, in their order, new ones; none for the defaults. ends: `sampling.ends_of`, of a
+        model that has others than its tokenizer. ValueError for a target of another
         tokenizer, or without what is needed of it, and for what `ordered` refuses: two temperatures, one with beams or
         the likeliest token."""
         made: list[LogitsProcessor] = []
@@ -98,7 +104,7 @@ class Settings:
         if self.refine is not None:
             target = _target("refine", self.refine, tokenizer)
             native = None if self.native is None else _target("native", self.native, tokenizer)
-            made.append(IterativeRefiner(target, tokenizer, native, self.bound))
+            made.append(IterativeRefiner(target, tokenizer, native, self.bound, towards=self.towards, ends=ends))
         return list(ordered(made, beams=self.beams, sample=self.beams == 1 and not self.greedy))
 
     def flags(self) -> list[str]:
@@ -106,9 +112,13 @@ class Settings:
         made = []
         for field in fields(self):
             value = getattr(self, field.name)
-            if value != field.default:
-                text = f"{value[0]}={value[1]!r}" if isinstance(value, tuple) else str(value)
-                made += _flag(field.name, text)
+            if value == field.default:
+                continue
+            if field.name == "towards":
+                made += ["--towards", *value]
+                continue
+            text = f"{value[0]}={value[1]!r}" if isinstance(value, tuple) else str(value)
+            made += _flag(field.name, text)
         return made
 
     def command_line(self, model: str, prompt: str, *, length: int, seed: int, base: str | None = None) -> str:
@@ -132,7 +142,7 @@ def described(settings: Settings) -> dict[str, Any]:
         if value := getattr(settings, name):
             found[name] = value
     if settings.refine is not None:
-        found |= {"refine": _content(settings.refine), "bound": settings.bound}
+        found |= {"refine": _content(settings.refine), "bound": settings.bound, "towards": list(settings.towards)}
         if settings.native is not None:
             found["native"] = _content(settings.native)
     return found
@@ -147,8 +157,10 @@ def said(steps: Mapping[str, Any]) -> str:
         if name in steps:
             made.append(f"{name.replace('_', '-')} {steps[name]:{sign}g}")
     if "refine" in steps:
-        alone = "" if "native" in steps else ", by the text so far alone"
-        made.append(f"refined to {steps['refine']['name']}, {steps['bound']:g} nats{alone}")
+        towards = steps["towards"]
+        of = "" if towards == list(TOWARDS) else f" in {' and '.join(towards)}"
+        alone = "" if "native" in steps else ", without native"
+        made.append(f"refined to {steps['refine']['name']}{of}, {steps['bound']:g} nats{alone}")
     return ", ".join(made)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import fail
 from ..targets.target import Target
+from .native import computed
 from .steps import Step
 
 SMOOTHING = 5.0  # occurrences
@@ -25,7 +26,7 @@ class StyleShift(Step):
     everyone does (the preset `reference`).
     untouched: token ids that are not moved, before the others are made to sum to 1; special tokens stand in no target
     and are none the less named here, where a text may hold their characters.
-    Cost: a copy and a log-softmax of [B, V]; V numbers.
+    Cost: a log-softmax of [B, V], a sum where the C++ kernel does not run; V numbers.
     """
 
     place = "style"
@@ -40,6 +41,7 @@ class StyleShift(Step):
         self.target, self.base, self.gamma = target, base, float(gamma)
         self._shift = self.gamma * log_ratio(target, base)
         self._shift[torch.tensor(list(untouched), dtype=torch.int64)] = 0.0
+        self._size = len(self._shift)
 
     @property
     def idle(self) -> bool:
@@ -48,14 +50,14 @@ class StyleShift(Step):
 
     def step(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """See Step."""
-        size = len(self._shift)
-        if scores.shape[1] < size:
-            fail("StyleShift", "target", f"be of the model's {scores.shape[1]} tokens", size, "Build it for the model")
-        if self._shift.device != scores.device:
-            self._shift = self._shift.to(scores.device)
-        out = scores.clone()
-        out[:, :size] += self._shift
-        return out.log_softmax(-1)
+        size, vocab = self._size, scores.shape[1]
+        if vocab < size:
+            fail("StyleShift", "target", f"be of the model's {vocab} tokens", size, "Build it for the model")
+        if len(self._shift) != vocab:
+            self._shift = torch.nn.functional.pad(self._shift[:size], (0, vocab - size))
+        self._shift = self._shift.to(scores)
+        made = computed("shifted_scores", scores, self._shift)
+        return (scores + self._shift).log_softmax(-1) if made is None else made
 
     def __repr__(self) -> str:
         return f"StyleShift({self.gamma:g} log({self.target.about.name} / {self.base.about.name}))"

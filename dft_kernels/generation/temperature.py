@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import fail
+from .native import computed
 from .steps import Step
 
 ITERATIONS = 8  # of Newton's method at most
@@ -22,7 +23,8 @@ class EntropyTemperature(Step):
     Zhang et al., arXiv:2403.14541).
 
     theta: at least 0; 0, the default, is a fixed temperature. base: in 0..1, the paper's 0.8. No row goes below a
-    temperature of 0.05. Cost: a softmax, a log-softmax and six passes over [B, V].
+    temperature of 0.05. Cost: by the C++ kernel two exponentials a score; else a softmax, a log-softmax and six passes
+    over [B, V].
     """
 
     place = "entropy"
@@ -41,10 +43,13 @@ class EntropyTemperature(Step):
 
     def step(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """See Step."""
+        log_t, pull = math.log(self.temperature), self.theta * math.log(self.base)
+        made = computed("scores_by_entropy", scores, log_t, pull, math.log(LEAST))
+        if made is not None:
+            return made
         below, z = _below_largest(scores)
         entropy, _ = _at(z, torch.zeros_like(z[:, :1]))
-        cold = self.theta / entropy.clamp_min(1e-6) * math.log(self.base)
-        return _drawn(below, (cold + math.log(self.temperature)).clamp(min=math.log(LEAST)))
+        return _drawn(below, (pull / entropy.clamp_min(1e-6) + log_t).clamp(min=math.log(LEAST)))
 
     def __repr__(self) -> str:
         return f"EntropyTemperature(T = {self.temperature:g} * {self.base:g}^({self.theta:g} / H))"
@@ -61,7 +66,8 @@ class Diversity(Step):
     near as bisection comes. A row whose entropy cannot be had, log n of n tokens at most, is at the limit of T.
 
     d: above -1; 0, the default, leaves the model as it is. most: T at most, above 1.
-    Cost: a softmax and five passes over [B, V] for the entropy, and for each step; a log-softmax.
+    Cost: by the C++ kernel an exponential a score for the entropy, and for each step; else a softmax and five passes
+    over [B, V] for these, and a log-softmax.
     """
 
     place = "entropy"
@@ -78,9 +84,12 @@ class Diversity(Step):
 
     def step(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """See Step."""
+        limits = (math.log(LEAST), 0.0) if self.d < 0 else (0.0, math.log(self.most))
+        made = computed("scores_at_entropy", scores, 1 + self.d, *limits, ITERATIONS, CLOSE)
+        if made is not None:
+            return made
         below, z = _below_largest(scores)
         entropy, slope = _at(z, torch.zeros_like(z[:, :1]))
-        limits = (math.log(LEAST), 0.0) if self.d < 0 else (0.0, math.log(self.most))
         return _drawn(below, solved(z, entropy * (1 + self.d), entropy, slope, limits))
 
     def __repr__(self) -> str:

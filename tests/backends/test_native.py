@@ -62,6 +62,42 @@ def test_functions_at_the_edges():
         assert value != value
 
 
+@pytest.mark.parametrize("vocab", [1, 7, 1003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_next_token_distributions(dtype, vocab):
+    """By the formulas, in float64; tests/generation/test_steps.py has what the steps make of them."""
+    scores = 3 * torch.randn(4, vocab, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    scores[1, 1::2] = -torch.inf
+    shift, z = torch.linspace(-1, 1, vocab, dtype=dtype), scores.double()
+
+    def entropy(logs):
+        return -(logs.exp() * logs.nan_to_num(neginf=0.0)).sum(1, keepdim=True)
+
+    def of(name, *given):
+        out = torch.empty_like(scores)
+        getattr(NATIVE, name)(scores, *given, out)
+        return out.double()
+
+    def close(found, want):
+        assert torch.equal(found == -torch.inf, want == -torch.inf)
+        torch.testing.assert_close(found.exp(), want.exp(), rtol=2e-5, atol=1e-7)
+
+    close(of("shifted_scores", shift), (z + shift).log_softmax(1))
+    plain = entropy(z.log_softmax(1))
+    close(
+        of("scores_by_entropy", 0.3, -0.5, -3.0),
+        (z / (0.3 - 0.5 / plain.clamp_min(1e-6)).clamp_min(-3).exp()).log_softmax(1),
+    )
+    sigma = torch.stack([row[row > -torch.inf].std(correction=0) for row in z])[:, None]
+    kept = z >= z.amax(1, keepdim=True) - 1.5 * sigma
+    close(of("scores_within", 1.5), z.masked_fill(~kept, -torch.inf).log_softmax(1))
+    made = of("scores_at_entropy", 0.8, -3.0, 0.0, 8, 2e-5)
+    torch.testing.assert_close(entropy(made), 0.8 * plain, rtol=1e-5, atol=3e-5)
+    if vocab > 1:  # a temperature of the row's: log q is linear in z
+        cold = (made[0, 0] - made[0, 1]) / (z[0, 0] - z[0, 1])
+        close(made[:1], (z[:1] * cold).log_softmax(1))
+
+
 def gradients(dtype=torch.bfloat16, **options):
     g = torch.Generator().manual_seed(3)
     hidden = torch.randn(150, 34, generator=g).to(dtype).requires_grad_()
@@ -304,7 +340,7 @@ def run_under(setting: str, threads: int, selection: str, *files: str) -> None:
 @pytest.mark.parametrize("setting", [name for name, less in SETTINGS.items() if less])
 def test_other_processors(setting: str) -> None:
     """The case table through the CPU kernels on every instruction set that a processor may lack."""
-    selection = "test_case and native and (float32 or bfloat16) or functions or narrow_logits"
+    selection = "test_case and native and (float32 or bfloat16) or functions or narrow_logits or next_token"
     run_under(setting, 2, selection, "test_contract.py", "test_native.py")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from target_texts import WORDS, documents
 from tiny_models import far, word_tokenizer
 
@@ -224,6 +225,25 @@ def test_padding_and_other_rows_change_nothing(words: Any, pair: tuple[Target, T
     whole = refiner(ids, scores)
     for row, start in ((0, 0), (1, 12), (2, 0)):
         assert torch.allclose(refiner(ids[row : row + 1, start:], scores[row : row + 1])[0], whole[row], atol=1e-5)
+
+
+def test_padding_without_an_end_of_text(words: Any) -> None:
+    """`generate` pads with the model's own end, or with the id 0, which may stand in a text too."""
+    bare = transformers.PreTrainedTokenizerFast(tokenizer_object=words.backend_tokenizer)
+    assert not bare.all_special_ids
+    target, native = corpus_of(bare, "short", (2, 8), "..?"), corpus_of(bare, "long", (2, 20), "...!")
+    given, ids = torch.randn(1, len(bare)), torch.randint(3, len(bare), (1, 9))
+    ids[0, 4] = 0
+    for ends, pad in (((), 0), ((1,), 1)):
+        step = IterativeRefiner(
+            target, bare, native, bound=5.0, towards=("sentences", "punctuation", "tokens"), ends=ends
+        )
+        padded = torch.cat([torch.full((1, 30), pad), ids], 1)
+        assert torch.equal(step(padded, given), step(ids, given))
+        assert not torch.equal(step(torch.cat([ids, ids], 1), given), step(ids, given))
+        step.reset()
+        step(torch.tensor([[5, pad]]), given)
+        assert step.report().tokens == (pad == 0)  # after its end a text has no more draws
 
 
 def test_ngrams_that_both_track(words: Any) -> None:

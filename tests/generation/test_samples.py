@@ -200,7 +200,12 @@ def test_steps_draw_and_stand_in_the_file(stepped: Any, model: Any, tmp_path: Pa
     assert found.texts != stepped(tmp_path / "plain.jsonl", Settings(), sampling=warm).texts
     lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     sha256 = json.loads(safe_open(refine, "pt").metadata()["target"])["sha256"]
-    assert lines[0]["steps"] == {"top_n_sigma": 2.0, "refine": {"name": "made", "sha256": sha256}, "bound": 0.05}
+    assert lines[0]["steps"] == {
+        "top_n_sigma": 2.0,
+        "refine": {"name": "made", "sha256": sha256},
+        "bound": 0.05,
+        "towards": ["sentences", "punctuation"],
+    }
     assert set(lines[0]["versions"]) == {"torch", "transformers", "dft_kernels"}
     draws = [min(line["tokens"] + 1, 4) for line in lines[1:]]
     assert found.kl == pytest.approx(sum(line["kl"] * n for line, n in zip(lines[1:], draws, strict=True)) / sum(draws))

@@ -35,6 +35,7 @@ def all_of(target: str) -> Settings:
     return Settings(
         temperature=0.8, top_p=0.9, min_p=0.01, top_n_sigma=2.0, diversity=-0.1, style=(target, -1e-05),
         style_base=target, refine=target, bound=0.3, native=target,
+        towards=("sentences", "tokens", "ngrams"),
     )  # fmt: skip
 
 
@@ -57,6 +58,7 @@ def test_the_steps_stand_in_order(tokenizer: Any, target: str) -> None:
     assert cold.theta == 0.5
     refiner = all_of(target).steps(tokenizer)[-1]
     assert (refiner.bound, refiner.native.about.name) == (0.3, "made")
+    assert refiner._words is not None
 
 
 def test_special_tokens_are_not_shifted(tokenizer: Any, target: str, tmp_path: Path) -> None:
@@ -83,6 +85,10 @@ def test_what_does_not_go_together(tokenizer: Any, target: str) -> None:
     for given, said in (
         ({"native": target}, "native must come with refine, got none"),
         ({"style_base": target}, "style_base must come with style, got none"),
+        ({"towards": ("tokens",)}, "towards must come with refine, got none"),
+        ({"towards": ("words",), "refine": target}, "towards must hold statistics of .*, got words"),
+        ({"towards": (), "refine": target}, "towards must hold statistics of .*, got none"),
+        ({"towards": ("ngrams",), "refine": target}, "native must be there for ngrams, got none"),
     ):
         with pytest.raises(ValueError, match=said):
             Settings(**given)

@@ -13,8 +13,10 @@ from scipy.optimize import brentq
 from scipy.special import log_softmax, softmax
 from target_texts import WORDS, documents
 from tiny_models import far, word_tokenizer
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import CompileConfig, MinPLogitsWarper, TemperatureLogitsWarper, TopPLogitsWarper
 
+from dft_kernels.backends import extension
+from dft_kernels.generation import native
 from dft_kernels.generation.refiner import IterativeRefiner
 from dft_kernels.generation.sampling import continuations
 from dft_kernels.generation.steps import Watch, ordered, warpers
@@ -25,6 +27,16 @@ from dft_kernels.targets import corpus
 from dft_kernels.targets.target import Target
 
 IDS = torch.zeros(6, 3, dtype=torch.int64)
+
+
+@pytest.fixture(params=["native", "torch"])
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By the C++ kernels, and as where these are not built, or on a GPU."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "MODULE", None)
+    elif native.MODULE is None:
+        pytest.skip(str(extension.REASON))
+    return str(request.param)
 
 
 def scores(kind: str) -> torch.Tensor:
@@ -51,6 +63,7 @@ def entropy(row: np.ndarray, temperature: float = 1.0) -> float:
 KINDS = ("plain", "sharp", "flat", "two", "truncated", "one")
 
 
+@pytest.mark.usefixtures("by")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("d", [-0.9, -0.3, -0.01, 0.01, 0.1, 0.5, 3.0])
 def test_diversity_finds_the_temperature(kind: str, d: float) -> None:
@@ -70,6 +83,7 @@ def test_diversity_finds_the_temperature(kind: str, d: float) -> None:
         assert np.exp(out).sum() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.usefixtures("by")
 def test_an_entropy_that_cannot_be_had_is_at_the_limit() -> None:
     for given in (3 * torch.randn(8, 1000), -1.1 * torch.arange(1.0, 2001).log().repeat(2, 1)):
         for d, limit in ((1.0, 2.0), (3.0, 2.0)):
@@ -79,6 +93,7 @@ def test_an_entropy_that_cannot_be_had_is_at_the_limit() -> None:
             assert torch.allclose(made[far], expected[far], atol=1e-4)
 
 
+@pytest.mark.usefixtures("by")
 @pytest.mark.parametrize("kind", KINDS)
 def test_entropy_temperature(kind: str) -> None:
     given = scores(kind)
@@ -88,6 +103,7 @@ def test_entropy_temperature(kind: str) -> None:
         np.testing.assert_allclose(np.exp(out), softmax(row / by), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.usefixtures("by")
 @pytest.mark.parametrize("kind", ["plain", "sharp", "truncated", "one"])
 def test_top_n_sigma(kind: str) -> None:
     given = scores(kind)
@@ -96,6 +112,49 @@ def test_top_n_sigma(kind: str) -> None:
         kept = row >= row.max() - 1.5 * row[np.isfinite(row)].std()
         assert (np.isfinite(out) == kept).all()
         np.testing.assert_allclose(out[kept], log_softmax(np.where(kept, row, -np.inf))[kept], atol=1e-4)
+
+
+STEPS = [Diversity(0.2), Diversity(-0.3), EntropyTemperature(0.7, 1.3), TopNSigma(1.5)]
+
+
+@pytest.mark.skipif(native.MODULE is None, reason=str(extension.REASON))
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 128, 129, 3001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernels_are_what_torch_computes(dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every length of a row's last vector, with tokens left out, of rows apart in memory, by any threads."""
+    made = 3 * torch.randn(5, 2 * size, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    given = made[:, ::2]
+    if size > 1:
+        given[1, size // 2 :] = given[2, :1] = -math.inf
+    before, threads = given.clone(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        found = [step(IDS, given) for step in STEPS]
+        torch.set_num_threads(3)
+        assert all(torch.equal(step(IDS, given), one) for step, one in zip(STEPS, found, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(given, before)
+    monkeypatch.setattr(native, "MODULE", None)
+    for step, one in zip(STEPS, found, strict=True):
+        torch.testing.assert_close(one, step(IDS, given), rtol=1e-4, atol=1e-4)
+    assert all(one.dtype == dtype for one in found)
+
+
+@pytest.mark.usefixtures("by")
+def test_what_is_no_number_stays_none() -> None:
+    """A row with a NaN, and one without a token, are no distribution, and their neighbours are one."""
+    given = torch.randn(6, 40)
+    given[1, 3], given[2], given[3, 5] = math.nan, -math.inf, math.inf
+    for step in STEPS:
+        found = step(IDS, given)
+        assert found[1:4].isnan().any(1).all(), step
+        assert torch.equal(found[[0, 4, 5]].exp().sum(1).round(decimals=5), torch.ones(3)), step
+
+
+def test_gradients_are_not_cut_off() -> None:
+    given = torch.randn(2, 40, requires_grad=True)
+    assert native.computed("scores_within", given, 1.0) is None
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +171,7 @@ def pair(words: Any) -> tuple[Target, Target]:
     return made[0], made[1]
 
 
+@pytest.mark.usefixtures("by")
 def test_style_shift(words: Any, pair: tuple[Target, Target]) -> None:
     base, target = pair
     V = len(words)
@@ -225,3 +285,27 @@ def test_steps_in_generate_do_what_they_do_alone(words: Any, pair: tuple[Target,
     beams = {"num_beams": 3, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     shifted = continuations(model, words, [[8]], 6, logits_processor=ordered(steps[:2], beams=3, sample=False), **beams)
     assert shifted != continuations(model, words, [[8]], 6, **beams)
+
+
+def test_steps_behind_compiled_decoding(words: Any, pair: tuple[Target, Target]) -> None:
+    """One graph of the model, none of the steps, and the text that is drawn without it."""
+    model, prompts = far(vocab_size=len(words)), [[5, 6, 7], [8]]
+
+    def made(**more: Any) -> tuple[list[list[int]], float]:
+        refiner = IterativeRefiner(pair[1], words, pair[0], bound=0.1, towards=("sentences", "tokens", "ngrams"))
+        steps = [StyleShift(*pair, 0.2), *warpers(0.9, 0.95, 0.01), TopNSigma(3.0), Diversity(0.1), refiner]
+        found = continuations(model, words, prompts, 8, 3, logits_processor=ordered(steps), **more)
+        return found, refiner.report().kl
+
+    compiled = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compiled._compile_all_devices = True  # generate compiles on a GPU alone
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters
+    counted.clear()
+    found, spent = made(cache_implementation="static", compile_config=compiled)
+    assert counted["stats"]["unique_graphs"] == 1
+    plain, kl = made()
+    assert found == plain
+    assert spent == pytest.approx(kl, rel=1e-4)
+    assert kl > 1e-3
+    assert len({token for row in found for token in row}) > 4

@@ -184,6 +184,14 @@ def test_wrong_requests_are_refused(module: Any, folder: Path) -> None:
         (params({"style": ["literary"]}), r"Steps: style must be a target's name and a finite number"),
         (params({"refine": "nothing"}), r"nothing"),
         (
+            params({"refine": str(folder / "here.safetensors"), "towards": "tokens"}),
+            r"Steps: towards must be a list of",
+        ),
+        (
+            params({"refine": str(folder / "here.safetensors"), "towards": ["ngrams"]}),
+            r"native must be there for ngrams",
+        ),
+        (
             params({"refine": str(folder / "here.safetensors"), "bound": -1}),
             r"Steps: bound must be at least 0 nats",
         ),

@@ -134,11 +134,35 @@ void elements(const Kernels<float>& kernels) {
   }
 }
 
+// The kernels of a row of next-token scores, of a length that no vector divides
+template <class T>
+std::vector<double> scores(const Kernels<T>& kernels) {
+  std::mt19937 random(2);
+  std::normal_distribution<float> normal;
+  std::vector<T> z(1003), shift(z.size()), out(z.size());
+  for (size_t i = 0; i < z.size(); i++) z[i] = T(3 * normal(random)), shift[i] = T(0.5f * float(i % 7));
+  z[5] = z[1001] = -std::numeric_limits<T>::infinity();
+  const int64_t n = int64_t(z.size());
+  kernels.scores.shifted(z.data(), shift.data(), z.data(), n);
+  const T top = kernels.scores.largest(z.data(), n);
+  std::vector<double> found{double(top)};
+  for (const Tempered<T> at : {Tempered<T>{top, T(1), -std::numeric_limits<T>::infinity()}, {top, T(0.5), T(-6)}}) {
+    double sums[6] = {};
+    kernels.scores.weighed(z.data(), n, at, sums);
+    kernels.scores.moments(z.data(), n, top, sums + 3);
+    found.insert(found.end(), sums, sums + 6);
+    kernels.scores.normalised(z.data(), out.data(), n, at, T(std::log(sums[0])));
+    found.insert(found.end(), out.begin(), out.end());
+  }
+  return found;
+}
+
 }  // namespace
 
 int main() {
   functions(baseline_float());
   elements(baseline_float());
+  report("scores", "all", distance(scores(baseline_float()), scores(baseline_double())), 1e-6);
   Run<float> fast(baseline_float());
   Run<double> exact(baseline_double());
   report("sums", "lse", distance(fast.lse, exact.lse), 1e-6);

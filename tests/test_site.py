@@ -59,7 +59,8 @@ def test_the_navigation_has_every_page() -> None:
     nav = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     assert len(nav) == len(set(nav))
     written = {path.name for path in (ROOT / "docs").glob("*.md")}
-    assert set(nav) == written | {"changelog.md"}
+    made = {f"notebooks/{path.stem}.md" for path in (ROOT / "examples").glob("*.ipynb")}
+    assert set(nav) == written | made | {"changelog.md"}
     assert nav[0] == "index.md"
 
 

@@ -16,22 +16,16 @@ from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).parent.parent.parent
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
-FENCED = re.compile(r"^(```|~~~).*?^\1$", re.M | re.S)
+FENCED = re.compile(r"^(`{3,}|~{3,}).*?^\1$", re.M | re.S)
 LANGUAGES = {".py": "python", ".h": "cpp", ".cpp": "cpp", ".cu": "cuda", ".cuh": "cuda", ".sh": "sh", ".yml": "yaml"}
 
 
 def on_config(config: Any) -> Any:
     """Headings are linked to as GitHub links to them."""
     config.mdx_configs.setdefault("toc", {})["slugify"] = slugify(case="lower")
-    section(config, "Use").append({"Notebooks": [{title: uri} for title, uri in notebooks.titles().items()]})
-    section(config, "Reference").extend({title: uri} for title, uri in reference.titles().items())
+    (section,) = (entry["Reference"] for entry in config.nav if "Reference" in entry)
+    section += [{title: uri} for title, uri in reference.titles().items()]
     return config
-
-
-def section(config: Any, name: str) -> list[Any]:
-    """The entries of a section of the navigation."""
-    found: list[Any] = next(entry[name] for entry in config.nav if name in entry)
-    return found
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 FOLDER = Path(__file__).parent.parent.parent / "examples"
@@ -18,16 +17,6 @@ def places() -> dict[str, str]:
 def pages() -> dict[str, str]:
     """Their text, by page."""
     return {f"notebooks/{path.stem}.md": page(path) for path in FILES}
-
-
-def titles() -> dict[str, str]:
-    """Their pages, by title."""
-    found = {}
-    for uri, text in pages().items():
-        heading = re.match(r"# (.*)", text)
-        assert heading is not None, uri
-        found[heading[1]] = uri
-    return found
 
 
 def page(path: Path) -> str:

@@ -42,13 +42,13 @@ def titles() -> dict[str, str]:
 
 def linked(markdown: str) -> str:
     """The API page, its names linked to their docstrings."""
-    module, lines = "", []
+    module, lines = None, []
     for line in markdown.splitlines():
-        if heading := re.match(r"## (?:`([\w.]+)`)?", line):
-            module = heading[1]
-        if module:
-            line = re.sub(r"^\| `(\w+)` \|", rf"| [`\1`]({place(module)}#\1) |", line)
-            line = re.sub(r"#(\w+)\)", lambda match: f"#{match[1].lower()})", line)
+        if line.startswith("## "):
+            heading = re.match(r"## `([\w.]+)`", line)
+            module = heading and place(heading[1])
+        if module and (name := re.match(r"\| `(\w+)` \|", line)):
+            line = f"| [`{name[1]}`]({module}#{name[1].lower()}) |{line[name.end() :]}"
         lines.append(line)
     return "\n".join(lines)
 

@@ -33,6 +33,9 @@ Step<T>::Step(StepArguments arguments) : a_(std::move(arguments)) {
 bool multiplies_bf16() { return has_tile_product(); }
 
 std::unique_ptr<CpuStep> make_step(StepArguments arguments) {
+  TORCH_CHECK(0 <= arguments.divergence && arguments.divergence < kDivergences,
+              "dft_kernels: divergence must be one of the ", kDivergences, " that the CPU kernels were built with, got id ",
+              arguments.divergence, ". Rebuild them: pip install --no-build-isolation -e .");
   if (arguments.logits.scalar_type() == at::kDouble) return std::make_unique<Step<double>>(std::move(arguments));
   return std::make_unique<Step<float>>(std::move(arguments));
 }

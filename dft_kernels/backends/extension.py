@@ -55,15 +55,15 @@ def read_stamp(path: Path = STAMP) -> dict[str, Any] | None:
     return stamp if isinstance(stamp, dict) else None
 
 
-def mismatch(stamp: dict[str, Any] | None) -> str | None:
+def mismatch(stamp: dict[str, Any] | None, what: str = "the C++ extension was") -> str | None:
     """Why an extension with this stamp must not be loaded into the running torch, None if it may be."""
     if stamp is None:
-        return f"the C++ extension was never built. {rebuild()}"
+        return f"{what} never built. {rebuild()}"
     if not stamp.get("built"):
         return f"the C++ extension could not be built: {str(stamp.get('reason')).rstrip('.')}. {rebuild()}"
     built, running = stamp.get("torch"), torch.__version__
     if _minor(built) != _minor(running):
-        return f"the C++ extension was built for torch {built}, this is torch {running}. {rebuild()}"
+        return f"{what} built for torch {built}, this is torch {running}. {rebuild()}"
     return None
 
 
@@ -79,7 +79,7 @@ def mismatch_cuda(stamp: dict[str, Any] | None) -> str | None:
             f"the CUDA kernels were built by CUDA {ours}, this is torch {torch.__version__} of CUDA {theirs}. "
             f"{rebuild('DFT_KERNELS_CUDA=1')}"
         )
-    return mismatch(stamp)
+    return mismatch(stamp, "the CUDA kernels were")
 
 
 def load() -> tuple[Any, str | None]:

@@ -39,6 +39,7 @@ BASES: dict[tuple[str, ...], list[str]] = {  # what each command needs, before a
     ("report",): ["run", "--out", "new.html"],
     ("bench",): ["--device", "cpu"],
     ("info",): [],
+    ("doctor",): [],
 }
 PATHS: dict[Any, list[str]] = {
     arguments.input_file: [MISSING, FOLDER],

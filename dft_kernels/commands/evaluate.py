@@ -16,6 +16,7 @@ from ..evaluation.findings import has_gap
 from ..evaluation.intervals import FEW
 from ..evaluation.results import FILE, LEVEL, Evaluation
 from ..evaluation.subject import SPENT, Job, Model, check_fast
+from ..evaluation.wording import labels
 from ..generation import vllm_engine
 from ..generation.engine import Engine
 from ..generation.sampling import Sampling
@@ -175,9 +176,7 @@ def render(found: Evaluation, about: str) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    made = Table(
-        "metric", *(escape(model.name) for model in found.models), title="value / what people differ by from people"
-    )
+    made = Table("metric", *map(escape, labels(found.models)), title="value / what people differ by from people")
     for at, metric in enumerate(found.metrics):
         made.add_row(metric.name, *(_cell(model.values[at], metric.kind == LEVEL) for model in found.models))
     score = [f"{model.score.value:.0f}" if model.score else "" for model in found.models]

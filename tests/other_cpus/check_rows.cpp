@@ -150,7 +150,7 @@ std::vector<double> scores(const Kernels<T>& kernels) {
     double sums[6] = {};
     kernels.scores.weighed(z.data(), n, at, sums);
     kernels.scores.moments(z.data(), n, top, sums + 3);
-    found.insert(found.end(), sums, sums + 6);
+    for (double sum : sums) found.push_back(sum / double(n));
     kernels.scores.normalised(z.data(), out.data(), n, at, T(std::log(sums[0])));
     found.insert(found.end(), out.begin(), out.end());
   }

@@ -6,7 +6,7 @@ Stages, in this order; each keeps what it has done, and goes on where it was sto
     train      the arms, by dft-kernels train, in the order of ARMS, the first seed of all before the second of any
     validate   the first SFT by eight ways of sampling, on the validation novel
     test       texts of the arms that are trained, after prompts of the test novel; what they know; all metrics
-    compare    the eight metrics of every arm beside SFT's best sampling: build/effect/effect.csv
+    compare    the eight metrics of every arm beside its control: build/effect/effect.csv; whether the bar is met
     cost       seconds and bytes of a step of the arms in turn, on a machine with nothing else to do
 
 dft-kernels report build/effect/test/* shows what there is.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import csv
 import json
 import shutil
 import statistics
@@ -36,15 +37,16 @@ from dft_kernels.benchmarks.tables import write_csv
 from dft_kernels.commands.printing import progress
 from dft_kernels.evaluation import evaluate as room
 from dft_kernels.evaluation.documents import Documents
-from dft_kernels.evaluation.measure import Found, measured
+from dft_kernels.evaluation.measure import measured
 from dft_kernels.evaluation.metrics import METRICS, Sample
-from dft_kernels.evaluation.paired import paired
-from dft_kernels.evaluation.people import people
+from dft_kernels.evaluation.paired import between_seeds, holm, paired
+from dft_kernels.evaluation.people import cut, people
 from dft_kernels.evaluation.results import FILE, load
+from dft_kernels.evaluation.retention import right
 from dft_kernels.evaluation.subject import Job, Model
 from dft_kernels.files import replace_text
 from dft_kernels.generation.sampling import Sampling
-from dft_kernels.generation.settings import Settings
+from dft_kernels.generation.settings import Settings, described
 from dft_kernels.materials.encoders import embed, encoder
 from dft_kernels.materials.models import cache_folder, gemma3
 from dft_kernels.materials.sources import ABOUT, model_of, tokenizer_of
@@ -52,7 +54,7 @@ from dft_kernels.materials.texts import documents_of
 
 STEPS, BATCH, LENGTH, WARMUP = 300, 4, 128, 10
 PROMPT, COUNT = 32, 200  # tokens; texts of an arm
-RATES, PILOT = ("5e-5", "1e-4", "2e-4"), 40
+RATES, PILOT = ("5e-5", "1e-4", "2e-4", "4e-4"), 40
 NOVELS = {  # of Debian's r-cran-janeaustenr, in its order
     "emma": "train", "mansfield": "test", "northanger": "train", "persuasion": "train", "pride": "train",
     "sense": "validation",
@@ -65,6 +67,7 @@ TERMS = ("token_l2", "sentence_length", "punctuation_rate", "punctuation_gap", "
 TASKS, QUESTIONS = ("lambada", "arc_easy", "arc_challenge"), 500
 SFT, BEST = "SFT", "SFT, best sampling"
 PLAIN = Settings()
+MADE = "made.json"  # in a folder: what it was made by
 
 
 def _terms(weight: str, target: str = "{folder}/target.safetensors") -> tuple[str, ...]:
@@ -82,7 +85,8 @@ _ROLLOUTS = (
 class Arm:
     """flags: of dft-kernels train, beside those of all; None: not trained. text: what on; model: from what start.
     of: the arm whose models it takes; sampled: as validation found best; refined: towards the target, at inference;
-    tested: False of what only others need."""
+    tested: False of what only others need. beside: the arm that it is compared with; tried: whether the comparison is
+    one of the study's family, and not of a start or a control."""
 
     name: str
     flags: tuple[str, ...] | None = ()
@@ -94,26 +98,33 @@ class Arm:
     sampled: bool = False
     refined: bool = False
     tested: bool = True
+    beside: str = BEST
+    tried: bool = True
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What is asked of its models: nothing that they were trained on."""
+        return tuple(task for task in TASKS if task != self.text) if self.of is None else ()
 
 
 ARMS = (
-    Arm("start", None),
-    Arm(SFT, seeds=3),
-    Arm(BEST, None, seeds=3, of=SFT, sampled=True),
+    Arm("start", None, tried=False),
+    Arm(SFT, seeds=3, tried=False),
+    Arm(BEST, None, seeds=3, of=SFT, sampled=True, tried=False),
     Arm("terms", _TOWARDS, seeds=3),
-    Arm("LAMBADA: SFT", text="lambada"),
-    Arm("LAMBADA: terms", _TOWARDS, text="lambada"),
+    Arm("LAMBADA: SFT", text="lambada", beside="LAMBADA: SFT", tried=False),
+    Arm("LAMBADA: terms", _TOWARDS, text="lambada", beside="LAMBADA: SFT"),
     Arm("rollouts", _ROLLOUTS, seeds=3),
-    Arm("LAMBADA: rollouts", _ROLLOUTS, text="lambada"),
+    Arm("LAMBADA: rollouts", _ROLLOUTS, text="lambada", beside="LAMBADA: SFT"),
     Arm("constraint", _terms("floor")),
     Arm("beyond", _terms("0.5x", "{folder}/beyond.safetensors")),
-    Arm("SFT, longer", steps=2 * STEPS, tested=False),
+    Arm("SFT, longer", steps=2 * STEPS, tested=False, tried=False),
     Arm("distilled", ("--teacher", "{folder}/models/SFT, longer-0")),
     Arm("refined", None, of=SFT, refined=True),
     Arm("terms, refined", None, of="terms", refined=True),
-    Arm("Gemma: start", None, model="gemma3"),
-    Arm("Gemma: SFT", model="gemma3"),
-    Arm("Gemma: terms", _terms("0.5x", "{folder}/target-gemma3.safetensors"), model="gemma3"),
+    Arm("Gemma: start", None, model="gemma3", beside="Gemma: SFT", tried=False),
+    Arm("Gemma: SFT", model="gemma3", beside="Gemma: SFT", tried=False),
+    Arm("Gemma: terms", _terms("0.5x", "{folder}/target-gemma3.safetensors"), model="gemma3", beside="Gemma: SFT"),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
 
@@ -147,20 +158,31 @@ class Study:
             words = [sys.executable, "-m", "dft_kernels.commands.main", *arguments]
             subprocess.run(words, check=True, stdout=out, stderr=subprocess.STDOUT)
 
-    def train(self, arm: Arm, seed: int, out: Path, rate: str, steps: int, *more: str) -> None:
+    def made(self, folder: Path, by: dict[str, Any], done: bool) -> bool:
+        """Whether what lies in a folder is done; what makes it is noted there. ValueError where that was another
+        study, or this one before it was changed."""
+        file, by = folder / MADE, json.loads(json.dumps(by))
+        before = file.read_text() if file.exists() else "something unknown" if done else json.dumps(by)
+        if before == "something unknown" or json.loads(before) != by:
+            raise ValueError(f"effect: {folder} must be made by {by}, got {before}. Name another --folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(file, json.dumps(by, indent=1))
+        return done
+
+    def train(self, arm: Arm, seed: int, out: Path, rate: str, steps: int, *more: str, log: str | None = None) -> None:
         """One model, unless it is there."""
-        about = out / ABOUT
-        if about.exists() and "held_out" in json.loads(about.read_text()):
-            return
         assert arm.flags is not None
-        self.command(
+        about = out / ABOUT
+        command = [
             "train", "--model", self.start(arm.model), "--text", *self.texts(arm.text), "--output_dir", str(out),
             "--max_length", str(LENGTH), "--per_device_train_batch_size", str(BATCH), "--max_steps", str(steps),
             "--learning_rate", rate, "--warmup_steps", str(WARMUP), "--held_out", "64", "--bf16", "true",
             "--use_cpu", "true", "--save_steps", "50", "--save_total_limit", "1", "--report_to", "none",
-            "--seed", str(seed), "--cache", str(self.cache), *(flag.format(folder=self.folder) for flag in arm.flags),
-            *more, log=out.name,
-        )  # fmt: skip
+            "--seed", str(seed), *(flag.format(folder=self.folder) for flag in arm.flags), *more,
+        ]  # fmt: skip
+        if self.made(out, {"command": command}, about.exists() and "held_out" in json.loads(about.read_text())):
+            return
+        self.command(*command, "--cache", str(self.cache), log=log or out.name)
         for checkpoint in out.glob("checkpoint-*"):  # three times the model, of no use any more
             shutil.rmtree(checkpoint)
 
@@ -175,15 +197,14 @@ class Study:
         for name, text in zip(NOVELS, documents_of("literary", self.cache)[1], strict=True):
             replace_text(self.folder / f"{name}.txt", text)
         self.target()
-        if not (self.folder / "rate.json").exists():
-            found = {}
-            for rate in RATES:
-                out = self.folder / "pilot" / rate
-                self.train(BY_NAME[SFT], 0, out, rate, PILOT)
-                found[rate] = self.held_out(out)
-                print(f"{rate}: held-out cross-entropy {found[rate]:.4f}", flush=True)
-            best = min(found, key=lambda rate: found[rate])
-            replace_text(self.folder / "rate.json", json.dumps({"rate": best, "held_out": found}))
+        found = {}
+        for rate in RATES:
+            out = self.folder / "pilot" / rate
+            self.train(BY_NAME[SFT], 0, out, rate, PILOT)
+            found[rate] = self.held_out(out)
+            print(f"{rate}: held-out cross-entropy {found[rate]:.4f}", flush=True)
+        best = min(found, key=lambda rate: found[rate])
+        replace_text(self.folder / "rate.json", json.dumps({"rate": best, "held_out": found}))
 
     @staticmethod
     def held_out(out: Path) -> float:
@@ -195,13 +216,36 @@ class Study:
         lines = (self.folder / "logs" / f"{log}.log").read_text().splitlines()
         return [ast.literal_eval(line) for line in lines if line.startswith("{'loss'")]
 
+    def answers(self, arm: Arm, seeds: int) -> dict[str, Any]:
+        """By task, the share of seeds that answered each question rightly [questions]."""
+        found: dict[str, list[Any]] = {}
+        for seed in range(seeds):
+            for file in (self.folder / "test" / f"{arm.name}-{seed}" / "answers").glob("*.jsonl"):
+                for task, marks in right(arm.tasks, self.cache, file, QUESTIONS).items():
+                    found.setdefault(task, []).append(np.array([*marks.values()], float))
+        return {task: np.mean(marks, 0) for task, marks in found.items()}
+
+    def costs(self) -> dict[str, float]:
+        """Seconds of a step over SFT's, median over rounds, of the arms that `cost` has measured."""
+        file = self.folder / "cost.csv"
+        if not file.exists():
+            return {}
+        with file.open(newline="") as opened:
+            rows = list(csv.DictReader(opened))
+        by = {(row["arm"], row["round"]): float(row["step_s"]) for row in rows}
+        return {
+            arm: statistics.median(by[arm, turn] / by[SFT, turn] for name, turn in by if name == arm)
+            for arm in dict.fromkeys(name for name, _ in by)
+        }
+
     def needed(self, arm: Arm) -> None:
         """Targets that an arm takes besides."""
         if arm.model == "gemma3":
-            folder = self.folder / "gemma3"
+            folder, part = self.folder / "gemma3", self.folder / "gemma3.part"
             if not folder.exists():
-                for part in gemma3(self.cache):
-                    part.save_pretrained(folder)
+                for one in gemma3(self.cache):
+                    one.save_pretrained(part)
+                part.rename(folder)
             self.target("gemma3")
         beyond = self.folder / "beyond.safetensors"
         if arm.name == "beyond" and not beyond.exists():
@@ -239,8 +283,12 @@ class Study:
 
     def write(self, part: str, name: str, model: str, settings: Settings = PLAIN, **more: Any) -> None:
         """Texts of a model, what it knows, all metrics: unless they are there."""
-        folder = self.folder / part / name
-        if (folder / FILE).exists():
+        folder, trained = self.folder / part / name, Path(model) / MADE
+        by = {
+            "model": json.loads(trained.read_text()) if trained.exists() else model, "steps": described(settings),
+            **{name: getattr(settings, name) for name in ("temperature", "top_p", "min_p")}, **more,
+        }  # fmt: skip
+        if self.made(folder, by, (folder / FILE).exists()):
             return
         those = [Path(file).read_text() for file in self.texts(part)]
         job = Job(
@@ -290,19 +338,20 @@ def test(study: Study, names: list[str]) -> None:
         model = study.model(arm, seed)
         if not arm.tested or not (model == "smollm2" or (Path(model) / "config.json").exists()):
             continue
-        tasks = () if arm.of else TASKS
-        study.write("test", f"{arm.name}-{seed}", model, study.settings(arm, seed), tasks=tasks, questions=QUESTIONS)
+        settings = study.settings(arm, seed)
+        study.write("test", f"{arm.name}-{seed}", model, settings, tasks=arm.tasks, questions=QUESTIONS)
         print(f"{arm.name}, seed {seed}: written", flush=True)
 
 
-def _texts(folder: Path) -> list[str]:
-    """That a run of the test drew."""
+def _texts(folder: Path, tokenizer: Any) -> list[str]:
+    """That a run of the test drew, as long as the human ones."""
     (file,) = (folder / "samples").glob("*.jsonl")
-    return [str(json.loads(line)["text"]) for line in file.read_text().splitlines()[1:]]
+    lines = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    return [cut(str(line["text"]), tokenizer, LENGTH) for line in lines]
 
 
 def compare(study: Study) -> None:
-    """The named metrics of every arm that was tested, beside SFT's best sampling."""
+    """The named metrics of every arm that was tested, beside its control; whether the bar is met."""
     tokenizer = study.tokenizer()
     those = people([Path(file).read_text() for file in study.texts("test")], tokenizer, PROMPT, LENGTH, COUNT)
     pool, prompts = [one.text for one in those.all], [one.prompt for one in those.all]
@@ -310,7 +359,7 @@ def compare(study: Study) -> None:
     for arm, seed in seeds_first([]):
         folder = study.folder / "test" / f"{arm.name}-{seed}"
         if (folder / FILE).exists():
-            texts = _texts(folder)
+            texts = _texts(folder, tokenizer)
             rows[arm.name, seed] = np.arange(len(pool), len(pool) + len(texts))
             pool += texts
             prompts += [one.prompt for one in those.reference]
@@ -319,29 +368,56 @@ def compare(study: Study) -> None:
     documents = Documents(pool, np.arange(len(those.all)), tokenizer, vectors, prompts)
     metrics = [next(metric for metric in METRICS if metric.name == name) for name in NAMED]
     found = measured({f"{name}-{seed}": Sample(documents, at) for (name, seed), at in rows.items()}, metrics=metrics)
-
-    def of(arm: Arm) -> list[list[Found]]:
-        return [found[f"{arm.name}-{seed}"] for seed in range(arm.seeds) if (arm.name, seed) in rows]
-
+    of = {arm: [found[f"{arm}-{seed}"] for name, seed in rows if name == arm] for arm, _ in rows}
+    seeds = between_seeds(list(of.values()))
     out = []
-    for arm in ARMS:
-        its = of(arm)
-        if not its:
-            continue
-        evaluations = [load(study.folder / "test" / f"{arm.name}-{seed}").models[0] for seed in range(len(its))]
-        known = {task.task: statistics.mean(100 * next(one.accuracy for one in each.retention if one.task == task.task)
-                                            for each in evaluations) for task in evaluations[0].retention}  # fmt: skip
-        models = [study.folder / "models" / f"{arm.name}-{seed}" for seed in range(len(its))]
-        trained = [study.held_out(one) for one in models if one.exists()]
-        for one in paired(of(BY_NAME[BEST]), its):
-            out.append({
-                "arm": arm.name, "seeds": len(its), **vars(one), "closer": int(one.closer), "halved": int(one.halved),
-                "held_out": statistics.mean(trained) if trained else "", **known, **about("cpu"),
-            })  # fmt: skip
+    for control in dict.fromkeys(arm.beside for arm in ARMS if arm.beside in of):
+        arms = [arm for arm in ARMS if arm.beside == control and arm.name in of]
+        tried = {arm.name: paired(of[control], of[arm.name], seeds) for arm in arms}
+        family = iter(holm([one for arm in arms if arm.tried for one in tried[arm.name]]))
+        for arm in arms:
+            known = _known(study, arm, len(of[arm.name]))
+            for one in tried[arm.name]:
+                one = next(family) if arm.tried else one
+                out.append({
+                    "arm": arm.name, "seeds": len(of[arm.name]), "beside": control, "tried": int(arm.tried),
+                    **vars(one), "closer": int(arm.tried and one.closer), "halved": int(arm.tried and one.halved),
+                    **known, **about("cpu"),
+                })  # fmt: skip
     write_csv(study.folder / "effect.csv", out)
-    for row in out:
-        print(f"{row['arm']:24s} {row['metric']:24s} {row['other'] / row['floor']:6.2f} floors, "
-              f"best SFT {row['first'] / row['floor']:6.2f}, p {row['adjusted']:.3f}")  # fmt: skip
+    print(json.dumps(bar(out, study.costs()), indent=1))
+
+
+def _known(study: Study, arm: Arm, seeds: int) -> dict[str, Any]:
+    """Held-out cross-entropy and the shares of right answers, means over seeds; retention: points of the mean over
+    tasks that it lies above SFT, and the standard error of that, of the questions in pairs."""
+    trained = [study.folder / "models" / f"{arm.name}-{seed}" for seed in range(seeds)]
+    losses = [study.held_out(one) for one in trained if one.exists()]
+    out: dict[str, Any] = {"held_out": statistics.mean(losses) if losses else ""}
+    mine, sft = study.answers(arm, seeds), study.answers(BY_NAME[SFT], BY_NAME[SFT].seeds)
+    tasks = [task for task in mine if task in sft]
+    apart = [mine[task] - sft[task] for task in tasks]
+    out |= {task: 100 * float(mine[task].mean()) if task in mine else "" for task in TASKS}
+    out["retention"] = 100 * float(np.mean([one.mean() for one in apart])) if tasks else ""
+    errors = [one.var(ddof=1) / len(one) for one in apart]
+    out["retention_error"] = 100 * float(np.sqrt(np.sum(errors))) / len(tasks) if tasks else ""
+    return out
+
+
+def bar(rows: list[dict[str, Any]], costs: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """Of every arm of the same kind: metrics halved, points of retention, time of a step over SFT's, and whether all
+    three parts of the bar are met; None where a part was not measured."""
+    out = {}
+    for arm in dict.fromkeys(row["arm"] for row in rows if row["beside"] == BEST and row["tried"]):
+        its = [row for row in rows if row["arm"] == arm]
+        source = BY_NAME[arm].of or arm
+        halved, kept = sum(row["halved"] for row in its), its[0]["retention"]
+        time = 1.0 if source == SFT else costs.get(source)
+        kept = 0.0 if source == SFT else None if kept == "" else kept
+        parts = (halved >= 5, None if kept is None else kept >= -1, None if time is None else time <= 1.05)
+        met = False if False in parts else None if None in parts else True
+        out[arm] = {"halved": halved, "retention": kept, "time": time, "met": met}
+    return out
 
 
 def cost(study: Study) -> None:
@@ -351,8 +427,9 @@ def cost(study: Study) -> None:
         for name in (SFT, "terms", "constraint", "distilled", "rollouts"):
             out = study.folder / "cost" / f"{name}-{turn}"
             arm = replace(BY_NAME[name], steps=12)
-            study.train(arm, 0, out, study.rate, arm.steps, "--logging_steps", "1", "--save_strategy", "no")
-            logs = study.logged(out.name)[-arm.steps + 2 :]
+            log, more = f"cost-{out.name}", ("--logging_steps", "1", "--save_strategy", "no")
+            study.train(arm, 0, out, study.rate, arm.steps, *more, log=log)
+            logs = study.logged(log)[-arm.steps + 2 :]
             rows.append({
                 "arm": name, "round": turn,
                 "step_s": statistics.median(BATCH * LENGTH / float(one["tokens_per_second"]) for one in logs),

@@ -297,9 +297,11 @@ def effect_table(rows: Rows) -> str:
     """Of bench/effect.py: a row an arm, distances in floors."""
     arms, metrics = (list(dict.fromkeys(row[of] for row in rows)) for of in ("arm", "metric"))
     of = {(row["arm"], row["metric"]): row for row in rows}
-    tasks = [name for name in ("lambada", "arc_easy", "arc_challenge") if name in rows[0]]
+    tasks = ("lambada", "arc_easy", "arc_challenge")
 
     def cell(row: dict[str, str]) -> str:
+        if not row["other"] or not float(row["floor"] or 0):
+            return "too few"
         value = f"{float(row['other']) / float(row['floor']):.2f}"
         return f"**{value}**" if row["closer"] == "1" else value
 
@@ -307,16 +309,20 @@ def effect_table(rows: Rows) -> str:
         its = [of[arm, metric] for metric in metrics]
         first = its[0]
         known = [first[name] and f"{float(first[name]):.1f}" for name in tasks]
+        kept = first["retention"] and f"{float(first['retention']):+.1f} ± {float(first['retention_error']):.1f}"
         trained = first["held_out"] and f"{float(first['held_out']):.3f}"
-        halved = str(sum(row["halved"] == "1" for row in its))
-        return [f"{arm}, {first['seeds']}" if first["seeds"] != "1" else arm, *map(cell, its), halved, trained, *known]
+        halved = str(sum(row["halved"] == "1" for row in its)) if first["tried"] == "1" else ""
+        name = f"{arm}, {first['seeds']}" if first["seeds"] != "1" else arm
+        return [name, *map(cell, its), halved, trained, *known, kept]
 
-    head = ["arm, seeds", *metrics, "halved", "cross-entropy, nats", *tasks]
-    about = (
-        "Distances in floors; bold: closer than SFT's best sampling, Holm-corrected at 5 %; halved: metrics at which "
-        "an arm is at most half as far; cross-entropy of held-out training text; right answers in %"
+    head = ["arm, seeds", *metrics, "halved", "cross-entropy, nats", *tasks, "retention, points"]
+    said = (
+        "Distances in floors; bold: closer than its control (SFT's best sampling, or SFT on LAMBADA or of Gemma), "
+        "Holm-corrected at 5 % over the arms of a control; halved: metrics on which it is closer, at most half as far, "
+        "where the control is beyond a floor; cross-entropy of held-out training text; right answers in %; retention: "
+        "their mean less SFT's, with its standard error"
     )
-    return markdown(head, map(line, arms), f"{about}; {where(rows)}")
+    return markdown(head, map(line, arms), f"{said}; {where(rows)}")
 
 
 def floors_table(rows: Rows) -> str:

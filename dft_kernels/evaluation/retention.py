@@ -33,6 +33,7 @@ from .results import Accuracy
 
 FORMAT = "dft_kernels answers 1"
 ANSWERS = "answers.jsonl"  # usual name of the file
+Answers = dict[int, tuple[list[float], list[bool]]]  # by question: log-likelihoods, greedy
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def chosen(task: str, size: int, count: int | None, seed: int) -> list[int]:
     return sorted(order[:count])
 
 
-def accuracy_of(task: str, asked: Sequence[Question], answers: dict[int, tuple[list[float], list[bool]]]) -> Accuracy:
+def accuracy_of(task: str, asked: Sequence[Question], answers: Answers) -> Accuracy:
     """The row of a task, of the questions `answers` has by number."""
     right = normalised = 0
     for number, (sums, greedy) in answers.items():
@@ -140,14 +141,31 @@ def _row(task: str, count: int, of: int, share: float, normalised: float | None)
 def answered(tasks: Sequence[str], cache: Path, file: Path, count: int | None = None, seed: int = 0) -> list[Accuracy]:
     """The rows of our tasks out of a file of answers alone, without the model: of those questions that `retention`
     would ask and that the file answers. ValueError, by file and line, for a file that it did not write."""
+    asked, found = _of_file(tasks, cache, file, count, seed)
+    return [accuracy_of(task, asked[task], answers) for task, answers in found.items() if answers]
+
+
+def right(
+    tasks: Sequence[str], cache: Path, file: Path, count: int | None = None, seed: int = 0
+) -> dict[str, dict[int, bool]]:
+    """Of the same file, by task and question, whether the answer is right: what is counted in `Accuracy.accuracy`."""
+    asked, found = _of_file(tasks, cache, file, count, seed)
+    return {
+        task: {at: accuracy_of(task, asked[task], {at: answer}).accuracy == 1.0 for at, answer in answers.items()}
+        for task, answers in found.items()
+    }
+
+
+def _of_file(
+    tasks: Sequence[str], cache: Path, file: Path, count: int | None, seed: int
+) -> tuple[dict[str, list[Question]], dict[str, Answers]]:
+    """The questions of our tasks, and the answers that a file has to those which `retention` would ask."""
     asked = {task: questions(task, cache) for task in tasks if task in TASKS}
     known = _known(Journal.read(Source("retention", file, "Ask again", "Ask first")), asked)
-    rows = []
-    for task, its in asked.items():
-        numbers = [number for number in chosen(task, len(its), count, seed) if (task, number) in known]
-        if numbers:
-            rows.append(accuracy_of(task, its, {number: known[task, number] for number in numbers}))
-    return rows
+    numbers = {task: chosen(task, len(its), count, seed) for task, its in asked.items()}
+    return asked, {
+        task: {at: known[task, at] for at in those if (task, at) in known} for task, those in numbers.items()
+    }
 
 
 def _answered(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from target_texts import WORDS, documents
-from test_results import PAGES, load
+from test_results import PAGES, ROOT, load
 from tiny_models import far, word_tokenizer
 
 from dft_kernels.commands import main as cli
@@ -34,12 +34,42 @@ def test_the_page_registers_the_arms_and_the_metrics(bench: Any) -> None:
             groups.setdefault(group, []).append(part)
     rows = {f"{group}: {', '.join(parts)}" if parts != [""] else group for group, parts in groups.items()}
     assert {name.rstrip("*") for name in named} == rows
-    assert {arm.name for arm in bench.ARMS if arm.seeds == 3} - {bench.BEST} == starred
+    assert {arm.name for arm in bench.ARMS if arm.seeds == 3} == starred
     metrics = {metric.name for metric in METRICS}
     assert set(bench.NAMED) <= metrics
     assert len(set(bench.NAMED)) == 8
     assert f"{bench.STEPS} optimiser steps of {bench.BATCH} sequences of {bench.LENGTH} tokens" in page
     assert all(rate in page for rate in bench.RATES)
+    results = ROOT / "bench" / "results" / "effect-cpu.csv"
+    assert results.exists() == ("<!-- table: bench/results/effect-cpu.csv effect -->" in page)
+    for text in (page, PAGES["docs/index.md"]):
+        assert results.exists() != ("no result" in " ".join(text.split()))
+
+
+def row(arm: str, halved: int, **more: Any) -> dict[str, Any]:
+    return {"arm": arm, "beside": "SFT, best sampling", "tried": 1, "halved": halved, "retention": 0.0, **more}
+
+
+def test_the_bar(bench: Any) -> None:
+    """Five metrics, a point of retention, a twentieth of time; not met where one part fails, unknown where one is."""
+    rows = [row("terms", at < 5) for at in range(8)]
+    assert bench.bar(rows, {"terms": 1.04})["terms"] == {"halved": 5, "retention": 0.0, "time": 1.04, "met": True}
+    assert bench.bar(rows, {"terms": 1.06})["terms"]["met"] is False
+    assert bench.bar(rows, {})["terms"]["met"] is None
+    assert bench.bar(rows[1:], {})["terms"]["met"] is False
+    assert bench.bar([{**one, "retention": -1.1} for one in rows], {"terms": 1.0})["terms"]["met"] is False
+    assert bench.bar([{**one, "retention": ""} for one in rows], {"terms": 1.0})["terms"]["met"] is None
+    of_sft = bench.bar([{**one, "arm": "refined", "retention": ""} for one in rows], {})["refined"]
+    assert of_sft == {"halved": 5, "retention": 0.0, "time": 1.0, "met": True}
+    assert bench.bar([{**one, "beside": "LAMBADA: SFT"} for one in rows], {}) == {}
+
+
+def test_no_arm_is_asked_what_it_was_trained_on(bench: Any) -> None:
+    asked = {arm.name: arm.tasks for arm in bench.ARMS}
+    assert asked["SFT"] == asked["terms"] == bench.TASKS
+    assert all("lambada" not in tasks for name, tasks in asked.items() if name.startswith("LAMBADA"))
+    controls = {arm.beside for arm in bench.ARMS}
+    assert not any(bench.BY_NAME[name].tried for name in controls)
 
 
 def test_seeds_come_one_after_another(bench: Any) -> None:
@@ -93,6 +123,12 @@ def test_a_study_of_four_arms(bench: Any, tmp_path: Path, monkeypatch: pytest.Mo
         rows = list(csv.DictReader(file))
     assert {row["arm"] for row in rows} == {arm.name for arm in arms}
     assert {row["metric"] for row in rows} <= set(bench.NAMED)
+    out = tmp_path / "study/models/SFT-0"
+    with pytest.raises(ValueError, match=r"(?s)^effect: .*-0 must be made by .*1e-9.*, got .*Name another --folder\.$"):
+        study.train(arms[1], 0, out, "1e-9", 4)
+    (out / bench.MADE).unlink()
+    with pytest.raises(ValueError, match=r"got something unknown\. Name another"):
+        study.train(arms[1], 0, out, study.rate, 4)
     table = load("summaries").effect_table(rows).splitlines()
     assert len(table) == 2 + len(arms) + 2
     assert table[3].startswith("| SFT, 2 | ")

@@ -6,7 +6,6 @@ first use and kept: every attribute below has a row a document.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -15,13 +14,12 @@ from typing import Any, TypeVar
 import numpy as np
 from scipy import sparse
 
-from ..targets.corpus import WORD, encode, sentence_ends
+from ..targets.corpus import CLOSED, WORD, encode, sentence_ends
 from ..targets.punctuation import CLASSES, placed_marks
 
 T = TypeVar("T")
 Rows = Any  # row numbers, int64 [n]
 WINDOW = 50  # words of MATTR's window
-_CLOSED = re.compile(r"[.!?…][\"'”’»)\]]*\s*$")
 
 
 class Documents:
@@ -111,8 +109,8 @@ class Documents:
             at = int(np.searchsorted(ends, match.start(), side="right"))
             if at < len(found):
                 found[at].append(match.group().lower())
-        begun = bool(prompt.strip()) and not _CLOSED.search(prompt)
-        return found[begun:] if _CLOSED.search(text) else found[begun:-1]
+        begun = bool(prompt.strip()) and not CLOSED.search(prompt)
+        return found[begun:] if CLOSED.search(text) else found[begun:-1]
 
     @cached_property
     def sentence_lengths(self) -> Any:

@@ -91,7 +91,7 @@ def own_text(found: Target, tokenizer: Any, target: Target, passages: Tensor, pr
 
 def _counted(rows: list[list[int]], tokenizer: Any, name: str, source: str) -> Target:
     texts = [tokenizer.decode(ids) for ids in rows]
-    return corpus.build([text for text in texts if text.strip()], tokenizer, name=name, source=source, starts=False)
+    return corpus.build([text for text in texts if text.strip()], tokenizer, name=name, source=source, whole=False)
 
 
 @torch.no_grad()

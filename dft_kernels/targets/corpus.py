@@ -28,6 +28,7 @@ PASSAGE = 8192  # characters
 SPLITS = 16  # random halves that a noise floor is the mean of
 _BATCH = 32  # passages tokenized at a time
 WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
+CLOSED = re.compile(r"[.!?…][\"'”’»)\]]*\s*$")  # a text that ends where a sentence does
 _PARAGRAPH = re.compile(r"\n[ \t\r]*\n\s*")
 
 
@@ -74,12 +75,13 @@ def encode(tokenizer: Any, texts: list[str]) -> list[Any]:
 class Counts:
     """What has been counted, by block. `add` a passage, `merge` another's, make a `target`.
 
-    tokenizer: a fast one of transformers, or None for text statistics alone. starts: whether texts begin where a
-    sentence does; else mark_hazard knows the age of a sentence from the first end on.
+    tokenizer: a fast one of transformers, or None for text statistics alone. whole: whether texts begin and end where
+    sentences do; else mark_hazard knows the age of a sentence from the first end on, and what no mark closes at the end
+    of a text is no sentence.
     """
 
-    def __init__(self, tokenizer: Any = None, starts: bool = True) -> None:
-        self.tokenizer, self.starts = tokenizer, starts
+    def __init__(self, tokenizer: Any = None, whole: bool = True) -> None:
+        self.tokenizer, self.whole = tokenizer, whole
         K = len(CLASSES)
         shapes: dict[str, tuple[int, ...]] = {
             **dict.fromkeys(("documents", "characters", "words", "sentences", "tokens"), ()),
@@ -110,6 +112,8 @@ class Counts:
         """Count a passage. encoding: the tokenizer's output for it, if already computed."""
         sums = {name: value[block : block + 1] for name, value in self.sums.items()}
         ends = sentence_ends(text)
+        if not self.whole and not CLOSED.search(text):
+            del ends[-1:]
         found = list(WORD.finditer(text))
         sums["documents"] += 1
         sums["characters"] += len(text)
@@ -155,7 +159,7 @@ class Counts:
         kinds = self._mark_class[np.repeat(self._mark_start[ids] - first, counts) + np.arange(counts.sum())]
         _tally(sums["punctuation"], kinds)
         np.add.at(sums["transition"], (kinds[:-1], kinds[1:]), 1)
-        if self.starts:
+        if self.whole:
             _tally_open(sums, 0, last, len(ids), 0)
         elif len(last):
             _tally_open(sums, 0, last[1:] - last[0] - 1, len(ids) - last[0] - 1, 0)
@@ -254,13 +258,13 @@ def build(
     licence: str = "",
     tokenizer_name: str | None = None,
     seed: int = 0,
-    starts: bool = True,
+    whole: bool = True,
     tick: Callable[[int], None] | None = None,
 ) -> Target:
     """A Target of passages (see `passages`), streaming: the memory is that of the counts, about 170 V numbers and the
     different n-grams. tick: called with the characters of each passage once counted. seed: of the split into blocks.
-    starts: see `Counts`."""
-    counts, deal = Counts(tokenizer, starts), random.Random(seed)
+    whole: see `Counts`."""
+    counts, deal = Counts(tokenizer, whole), random.Random(seed)
     stream = iter(documents)
     while batch := list(islice(stream, _BATCH)):
         encodings = [None] * len(batch) if tokenizer is None else encode(tokenizer, batch)

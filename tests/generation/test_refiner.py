@@ -129,14 +129,29 @@ def test_sentences_that_began_before_the_text(words: Any) -> None:
     """Continuations begin inside a sentence: their ages are known from the first end on."""
     texts = [text.split() for text in documents(80)]
     whole, inside, wrong = (
-        corpus.build([" ".join(text[cut:]) for text in texts], words, name="made", starts=starts)
-        for cut, starts in ((0, True), (6, False), (6, True))
+        corpus.build([" ".join(text[cut:]) for text in texts], words, name="made", whole=whole)
+        for cut, whole in ((0, True), (6, False), (6, True))
     )
     ages = slice(2, 5)
     least = [float(one["mark_hazard"][0, ages].mean()) for one in (whole, inside, wrong)]
     assert least[0] == pytest.approx(least[1], abs=0.005)
     assert abs(least[2] - least[0]) > 0.015
     assert torch.equal(inside["mark_hazard"][1:], wrong["mark_hazard"][1:])
+
+
+def test_sentences_that_the_end_of_a_text_cuts_off(words: Any) -> None:
+    """Their last token ends no sentence, and nor do words that no mark closes become one."""
+    texts = [text.split() for text in documents(80)]
+    whole, cut, wrong = (
+        corpus.build([" ".join(text[:to]) for text in texts], words, name="made", whole=known)
+        for to, known in ((None, True), (-3, False), (-3, True))
+    )
+    odds = [float(one["mark_hazard"][0, 2:5].mean()) for one in (whole, cut, wrong)]
+    assert odds[1] == pytest.approx(odds[0], abs=0.01)
+    assert odds[2] - odds[0] > 0.01
+    assert (whole.about.sentences, cut.about.sentences, wrong.about.sentences) == (480, 400, 480)
+    closed = corpus.build([" ".join(text) for text in texts], words, name="made", whole=False)
+    assert closed.about.sentences == 480
 
 
 def test_text_like_the_targets_asks_for_nothing(words: Any, pair: tuple[Target, Target]) -> None:

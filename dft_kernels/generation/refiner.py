@@ -146,7 +146,7 @@ class IterativeRefiner(Step):
         self._to(scores)
         seen = self._history(input_ids)
         out = scores.log_softmax(-1)
-        mass = out[:, self._support].exp()  # [B, S]
+        mass = out[:, self._support].exp().float()  # [B, S]; the tables are fp32
         words = torch.zeros_like(mass) if self._words is None else self._words(input_ids, seen)
         tilt = self._tilt(mass, self._deltas(seen), words)
         eta, kl, log_z = _furthest(mass, tilt, self.bound)

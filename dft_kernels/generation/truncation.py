@@ -39,7 +39,6 @@ class TopNSigma(Step):
         made = computed("scores_within", scores, self.n)
         if made is not None:
             return made
-        given, scores = scores.dtype, scores.to(torch.promote_types(scores.dtype, torch.float32))
         below = scores - scores.amax(-1, keepdim=True)
         left = below > -math.inf
         count = left.sum(-1, keepdim=True)
@@ -48,7 +47,7 @@ class TopNSigma(Step):
         known /= scale
         apart = (known - known.sum(-1, keepdim=True) / count).masked_fill_(~left, 0.0)
         sigma = scale * (torch.linalg.vecdot(apart, apart)[:, None] / count).sqrt()
-        return scores.masked_fill(below < -self.n * sigma, -math.inf).log_softmax(-1).to(given)
+        return scores.masked_fill(below < -self.n * sigma, -math.inf).log_softmax(-1)
 
     def __repr__(self) -> str:
         return "TopNSigma(none left out)" if self.n is None else f"TopNSigma(score >= max - {self.n:g} sigma)"

@@ -167,6 +167,24 @@ def test_what_is_no_number_stays_none() -> None:
         assert torch.equal(found[[0, 4, 5]].exp().sum(1).round(decimals=5), torch.ones(3)), step
 
 
+@pytest.mark.usefixtures("by")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_step_keeps_the_dtype(words: Any, pair: tuple[Target, Target], dtype: torch.dtype) -> None:
+    """And is off by no more than the rounding of what it is given and gives."""
+    given = torch.randn(4, len(words), generator=torch.Generator().manual_seed(4)).to(dtype)
+    given[1, 7] = -math.inf
+    ids = torch.randint(3, len(words), (4, 9), generator=torch.Generator().manual_seed(5))
+    of = ("sentences", "punctuation", "tokens", "ngrams")
+    steps = [*STEPS, StyleShift(*pair, 0.5), IterativeRefiner(pair[1], words, pair[0], bound=0.1, towards=of)]
+    for step in steps:
+        made, expected = step(ids, given), step(ids, given.double())
+        assert made.dtype == dtype, step
+        assert not torch.equal(expected, given.double().log_softmax(-1)), step
+        size = expected.masked_fill(expected.isinf(), 0.0).abs().amax()
+        atol = float(size) * torch.finfo(dtype).eps + 1e-4
+        torch.testing.assert_close(made.double(), expected, rtol=0, atol=atol)
+
+
 def test_gradients_are_not_cut_off() -> None:
     given = torch.randn(2, 40, requires_grad=True)
     assert native.computed("scores_within", given, 1.0) is None

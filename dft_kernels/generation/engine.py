@@ -11,11 +11,9 @@ import transformers
 
 from ..errors import fail
 from ..models.heads import output_layer
-from .sampling import Sampling, continuations, ends_of, own_settings, roll_out, without_end
+from .sampling import DRAWN, Sampling, continuations, ends_of, own_settings, roll_out, without_end
 from .settings import Settings
 from .steps import Likeliest, Watch
-
-_BEHIND = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")  # that `generate` applies to what steps leave
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,10 @@ class Engine:
         if not settings.stepped:
             return
         settings.by(sampling).steps(self.tokenizer)
-        own = own_settings(self.model)
-        for name in _BEHIND:
+        own = own_settings(self.model, greedy=sampling.temperature == 0)
+        for name in DRAWN:
             if name in own:
-                relation = f"set none of {', '.join(_BEHIND)} beside steps, which they would follow"
+                relation = f"set none of {', '.join(DRAWN)} beside steps, which they would follow"
                 fail("draw", "generation_config", relation, f"{name} {own[name]}", "Take it out of the model's")
 
     def start(self, tokens: int, batch: int) -> None:

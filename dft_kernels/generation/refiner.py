@@ -77,7 +77,8 @@ class IterativeRefiner(Step):
         feedback: factor of what the text so far adds to delta.
         towards: which statistics, of STATISTICS; "ngrams" needs native.
         ends: ids that end a text besides the tokenizer's special ones: the model's own, `sampling.ends_of`.
-    Padding is a special token, or an end, as with `generate`; where there are none, a row's leading run of the id 0.
+    Padding is a special token, or an end; where a text has no end, a row's leading run of the id 0 too, with which
+    `generate` is then told to pad.
 
     `report()`: the KL spent and the statistics before and after, of all draws since `reset()`.
     Errors: ValueError for another tokenizer's targets, or one without the statistics.
@@ -122,8 +123,8 @@ class IterativeRefiner(Step):
         if len(self._support) and ("tokens" in towards or "ngrams" in towards):
             self._words = _Words(target, native, self._support, self._features, towards, self.feedback)
         special = [*tokenizer.all_special_ids, *ends]
-        pads = {tokenizer.pad_token_id, tokenizer.eos_token_id, *ends} - {None}
-        self._history = History(members >= 0.5, special, None if pads else 0)
+        ended = {tokenizer.eos_token_id, *ends} - {None}  # with one of which roll_out pads, and else with 0
+        self._history = History(members >= 0.5, special, None if ended else 0)
         self._rates = potentials.rates(target)
         self._counted = (members >= 0.5).float().t() @ target["unigram"]  # as the text so far is counted
         none = torch.zeros(potentials.F, 2)
@@ -146,7 +147,7 @@ class IterativeRefiner(Step):
         self._to(scores)
         seen = self._history(input_ids)
         out = scores.log_softmax(-1)
-        mass = out[:, self._support].exp()  # [B, S]
+        mass = out[:, self._support].exp().float()  # [B, S]; the tables are fp32
         words = torch.zeros_like(mass) if self._words is None else self._words(input_ids, seen)
         tilt = self._tilt(mass, self._deltas(seen), words)
         eta, kl, log_z = _furthest(mass, tilt, self.bound)

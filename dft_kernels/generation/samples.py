@@ -25,7 +25,7 @@ from ..models.heads import check_positions
 from ..store.fingerprint import model_fingerprint, tokenizer_fingerprint
 from .engine import Engine
 from .journal import Journal
-from .sampling import Sampling, own_settings, text_after
+from .sampling import Sampling, own_settings, text_after, without_given
 from .settings import Settings, described
 
 FORMAT = "dft_kernels samples 1"
@@ -35,7 +35,7 @@ PLAIN = Settings()
 @dataclass(frozen=True)
 class Header:
     """What the texts of a file depend on. model_sha256: of the weights; generation: what the model's own
-    generation_config sets, as a repetition penalty, which is applied too; engine, device: what drew them, and where;
+    generation_config sets and is applied too, as a repetition penalty; engine, device: what drew them, and where;
     steps: besides `sampling`, as `settings.described` has them."""
 
     format: str
@@ -201,7 +201,7 @@ def _header(
         sampling=sampling,
         batch=batch,
         prompts_sha256=_digest(prompts),
-        generation=own_settings(engine.model),
+        generation=own_settings(engine.model, greedy=sampling.temperature == 0),
         engine=engine.name,
         device=engine.device,
         versions={**engine.versions, **ours},
@@ -224,6 +224,8 @@ def _checked(journal: Journal) -> Samples:
     if journal.header.get("format") != FORMAT:
         source.fail("format", f"be {FORMAT!r}", journal.header.get("format"))
     journal.header.setdefault("engine", Engine.name)  # of a file from before there was another
+    if isinstance(own := journal.header.get("generation"), dict):  # and from before these were left out
+        journal.header["generation"] = without_given(own)
     header = source.record(Header, {"steps": {}, **journal.header}, bounds={"batch": (1, 1 << 31)})
     most = (0.0, 1e9)
     limits = {"tokens": (0, header.sampling.length), **dict.fromkeys(("seconds", "entropy", "kl"), most)}

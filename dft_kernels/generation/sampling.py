@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 from ..models.heads import output_layer, unwrapped
+
+DRAWN = ("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")  # that `generate` applies last, and only where it draws
+_GIVEN = {  # what a call of roll_out sets, whatever the model's own are, or does not need
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "max_length", "max_new_tokens", "pad_token_id",
+    "bos_token_id", "num_return_sequences", "return_dict_in_generate",
+}  # fmt: skip
+_OF_BEAMS = {"num_beams", "num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping"}
 
 
 @dataclass(frozen=True)
@@ -64,15 +71,17 @@ def roll_out(
     """Draw `length` tokens at most after each prompt (token ids) by `model.generate`, up to the token `end`, or to one
     of several.
 
-    sampling: `generate`'s keywords; plain sampling at temperature 1 by default. seed: the same one gives the same
-    draws, and torch's own random state is left as it was; None: that is drawn from. The mode of the model is left.
+    sampling: `generate`'s keywords; by default plain sampling at temperature 1, by one beam. seed: the same one gives
+    the same draws, and torch's own random state is left as it was; None: that is drawn from. The mode of the model is
+    left.
     """
     device, training = output_layer(model).weight.device, model.training
     ends = [] if end is None else [end] if isinstance(end, int) else list(end)
     width, pad = max(map(len, prompts)), ends[0] if ends else 0
     ids = torch.tensor([[pad] * (width - len(one)) + list(one) for one in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=device)
-    chosen = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, **sampling}
+    one = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}  # a row each, as ids
+    chosen = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, **one, **sampling}
     model.eval()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=seed is not None):
@@ -91,10 +100,18 @@ def roll_out(
     return Rollouts(made, torch.cat([mask, drawn.long()], 1), target, width)
 
 
-def own_settings(model: Any) -> dict[str, Any]:
-    """What a model's own generation_config sets, which `generate` applies where a call says nothing else."""
-    own = model.generation_config.to_diff_dict() if getattr(model, "generation_config", None) is not None else {}
-    return {name: value for name, value in own.items() if name[0] != "_" and name != "transformers_version"}
+def own_settings(model: Any, *, greedy: bool = False) -> dict[str, Any]:
+    """What a model's own generation_config sets and `roll_out` of one beam applies. greedy: to the likeliest tokens."""
+    config = getattr(model, "generation_config", None)
+    own = without_given({} if config is None else config.to_diff_dict(), _GIVEN | _OF_BEAMS)
+    idle = {name for name in DRAWN if name in own and (greedy or (own[name] in (0, 1) and name != "top_h"))}
+    return {name: value for name, value in own.items() if name not in idle}
+
+
+def without_given(own: Mapping[str, Any], given: Collection[str] = frozenset(_GIVEN)) -> dict[str, Any]:
+    """A model's own settings without those that a call sets in their place."""
+    left_out = {"transformers_version", *given}
+    return {name: value for name, value in own.items() if name[0] != "_" and name not in left_out}
 
 
 def continuations(

@@ -49,11 +49,13 @@ class Step(transformers.LogitsProcessor):
         raise NotImplementedError
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Log-probabilities [B, V] in the dtype of scores."""
-        return scores if self.idle else self.step(input_ids, scores)
+        """Log-probabilities [B, V] in the dtype of scores, of which half precision is computed in fp32."""
+        if self.idle:
+            return scores
+        return self.step(input_ids, scores.to(torch.promote_types(scores.dtype, torch.float32))).to(scores.dtype)
 
     def step(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`__call__`, of settings that are not idle."""
+        """`__call__`, of settings that are not idle, on fp32 or fp64."""
         raise NotImplementedError
 
 

@@ -18,7 +18,7 @@ class TopNSigma(Step):
     temperature.
 
     n: above 0; None, the default, leaves none out. The paper's is 1. Cost: by the C++ kernel a log-softmax and a pass
-    over [B, V], else six.
+    over [B, V], else ten.
     """
 
     place = "truncation"
@@ -40,12 +40,14 @@ class TopNSigma(Step):
         if made is not None:
             return made
         below = scores - scores.amax(-1, keepdim=True)
-        count = (below > -math.inf).sum(-1, keepdim=True)
+        left = below > -math.inf
+        count = left.sum(-1, keepdim=True)
         known = below.nan_to_num(neginf=0.0)
-        square = torch.linalg.vecdot(known, known)[:, None] / count
-        sigma = (square - (known.sum(-1, keepdim=True) / count).square()).clamp_min(0).sqrt()
-        # threshold is a tenth of what masks take; 1e-6: the largest stays where sigma is 0
-        return torch.nn.functional.threshold(below.add_(self.n * sigma), -1e-6, -math.inf).log_softmax(-1)
+        scale = (-known.amin(-1, keepdim=True)).clamp_min(1.0)  # squares of finite masks would overflow
+        known /= scale
+        apart = (known - known.sum(-1, keepdim=True) / count).masked_fill_(~left, 0.0)
+        sigma = scale * (torch.linalg.vecdot(apart, apart)[:, None] / count).sqrt()
+        return scores.masked_fill(below < -self.n * sigma, -math.inf).log_softmax(-1)
 
     def __repr__(self) -> str:
         return "TopNSigma(none left out)" if self.n is None else f"TopNSigma(score >= max - {self.n:g} sigma)"

@@ -22,8 +22,7 @@ from .sampling import Sampling, ends_of, own_settings, without_end
 from .settings import Settings
 
 COLDEST, HOTTEST = 0.01, 2.0  # temperatures but 0 that vLLM takes
-_SAID = {"do_sample", "temperature", "top_p", "top_k", "min_p", "max_length", "max_new_tokens"}  # by Sampling
-_TAKEN = {"bos_token_id", "eos_token_id", "pad_token_id", "repetition_penalty", "use_cache"}
+_TAKEN = {"eos_token_id", "repetition_penalty", "use_cache"}
 _ELSE = "Draw by transformers"
 _COMPARED = 16  # tokens whose log-probabilities vLLM and the model are asked for
 
@@ -86,8 +85,8 @@ class VllmEngine(Engine):
 
     def check(self, sampling: Sampling, settings: Settings) -> None:
         check({}, sampling, settings)
-        for name, value in own_settings(self.model).items():
-            if value and name not in _SAID | _TAKEN:
+        for name, value in own_settings(self.model, greedy=sampling.temperature == 0).items():
+            if value and name not in _TAKEN:
                 fail("vllm", "generation_config", "set nothing that vLLM has not", f"{name} {value}", _ELSE)
 
     def start(self, tokens: int, batch: int) -> None:

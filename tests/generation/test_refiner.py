@@ -242,10 +242,12 @@ def test_padding_and_other_rows_change_nothing(words: Any, pair: tuple[Target, T
         assert torch.allclose(refiner(ids[row : row + 1, start:], scores[row : row + 1])[0], whole[row], atol=1e-5)
 
 
-def test_padding_without_an_end_of_text(words: Any) -> None:
-    """`generate` pads with the model's own end, or with the id 0, which may stand in a text too."""
-    bare = transformers.PreTrainedTokenizerFast(tokenizer_object=words.backend_tokenizer)
-    assert not bare.all_special_ids
+@pytest.mark.parametrize("more", [{}, {"pad_token": "late"}])
+def test_padding_without_an_end_of_text(words: Any, more: dict[str, str]) -> None:
+    """`roll_out` pads with the model's own end, or with the id 0, which may stand in a text too, and never asks what
+    the tokenizer pads with."""
+    bare = transformers.PreTrainedTokenizerFast(tokenizer_object=words.backend_tokenizer, **more)
+    assert len(bare.all_special_ids) == len(more)
     target, native = corpus_of(bare, "short", (2, 8), "..?"), corpus_of(bare, "long", (2, 20), "...!")
     given, ids = torch.randn(1, len(bare)), torch.randint(3, len(bare), (1, 9))
     ids[0, 4] = 0

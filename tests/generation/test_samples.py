@@ -272,6 +272,30 @@ def test_steps_that_cannot_be(stepped: Any, model: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"draw: generation_config must set none of .* beside steps, .*got typical_p"):
         stepped(file, Settings(diversity=0.1))
     assert not file.exists()
+    stepped(file, Settings(top_n_sigma=2.0), sampling=replace(SAMPLING, temperature=0.0))  # which reads no typical_p
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_models_own_beams_are_none_of_the_draws(stepped: Any, model: Any, tmp_path: Path) -> None:
+    """A text a row, whose entropy is its own."""
+    made = stepped(tmp_path / "plain.jsonl", Settings(diversity=0.1))
+    model.generation_config.num_beams = 3
+    model.generation_config.min_p = 0.5
+    file = tmp_path / "beams.jsonl"
+    found = stepped(file, Settings(diversity=0.1))
+    assert (found.texts, found.entropy, found.kl) == (made.texts, made.entropy, made.kl)
+    assert timeless(file.read_bytes()) == timeless((tmp_path / "plain.jsonl").read_bytes())
+    # a file from before they were left out: by what was never applied it is the same, by beams another
+    header, *lines = file.read_text().splitlines(True)
+    for own, same in (({"min_p": 0.5, "top_k": 20}, True), ({"num_beams": 3}, False)):
+        old = json.loads(header)
+        old["generation"] |= own
+        file.write_text("".join([json.dumps(old) + "\n", *lines]))
+        if same:
+            assert stepped(file, Settings(diversity=0.1)).texts == made.texts
+        else:
+            with pytest.raises(ValueError, match=r"generation\.num_beams must be 3, as in the file, got null"):
+                stepped(file, Settings(diversity=0.1))
 
 
 def test_a_target_is_what_it_holds(tmp_path: Path) -> None:

@@ -114,6 +114,21 @@ def test_top_n_sigma(kind: str) -> None:
         np.testing.assert_allclose(out[kept], log_softmax(np.where(kept, row, -np.inf))[kept], atol=1e-4)
 
 
+@pytest.mark.usefixtures("by")
+@pytest.mark.parametrize("mask", [-1e4, -1e9, -1e20, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("n", [0.5, 1.5, 4.0])
+def test_top_n_sigma_of_tokens_masked_by_a_finite_number(n: float, mask: float) -> None:
+    """Such a mask is a score as any, which widens sigma, and what stays has its own probability. Beyond 1e19, squares
+    of which fp32 does not hold, the kernel leaves the masked ones in, at a probability of 0."""
+    given = scores("sharp").masked_fill(torch.arange(3000) % 3 > 0, mask)
+    made = TopNSigma(n)(IDS, given).double().numpy()
+    for row, out in zip(given.double().numpy(), made, strict=True):
+        kept = row >= row.max() - n * row.std()
+        assert kept.all() == (n > 2)
+        assert (np.isfinite(out) == kept).all() or (mask < -1e19 and native.MODULE is not None)
+        np.testing.assert_allclose(np.exp(out), softmax(np.where(kept, row, -np.inf)), rtol=1e-4, atol=1e-7)
+
+
 STEPS = [Diversity(0.2), Diversity(-0.3), EntropyTemperature(0.7, 1.3), TopNSigma(1.5)]
 
 
@@ -150,6 +165,24 @@ def test_what_is_no_number_stays_none() -> None:
         found = step(IDS, given)
         assert found[1:4].isnan().any(1).all(), step
         assert torch.equal(found[[0, 4, 5]].exp().sum(1).round(decimals=5), torch.ones(3)), step
+
+
+@pytest.mark.usefixtures("by")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_step_keeps_the_dtype(words: Any, pair: tuple[Target, Target], dtype: torch.dtype) -> None:
+    """And is off by no more than the rounding of what it is given and gives."""
+    given = torch.randn(4, len(words), generator=torch.Generator().manual_seed(4)).to(dtype)
+    given[1, 7] = -math.inf
+    ids = torch.randint(3, len(words), (4, 9), generator=torch.Generator().manual_seed(5))
+    of = ("sentences", "punctuation", "tokens", "ngrams")
+    steps = [*STEPS, StyleShift(*pair, 0.5), IterativeRefiner(pair[1], words, pair[0], bound=0.1, towards=of)]
+    for step in steps:
+        made, expected = step(ids, given), step(ids, given.double())
+        assert made.dtype == dtype, step
+        assert not torch.equal(expected, given.double().log_softmax(-1)), step
+        size = expected.masked_fill(expected.isinf(), 0.0).abs().amax()
+        atol = float(size) * torch.finfo(dtype).eps + 1e-4
+        torch.testing.assert_close(made.double(), expected, rtol=0, atol=atol)
 
 
 def test_gradients_are_not_cut_off() -> None:

@@ -150,9 +150,12 @@ class Nvcc:
         self.architectures = self.choose()
         self.cutlass = cutlass()
         read = [path for path in READ["sources"](HERE, "_cuda") if path.suffix != ".cpp"]
+        # of CUTLASS, thousands of files, the version alone: who edits its headers deletes build/cuda
         read += [self.cutlass / "cutlass" / "version.h"] if self.cutlass else []
-        flags = [os.environ.get(f"NVCC_{which}_FLAGS") for which in ("PREPEND", "APPEND")]
-        self.inputs = [self.said, *flags, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in read)]
+        flags = [os.environ.get(name) for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")]
+        self.dry = self.dry_run()
+        digests = (hashlib.sha256(path.read_bytes()).hexdigest() for path in read)
+        self.inputs = [self.said, self.host(), *flags, *digests]
 
     @staticmethod
     def find():
@@ -174,6 +177,19 @@ class Nvcc:
             remedy = "Set NVCC_PREPEND_FLAGS='-ccbin g++-N' to a host compiler that it takes." if "GNU" in first else ""
             raise BuildError(f"nvcc failed: {first}. {remedy}".strip())
         return done.stdout
+
+    def dry_run(self):
+        """The commands that nvcc would run, a line each."""
+        done = subprocess.run([self.path, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+        return done.stderr + done.stdout
+
+    def host(self):
+        """What the host compiler that nvcc takes says of itself: an upgrade changes it in place."""
+        preprocesses = re.search(r"^#\$ (.+?) -.* -E -x c\+\+ ", self.dry, re.M)
+        compiler = shlex.split(preprocesses[1])[0] if preprocesses else "gcc"
+        if shutil.which(compiler) is None:  # nvcc says so where it has to compile
+            return None
+        return compiler, subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
 
     def choose(self):
         """What TORCH_CUDA_ARCH_LIST asks for, in torch's own notation; else those of the default that nvcc knows."""
@@ -224,8 +240,7 @@ class Nvcc:
 
     def libraries(self):
         """Linker flags for the static CUDA runtime, of the toolkit that nvcc itself uses (#$ TOP=... of a dry run)."""
-        dry = subprocess.run([self.path, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
-        top = re.search(r"^#\$ TOP=(.+)$", dry.stderr + dry.stdout, re.M)
+        top = re.search(r"^#\$ TOP=(.+)$", self.dry, re.M)
         homes = [Path(top[1].strip())] if top else []
         homes.append(self.path.resolve().parent.parent)
         for folder in (home / name for home in homes for name in ("lib64", "lib", "targets/x86_64-linux/lib")):

@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -62,7 +63,7 @@ KERNELS = [
         *("rows", "scaling"),
     )
 ]
-DEPENDS = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").rglob("*") if path.is_file())
+READ = runpy.run_path(str(HERE / "dft_kernels" / "backends" / "sources.py"))  # the package is not to be imported yet
 JOBS = int(os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1)))
 
 # csrc/cpu/rows.cpp is compiled for each instruction set, one is chosen at run time: the binary runs on any x86-64.
@@ -148,10 +149,13 @@ class Nvcc:
         self.known = {f"{code[:-1]}.{code[-1]}" for code in re.findall(r"compute_(\d+)\b", self.run("--list-gpu-arch"))}
         self.architectures = self.choose()
         self.cutlass = cutlass()
-        read = [HERE / name for name in DEPENDS if "/cpu/" not in name and not name.endswith(".cpp")]
+        read = [path for path in READ["sources"](HERE, "_cuda") if path.suffix != ".cpp"]
+        # of CUTLASS, thousands of files, the version alone: who edits its headers deletes build/cuda
         read += [self.cutlass / "cutlass" / "version.h"] if self.cutlass else []
-        flags = [os.environ.get(f"NVCC_{which}_FLAGS") for which in ("PREPEND", "APPEND")]
-        self.inputs = [self.said, *flags, *(hashlib.sha256(path.read_bytes()).hexdigest() for path in read)]
+        flags = [os.environ.get(name) for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")]
+        self.dry = self.dry_run()
+        digests = (hashlib.sha256(path.read_bytes()).hexdigest() for path in read)
+        self.inputs = [self.said, self.host(), *flags, *digests]
 
     @staticmethod
     def find():
@@ -173,6 +177,19 @@ class Nvcc:
             remedy = "Set NVCC_PREPEND_FLAGS='-ccbin g++-N' to a host compiler that it takes." if "GNU" in first else ""
             raise BuildError(f"nvcc failed: {first}. {remedy}".strip())
         return done.stdout
+
+    def dry_run(self):
+        """The commands that nvcc would run, a line each."""
+        done = subprocess.run([self.path, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+        return done.stderr + done.stdout
+
+    def host(self):
+        """What the host compiler that nvcc takes says of itself: an upgrade changes it in place."""
+        preprocesses = re.search(r"^#\$ (.+?) -.* -E -x c\+\+ ", self.dry, re.M)
+        compiler = shlex.split(preprocesses[1])[0] if preprocesses else "gcc"
+        if shutil.which(compiler) is None:  # nvcc says so where it has to compile
+            return None
+        return compiler, subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
 
     def choose(self):
         """What TORCH_CUDA_ARCH_LIST asks for, in torch's own notation; else those of the default that nvcc knows."""
@@ -223,8 +240,7 @@ class Nvcc:
 
     def libraries(self):
         """Linker flags for the static CUDA runtime, of the toolkit that nvcc itself uses (#$ TOP=... of a dry run)."""
-        dry = subprocess.run([self.path, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
-        top = re.search(r"^#\$ TOP=(.+)$", dry.stderr + dry.stdout, re.M)
+        top = re.search(r"^#\$ TOP=(.+)$", self.dry, re.M)
         homes = [Path(top[1].strip())] if top else []
         homes.append(self.path.resolve().parent.parent)
         for folder in (home / name for home in homes for name in ("lib64", "lib", "targets/x86_64-linux/lib")):
@@ -242,10 +258,11 @@ class OptionalBuild(BuildExtension):
         versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
         stamp = STAMP if self.inplace else Path(self.build_lib) / "dft_kernels" / STAMP.name
         before = read_stamp() if self.inplace else {}  # of a CPU part that is left as it is
-        kept = CPU is False and {name: before.get(name) for name in (*versions, "built")} == {**versions, "built": True}
+        cpu, cuda = ({**versions, "sources": READ["digest"](HERE, name)} for name in ("_C", "_cuda"))
+        kept = CPU is False and {name: before.get(name) for name in (*cpu, "built")} == {**cpu, "built": True}
         self.force = True  # a module that was built for another torch looks up to date
-        self.cpu = {**versions, "built": kept, "reason": None if kept else "DFT_KERNELS_CPU=0 at the build"}
-        self.cuda = {**versions, "built": False, "reason": "DFT_KERNELS_CUDA=0 at the build"}
+        self.cpu = {**cpu, "built": kept, "reason": None if kept else "DFT_KERNELS_CPU=0 at the build"}
+        self.cuda = {**cuda, "built": False, "reason": "DFT_KERNELS_CUDA=0 at the build"}
         super().run()
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.write_text(json.dumps({**self.cpu, "cuda_kernels": self.cuda}, indent=1) + "\n")
@@ -316,7 +333,7 @@ def extension(name, sources):
     return CppExtension(
         name,
         sources,
-        depends=DEPENDS,
+        depends=[str(path.relative_to(HERE)) for path in READ["sources"](HERE, name.removeprefix("dft_kernels."))],
         extra_compile_args=[
             f"-I{HERE / 'csrc'}",
             "-std=c++20",

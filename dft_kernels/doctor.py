@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,50 +42,84 @@ class Finding(NamedTuple):
 
 
 def examine() -> Iterator[Finding]:
-    """Every finding, in the order in which to mend them."""
+    """Every finding; packages first, for what is missing of them may stop the parts after it."""
     yield Finding("ok", f"dft_kernels {__version__} in {_ROOT}, Python {platform.python_version()}")
-    torch = _torch()
-    yield torch
-    if torch.state == "ok":
-        yield _cpu_kernels()
-        yield from _gpus()
-        yield from _toolkit()
-    yield from _packages()
-    if torch.state == "ok":
-        yield from _conflicts()
-        yield from _cache()
-    yield from _temporary()
+    yield from _each(_packages)
+    loads = True
+    for finding in _each(_torch):
+        loads = finding.state == "ok"
+        yield finding
+    of_torch = (_bound_to, _cpu_kernels, _gpus, _toolkit, _conflicts, _cache) if loads else ()
+    for part in (*of_torch, _temporary):
+        yield from _each(part)
+
+
+def _each(part: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """The findings of a part, and what it raises as one more."""
+    try:
+        yield from part()
+    except Exception as error:  # whatever a broken installation raises is what it is asked for
+        what = part.__name__.strip("_").replace("_", " ")
+        yield Finding("fault", f"{what}: {type(error).__name__}: {_first(error)}", _reinstall(error))
+
+
+def _reinstall(error: Exception) -> str:
+    """A module's package may have another name, and that of the module be a stranger's: installed ones are asked."""
+    module = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    packages = sorted({*importlib.metadata.packages_distributions().get(module, ())} - {"dft-kernels"})
+    if packages:
+        return f"pip install --force-reinstall {' '.join(packages)}"
+    return "mend what is named above, then run this again; if nothing is, report it with what dft-kernels info says"
 
 
 # ---- torch and compiled kernels
 
 
-def _torch() -> Finding:
+def _torch() -> Iterator[Finding]:
     try:
         require_torch()
         import torch
     except Exception as error:  # a library that is not there or does not fit: OSError, ImportError, whatever it raises
         cause = error.__cause__ or error
         if isinstance(cause, ModuleNotFoundError):
-            return Finding("fault", f"torch does not load: {cause.name} is not installed", f"pip install {cause.name}")
-        if isinstance(error, ImportError) and cause is error:  # it loads, and is old
+            mend = "pip install torch" if cause.name == "torch" else "pip install --force-reinstall torch"
+            yield Finding("fault", f"torch does not load: {cause.name} is not installed", mend)
+        elif isinstance(error, ImportError) and cause is error:  # it loads, and is old
             oldest = ".".join(map(str, OLDEST_TORCH))
             import torch
 
             what = f"torch {torch.__version__} is older than {oldest}"
-            return Finding("fault", what, f"pip install 'torch>={oldest}'")
-        return Finding("fault", f"torch does not load: {_first(cause)}", "pip install --force-reinstall torch")
-    return Finding(
+            yield Finding("fault", what, f"pip install 'torch>={oldest}'")
+        else:
+            yield Finding("fault", f"torch does not load: {_first(cause)}", "pip install --force-reinstall torch")
+        return
+    yield Finding(
         "ok", f"torch {torch.__version__} ({f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'})"
     )
 
 
-def _cpu_kernels() -> Finding:
+def _bound_to() -> Iterator[Finding]:
+    """The torch of this build. What mends another one is another build: pip would bring back that of before."""
+    import torch
+
+    try:
+        given = _required()
+    except ModuleNotFoundError:  # said of the packages
+        return
+    for one in _of("", given):
+        if one.name == "torch" and not one.specifier.contains(torch.__version__, prereleases=True):
+            yield Finding(
+                "fault", f"this build requires torch{one.specifier}, there is {torch.__version__}", _rebuild()
+            )
+
+
+def _cpu_kernels() -> Iterator[Finding]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that an extension is stale is this finding
         from .backends import extension
     if extension.REASON is None:
-        return Finding("ok", f"CPU kernels: {extension.MODULE.instruction_set()}")
+        yield Finding("ok", f"CPU kernels: {extension.MODULE.instruction_set()}")
+        return
     mend = _rebuild()
     why = extension.REASON.removesuffix(extension.rebuild()).rstrip(" .")
     said = f"CPU kernels: {why}. The slow reference runs instead"
@@ -95,7 +129,7 @@ def _cpu_kernels() -> Finding:
     ):
         tool = next((line for tool, line in _COMPILERS.items() if shutil.which(tool)), "install a C++ compiler")
         mend = f"{tool}; then {mend}"
-    return Finding("fault", said, mend)
+    yield Finding("fault", said, mend)
 
 
 def _gpus() -> Iterator[Finding]:
@@ -154,33 +188,45 @@ def _toolkit() -> Iterator[Finding]:
 # ---- packages
 
 
+def _required() -> list[Any]:
+    from packaging.requirements import Requirement
+
+    return [Requirement(text) for text in importlib.metadata.requires("dft-kernels") or ()]
+
+
 def _packages() -> Iterator[Finding]:
     try:
-        from packaging.requirements import Requirement
-
-        given = [Requirement(text) for text in importlib.metadata.requires("dft-kernels") or ()]
-    except ModuleNotFoundError as error:  # PackageNotFoundError too
-        if isinstance(error, importlib.metadata.PackageNotFoundError):
-            mend = f"pip install --no-build-isolation -e {shlex.quote(str(_ROOT.parent))}"
-            yield Finding("note", "dft-kernels is on the path and not installed: its requirements are not known", mend)
-        else:
-            yield Finding("fault", "packaging is not installed", "pip install packaging")
+        given = _required()
+    except importlib.metadata.PackageNotFoundError:
+        said = "dft-kernels is on the path and not installed: its requirements are not known"
+        yield Finding("note", said, f"pip install --no-build-isolation -e {shlex.quote(str(_ROOT.parent))}")
+        return
+    except ModuleNotFoundError:
+        yield Finding("fault", "packaging is not installed", "pip install packaging")
         return
     told: set[str] = set()
     for extra in ("", *_NEEDED_FOR):
-        missing = [said for said in map(_missing, _of(extra, given)) if said is not None]
+        asked = {
+            wrong: one for one in _of(extra, given) if one.name != "torch" and (wrong := _missing(one)) is not None
+        }
+        missing = [*asked]
         if extra and missing:
             new = [said for said in missing if said not in told] or ["those above"]
             told |= {*missing}
-            yield Finding(
-                "note", f"{_NEEDED_FOR[extra]}: without {', '.join(new)}", f"pip install 'dft-kernels[{extra}]'"
-            )
+            yield Finding("note", f"{_NEEDED_FOR[extra]}: without {', '.join(new)}", _install(extra))
         elif missing:
-            yield Finding("fault", f"required: {', '.join(missing)}", "pip install dft-kernels")
+            mend = f"pip install {shlex.join(f'{one.name}{one.specifier}' for one in asked.values())}"
+            yield Finding("fault", f"required: {', '.join(missing)}", mend)
         elif extra:
             yield Finding("ok", f"{_NEEDED_FOR[extra]}: extra {extra}")
         else:
             yield Finding("ok", "required packages")
+
+
+def _install(extra: str) -> str:
+    if (_ROOT.parent / "setup.py").is_file():
+        return f"pip install --no-build-isolation -e {shlex.quote(f'{_ROOT.parent}[{extra}]')}"
+    return f"pip install 'dft-kernels[{extra}]'"
 
 
 def _of(extra: str, given: list[Any]) -> list[Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,19 @@ def missing_extra(patch: Patch, folder: Path) -> None:
     patch.setattr(importlib.metadata, "version", version)
 
 
+def a_wheel_without_an_extra(patch: Patch, folder: Path) -> None:
+    patch.setattr(doctor, "_ROOT", folder / "site-packages" / "dft_kernels")
+    missing_extra(patch, folder)
+
+
+def required_by_name(patch: Patch, folder: Path) -> None:
+    patch.setattr(importlib.metadata, "requires", lambda name: [f"torch=={MINOR}.*", "numpy>=99"])
+
+
+def metadata_of_another_torch(patch: Patch, folder: Path) -> None:
+    patch.setattr(importlib.metadata, "requires", lambda name: ["torch==2.10.*", "numpy>=1.26"])
+
+
 def not_installed(patch: Patch, folder: Path) -> None:
     def requires(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -114,7 +129,8 @@ def read_only(patch: Patch, folder: Path) -> None:
     patch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(folder)))
 
 
-CHECKOUT = f"pip install --no-build-isolation -e {Path(dft_kernels.__file__).parents[1]}"
+ROOT = Path(dft_kernels.__file__).parents[1]
+CHECKOUT = f"pip install --no-build-isolation -e {ROOT}"
 
 
 @pytest.mark.parametrize(
@@ -138,8 +154,11 @@ CHECKOUT = f"pip install --no-build-isolation -e {Path(dft_kernels.__file__).par
             missing_extra,
             "note",
             "without transformers>=5.17 (there is 5.0.0), gguf",
-            "pip install 'dft-kernels[finetune]'",
+            f"pip install --no-build-isolation -e '{ROOT}[finetune]'",
         ),
+        (a_wheel_without_an_extra, "note", "without transformers>=5.17", "pip install 'dft-kernels[finetune]'"),
+        (required_by_name, "fault", "required: numpy>=99 (there is", "pip install 'numpy>=99'"),
+        (metadata_of_another_torch, "fault", f"requires torch==2.10.*, there is {torch.__version__}", CHECKOUT),
         (not_installed, "note", "on the path and not installed", CHECKOUT),
         (no_home, "fault", "the home folder must be known", "export XDG_CACHE_HOME="),
         (no_space, "note", "temporary files: ", "export TMPDIR="),
@@ -174,10 +193,15 @@ def test_nothing_is_wrong_here(capsys: pytest.CaptureFixture[str]) -> None:
     ("source", "said", "mend"),
     [
         (None, "torch does not load: torch is not installed", "pip install torch"),
-        ("import nothing_of_torchs", "torch does not load: nothing_of_torchs is not", "pip install nothing_of_torchs"),
-        ("raise OSError('libcudart.so.13: cannot open')", "load: libcudart.so.13: cannot", "--force-reinstall torch"),
+        ("import torch._C", "torch does not load: torch._C is not installed", "pip install --force-reinstall torch"),
+        ("import a_name_of_ours", "torch does not load: a_name_of_ours is not", "pip install --force-reinstall torch"),
+        (
+            "raise OSError('libcudart.so.13: cannot open')",
+            "load: libcudart.so.13: cannot",
+            "pip install --force-reinstall torch",
+        ),
     ],
-    ids=["absent", "incomplete", "broken"],
+    ids=["absent", "incomplete", "without_what_it_imports", "broken"],
 )
 def test_without_torch_it_runs_and_other_commands_say_so(
     source: str | None, said: str, mend: str, tmp_path: Path
@@ -189,13 +213,51 @@ def test_without_torch_it_runs_and_other_commands_say_so(
     done = subprocess.run([*command, "doctor"], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     (at,) = [number for number, line in enumerate(done.stdout.splitlines()) if said in line]
-    assert mend in done.stdout.splitlines()[at + 1]
+    assert done.stdout.splitlines()[at + 1] == f"       > {mend}"
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("usage: dft-kernels")
     if source is None:
         done = subprocess.run([*command, "info"], capture_output=True, text=True)
         assert done.returncode == 1
         assert done.stderr.startswith("dft-kernels info: torch must be importable, got: ")
         assert done.stderr.count("\n") == 1
+
+
+def test_pip_is_not_asked_for_the_torch_of_before(monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
+    """After an upgrade of torch metadata and stamp are of the one before: both are mended by the same line."""
+    metadata_of_another_torch(monkeypatch, ROOT)
+    torch_upgraded_after_the_build(monkeypatch, ROOT)
+    assert cli.main(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    faults = [after for line, after in itertools.pairwise(lines) if line.startswith("fault")]
+    assert faults == [f"       > {CHECKOUT}"] * 2
+
+
+def test_what_a_part_raises_is_a_fault_and_the_others_go_on() -> None:
+    run = "from dft_kernels.commands.main import main; sys.exit(main(['doctor']))"
+    code = f"import sys; sys.modules['numpy'] = None; {run}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Run pip" not in done.stderr
+    lines = done.stdout.splitlines()
+    at = [number for number, line in enumerate(lines) if line.startswith("fault") and "import of numpy halted" in line]
+    assert {lines[number + 1] for number in at} == {"       > pip install --force-reinstall numpy"}
+    said = ["required packages", "torch ", "temporary files: "]
+    assert [text for text in said if any(line[7:].startswith(text) for line in lines)] == said
+    assert re.match(r"\d+ faults?, \d+ notes?\.", lines[-1])
+
+
+def test_a_part_that_fails_for_no_package_is_a_fault(monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> Iterator[doctor.Finding]:
+        yield doctor.Finding("ok", "the first of two")
+        raise ImportError("no name", name="a_module_of_no_package")
+
+    broken.__name__ = "_gpus"
+    monkeypatch.setattr(doctor, "_gpus", broken)
+    assert cli.main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "the first of two" in said
+    assert "fault  gpus: ImportError: no name\n       > mend what is named above, then run this again" in said
+    assert "temporary files: " in said
 
 
 def test_an_older_torch_is_refused_by_name(monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:

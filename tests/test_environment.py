@@ -15,7 +15,7 @@ import torch
 
 import dft_kernels
 from dft_kernels import info
-from dft_kernels.backends import extension
+from dft_kernels.backends import extension, sources
 from dft_kernels.commands import main as cli
 
 ROOT = Path(dft_kernels.__file__).parent.parent
@@ -108,6 +108,7 @@ def test_a_stamp_that_does_not_fit_says_what_to_do(
 def test_a_build_is_bound_to_the_minor_version_of_torch_and_cuda_kernels_to_the_major_one_of_cuda(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(extension, "digest", lambda root, name: None)  # as beside a wheel
     stamp = {"built": True, "torch": "2.13.0+cu130", "cuda": "13.0", "nvcc": "13.0"}
     for running, cuda, fits, cuda_fits in (
         ("2.13.1+cpu", None, True, True),  # loads, and says that there is no GPU
@@ -121,6 +122,34 @@ def test_a_build_is_bound_to_the_minor_version_of_torch_and_cuda_kernels_to_the_
         assert (extension.mismatch(stamp) is None) == fits, running
         assert (extension.mismatch_cuda(stamp) is None) == cuda_fits, running
     assert "DFT_KERNELS_CUDA=1 pip install" in str(extension.mismatch_cuda(None))
+
+
+@pytest.mark.parametrize("name", ["_C", "_cuda"])
+def test_kernels_of_other_sources_are_not_loaded(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `git pull` in a checkout that is built."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "setup.py").touch()
+    monkeypatch.setattr(extension, "STAMP", tmp_path / "dft_kernels" / "_build.json")
+    own, other = {"_C": ("cpu/scores.h", "cuda/gpu.h"), "_cuda": ("cuda/gpu.h", "cpu/scores.h")}[name]
+    stamp = {"built": True, "torch": torch.__version__, "sources": sources.digest(ROOT, name)}
+
+    def reason() -> str | None:
+        return extension.mismatch(stamp) if name == "_C" else extension.mismatch_cuda(stamp)
+
+    assert reason() is None
+    (tmp_path / "csrc" / f"{other}.orig").touch()
+    (tmp_path / "csrc" / other).write_text("// of the other extension")
+    assert reason() is None
+    stamp |= {"sources": None}
+    assert "built of other sources" in str(reason()), "a stamp of before there were digests"
+    stamp |= {"sources": sources.digest(ROOT, name)}
+    with (tmp_path / "csrc" / own).open("a") as file:
+        file.write("\n")
+    variables = "" if name == "_C" else "DFT_KERNELS_CUDA=1 "
+    said = f"built of other sources than those in {tmp_path}/csrc. Rebuild with: {variables}pip install"
+    assert said in str(reason())
+    shutil.rmtree(tmp_path / "csrc")
+    assert reason() is None, "a wheel has no sources"
 
 
 def test_kernels_of_another_python_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,16 +208,18 @@ def test_without_a_compiler_a_build_that_demands_the_extension_fails(tmp_path: P
 
 
 def test_a_part_that_is_left_out_keeps_what_is_there(tmp_path: Path) -> None:
-    """The stamp of CPU kernels that fit the running torch, and of no others."""
+    """The stamp of CPU kernels that fit the running torch and the sources, and of no others."""
     stamp = tmp_path / "dft_kernels" / "_build.json"
-    for torch_version, kept in ((torch.__version__, True), ("1.0", False)):
+    here, now = torch.__version__, sources.digest(ROOT, "_C")
+    for torch_version, made_of, kept in ((here, now, True), ("1.0", now, False), (here, "0" * 16, False)):
         (tmp_path / "dft_kernels").mkdir(exist_ok=True)
-        stamp.write_text(
-            json.dumps({"torch": torch_version, "cuda": torch.version.cuda, "built": True, "reason": None})
-        )
+        before = {"torch": torch_version, "cuda": torch.version.cuda, "sources": made_of, "built": True, "reason": None}
+        stamp.write_text(json.dumps(before))
         done = build_without_a_compiler(tmp_path, DFT_KERNELS_CPU="0", DFT_KERNELS_CUDA="0")
         assert done.returncode == 0, done.stderr
         written = json.loads(stamp.read_text())
         assert written["built"] is kept
         assert written["torch"] == torch.__version__
+        assert written["sources"] == now
+        assert written["cuda_kernels"]["sources"] == sources.digest(ROOT, "_cuda")
         assert written["cuda_kernels"]["reason"] == "DFT_KERNELS_CUDA=0 at the build"

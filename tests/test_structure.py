@@ -37,7 +37,8 @@ FLOORS = (  # from the top: a package imports from floors below its own, and its
 ANYWHERE = {"testing", "info", "doctor"}  # may import any; imported by tests, benchmarks and commands only
 WITH_TRANSFORMERS = {"commands", "play", "training", "benchmarks", "evaluation", "generation", "materials", "models"}
 SHARED = (  # by the backends
-    "contract", "formulas", "sparse", "rows", "kernels", "gemm", "extension", "exponentials", "active", "sketch",
+    "contract", "formulas", "sparse", "rows", "kernels", "gemm", "extension", "sources", "exponentials", "active",
+    "sketch",
 )  # fmt: skip
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
 

@@ -1,5 +1,5 @@
 """The compiled extensions: whether `dft_kernels._C` (CPU) and `dft_kernels._cuda` exist and match the running
-torch, and if not, why.
+torch and, in a checkout, its csrc, and if not, why.
 
 Each is bound to a minor version of torch, 2.13.0 and 2.13.1 alike, and to one of Python. torch's stable ABI would lift
 both, and does not reach all that they take. `_C`: `at::native::cpublas::brgemm` (bf16 products with fp32 results),
@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .sources import digest
 
 STAMP = Path(__file__).parent.with_name("_build.json")
 _LARGE = 1 << 17  # bytes that malloc would map anew, and its pages be faulted in, in every call
@@ -47,7 +49,7 @@ def _major(version: object) -> str:
 
 
 def read_stamp(path: Path = STAMP) -> dict[str, Any] | None:
-    """What setup.py wrote about its build: torch, cuda, built, reason. None where it never ran."""
+    """What setup.py wrote about its build: torch, cuda, sources, built, reason. None where it never ran."""
     try:
         stamp = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -55,31 +57,33 @@ def read_stamp(path: Path = STAMP) -> dict[str, Any] | None:
     return stamp if isinstance(stamp, dict) else None
 
 
-def mismatch(stamp: dict[str, Any] | None, what: str = "the C++ extension was") -> str | None:
-    """Why an extension with this stamp must not be loaded into the running torch, None if it may be."""
+def mismatch(stamp: dict[str, Any] | None, what: str = "the C++ extension was", name: str = "_C") -> str | None:
+    """Why an extension with this stamp must not be loaded into the running torch, or beside these sources; None if it
+    may be."""
+    variables = "" if name == "_C" else "DFT_KERNELS_CUDA=1"
     if stamp is None:
-        return f"{what} never built. {rebuild()}"
+        return f"{what} never built. {rebuild(variables)}"
     if not stamp.get("built"):
         return f"the C++ extension could not be built: {str(stamp.get('reason')).rstrip('.')}. {rebuild()}"
     built, running = stamp.get("torch"), torch.__version__
     if _minor(built) != _minor(running):
-        return f"{what} built for torch {built}, this is torch {running}. {rebuild()}"
+        return f"{what} built for torch {built}, this is torch {running}. {rebuild(variables)}"
+    if (now := digest(STAMP.parents[1], name)) is not None and stamp.get("sources") != now:
+        return f"{what} built of other sources than those in {STAMP.parents[1] / 'csrc'}. {rebuild(variables)}"
     return None
 
 
 def mismatch_cuda(stamp: dict[str, Any] | None) -> str | None:
     """The same of the CUDA kernels, which a torch of another CUDA would run beside its own runtime."""
-    if stamp is None:
-        return f"the CUDA kernels were never built. {rebuild('DFT_KERNELS_CUDA=1')}"
-    if not stamp.get("built"):
+    if stamp is not None and not stamp.get("built"):
         return f"the CUDA kernels were not built: {stamp.get('reason')}"
-    ours, theirs = stamp.get("nvcc"), torch.version.cuda
+    ours, theirs = (stamp or {}).get("nvcc"), torch.version.cuda
     if ours is not None and theirs is not None and _major(ours) != _major(theirs):
         return (
             f"the CUDA kernels were built by CUDA {ours}, this is torch {torch.__version__} of CUDA {theirs}. "
             f"{rebuild('DFT_KERNELS_CUDA=1')}"
         )
-    return mismatch(stamp, "the CUDA kernels were")
+    return mismatch(stamp, "the CUDA kernels were", "_cuda")
 
 
 def load() -> tuple[Any, str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 from cases import CASES, compare
 
@@ -272,6 +274,51 @@ def test_gpus_that_the_kernels_were_not_compiled_for() -> None:
     )
     assert extension.not_compiled_for((9, 0), {"architectures": ["9.0a"]}) is None
     assert extension.not_compiled_for((9, 1), {"architectures": ["9.0a"]}) is not None
+
+
+def inputs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What names a kept object, of an Nvcc of setup.py."""
+    monkeypatch.setattr(setuptools, "setup", lambda **given: None)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "build_ext"])
+    return list(runpy.run_path(str(ROOT / "setup.py"))["Nvcc"]().inputs)
+
+
+def test_an_object_is_kept_for_the_host_compiler_that_it_was_made_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = torch.version.cuda or "13.0"
+    first, second = (tmp_path / "hosts of ours" / name for name in ("g++-12", "g++"))
+    nvcc = f"""case $1 in
+    --version) echo release {version} ;;
+    --list-gpu-arch) echo compute_80 ;;
+    --dryrun) echo "#\\$ TOP=/nowhere"
+              echo "#\\$ \\"${{NVCC_CCBIN%/*}}\\"/${{NVCC_CCBIN##*/}} -DX=1 -E -x c++ -D__CUDACC__" ;;
+    esac"""
+    script(tmp_path / "a toolkit" / "bin" / "nvcc", nvcc)
+    for path in (first, second):
+        script(path, "echo 12.2.0")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "a toolkit"))
+    monkeypatch.setenv("NVCC_CCBIN", str(first))
+    made = inputs(monkeypatch)
+    assert (str(first), "12.2.0\n") in made
+    assert inputs(monkeypatch) == made
+    script(first, "echo 12.3.0")
+    upgraded = inputs(monkeypatch)
+    assert upgraded != made
+    monkeypatch.setenv("NVCC_CCBIN", str(second))
+    assert inputs(monkeypatch) not in (made, upgraded)
+
+
+@compiles
+def test_the_host_compiler_is_the_one_that_nvcc_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("DFT_KERNELS_CUDA", "1")
+    gcc = shutil.which("gcc")
+    said = subprocess.run(["gcc", "--version"], capture_output=True, text=True, check=True).stdout
+    assert ("gcc", said) in inputs(monkeypatch)
+    monkeypatch.setenv("NVCC_PREPEND_FLAGS", f"-ccbin {gcc}")
+    assert (gcc, said) in inputs(monkeypatch)
 
 
 def test_a_folder_without_cutlass_stops_the_build(tmp_path: Path) -> None:

@@ -194,6 +194,13 @@ def test_without_a_compiler_the_build_succeeds_and_leaves_the_reason(tmp_path: P
     assert "'reference': {'cpu': 'available'}" in ran.stdout
 
 
+def test_a_compiler_that_fails_is_named_and_not_its_whole_command(tmp_path: Path) -> None:
+    done = build_without_a_compiler(tmp_path, CXX="false", CC="false", DFT_KERNELS_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    reason = json.loads((tmp_path / "dft_kernels" / "_build.json").read_text())["reason"]
+    assert reason == "false failed: pip install -v, or setup.py build_ext, shows its message."
+
+
 def test_without_a_compiler_a_build_that_demands_the_extension_fails(tmp_path: Path) -> None:
     done = build_without_a_compiler(tmp_path, DFT_KERNELS_CPU="1")
     assert done.returncode != 0

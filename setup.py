@@ -1,5 +1,5 @@
 """Builds the extension modules against the installed torch. Without a compiler the package installs all the same.
-What is built requires this torch up to its patch release: `pip` says so after an upgrade, and so does an import.
+What is built requires this torch up to its patch release: `pip` says so after an upgrade, and so does the first loss.
 
     dft_kernels._C     the CPU kernels; needs a C++ compiler
     dft_kernels._cuda  the CUDA kernels; needs nvcc as well

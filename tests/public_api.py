@@ -1,5 +1,6 @@
-"""What is public, a line each: names, parameters and their defaults, methods, commands and their flags. Annotations are
-left out, and what a class has from another library: both are no promise of this one.
+"""What is public, a line each: names, parameters and their defaults, methods, commands, their flags in every spelling
+and the defaults of these. Annotations are left out, and what a class has from another library: both are no promise of
+this one.
 
 tests/public_api.txt is what this prints; `PYTHONPATH=. python tests/public_api.py` writes it anew.
 """
@@ -95,9 +96,17 @@ def flags(path: str, parser: argparse.ArgumentParser) -> Iterator[str]:
         if isinstance(action, argparse._SubParsersAction):
             below += [line for name, one in sorted(action.choices.items()) for line in flags(f"{path} {name}", one)]
         elif action.dest not in {"help", *theirs}:
-            words.append(action.option_strings[0] if action.option_strings else action.dest.upper())
+            words.append(("/".join(action.option_strings) or action.dest.upper()) + given(action))
     yield " ".join([path, *words])
     yield from below
+
+
+def given(action: argparse.Action) -> str:
+    """=VALUE, the default of a flag that takes one; folders of this machine's user are no part of it, nor its GPU."""
+    value = action.default
+    if value in (None, [], ()) or action.nargs == 0 or action.dest == "device" or Path(str(value)).is_absolute():
+        return ""
+    return f"={','.join(map(str, value)) if isinstance(value, list | tuple) else value}"
 
 
 if __name__ == "__main__":

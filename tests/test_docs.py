@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from stand_in_server import StandIn, TinyModel
-from test_structure import FLOORS
+from test_structure import ANYWHERE, FLOORS
 
 import dft_kernels
 from dft_kernels import divergences
@@ -196,6 +196,8 @@ def test_the_design_page_has_the_floors() -> None:
     order = re.findall(r"^\d+\. (`.*)$", DOCS["design"].split("## The tree")[0], re.M)
     order = [line for line in order if re.match(r"`\w+`(, `\w+`)*( \(|$)", line)]
     assert [set(re.findall(r"`(\w+)`", line)) for line in order] == list(FLOORS)
+    (above,) = re.findall(r"^(.*) may import any of them", DOCS["design"], re.M)
+    assert set(re.findall(r"`(\w+)`", above)) == ANYWHERE
 
 
 # ---- the examples, each on its own

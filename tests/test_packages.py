@@ -15,9 +15,11 @@ import yaml
 
 import dft_kernels
 from dft_kernels import targets
+from dft_kernels.commands.main import COMMANDS
 
 ROOT = Path(dft_kernels.__file__).parents[1]
 PROJECT = (ROOT / "pyproject.toml").read_text()
+INSTALL = (ROOT / "docs" / "install.md").read_text()
 SETUP = (ROOT / "setup.py").read_text()
 
 
@@ -29,6 +31,26 @@ def test_there_is_one_version() -> None:
     citation = read("CITATION.cff")
     assert re.findall(r'^version = "(.*)"$', PROJECT, re.M) == [dft_kernels.__version__] == [citation["version"]]
     assert re.fullmatch(r"\d+\.\d+\.\d+", dft_kernels.__version__)
+
+
+def test_the_oldest_python_that_is_promised_runs_the_tests() -> None:
+    jobs = read(".github/workflows/test.yml")["jobs"]
+    (oldest,) = {jobs[name]["strategy"]["matrix"]["python"][0] for name in ("test", "wheel")}
+    assert re.findall(r'^requires-python = ">=(.*)"$', PROJECT, re.M) == [oldest]
+    assert re.findall(r'^target-version = "py(.)(.*)"$', PROJECT, re.M) == [tuple(oldest.split("."))]
+    assert re.findall(r'^python_version = "(.*)"$', PROJECT, re.M) == [oldest]
+    assert f"needs Python {oldest} " in INSTALL
+
+
+def test_the_install_page_has_every_extra() -> None:
+    listed = re.findall(r"^\| `(\w+)` \|", INSTALL.split("## Optional packages")[1].split("\n## ")[0], re.M)
+    extras = re.search(r"^\[project.optional-dependencies\]\n(.*?)\n\n", PROJECT, re.M | re.S)
+    assert extras is not None
+    assert sorted(listed) == sorted(re.findall(r"^(\w+) = ", extras[1], re.M))
+    others = [name for name, one in COMMANDS.items() if not one.needs or one.extra == "bench"]
+    said = re.search(r"all commands but (.*) \|$", INSTALL, re.M)
+    assert said is not None
+    assert sorted(re.findall(r"`(\w+)`", said[1])) == sorted(others)
 
 
 def test_there_is_one_licence() -> None:
@@ -64,21 +86,16 @@ def test_an_issue_template_has_fields(name: str) -> None:
     assert len({field["id"] for field in template["body"]}) == len(template["body"]) >= 2
 
 
-def test_the_source_distribution_has_what_a_build_reads_and_nothing_built(tmp_path: Path) -> None:
+def test_the_source_distribution_has_what_a_build_and_a_reader_read_and_nothing_built(tmp_path: Path) -> None:
     """Without torch: whoever makes one may have none."""
-    names = (
-        "setup.py",
-        "pyproject.toml",
-        "MANIFEST.in",
-        "README.md",
-        "LICENSE",
-        "CITATION.cff",
-        "CONTRIBUTING.md",
-        "SECURITY.md",
-    )
+    names = {
+        *("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CITATION.cff", "CONTRIBUTING.md"),
+        *("SECURITY.md", "CHANGELOG.md", "mkdocs.yml"),
+    }
+    folders = ("csrc", "dft_kernels", "triton_ops", "docs", "examples", "bench")
     for name in names:
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("csrc", "dft_kernels", "triton_ops"):
+    for name in folders:
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "dft_kernels" / "_build.json").write_text("{}")
     (tmp_path / "dft_kernels" / "_C.so").touch()
@@ -89,10 +106,10 @@ def test_the_source_distribution_has_what_a_build_reads_and_nothing_built(tmp_pa
         described = packed.extractfile(f"dft_kernels-{dft_kernels.__version__}/PKG-INFO")
         assert described is not None
         assert b"Requires-Dist: torch>=2.11\n" in described.read()
-    folders = ("csrc", "dft_kernels", "triton_ops")
-    needed = {
-        str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()
-    }
-    needed = {name for name in needed if not re.search(r"__pycache__|\.so$|_build\.json$", name)}
-    assert needed | set(names) <= inside
+    whole = (path for folder in folders[:-1] for path in (ROOT / folder).rglob("*") if path.is_file())
+    needed = {path.relative_to(ROOT).as_posix() for path in whole} | names
+    assert {name for name in needed if not re.search(r"__pycache__|\.so$|_build\.json$", name)} <= inside
     assert not [name for name in inside if name.endswith((".so", ".pyc", "_build.json")) or name.startswith("tests")]
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text()):
+            assert (page.parent / link).resolve().relative_to(ROOT).as_posix() in inside, f"{page.name}: {link}"

@@ -96,6 +96,49 @@ def test_imports_go_down(path: Path) -> None:
             assert parts[2] in SHARED, f"{path.name} imports {name}"
 
 
+def test_what_opens_a_connection_is_on_the_security_page() -> None:
+    """Every file that starts a program or takes a library that can ask a network, and what for in the page's words."""
+    page = (ROOT.parent / "docs" / "security.md").read_text()
+    asks = {
+        "commands/evaluate.py": "`--model NAME`",
+        "evaluation/retention.py": "`evaluate --retention TASK`",
+        "generation/vllm_engine.py": "`evaluate --engine vllm`",
+        "generation/vllm_steps.py": "`--model NAME`",
+        "materials/encoders.py": "the wheel's sha256",
+        "materials/models.py": "the wheel's sha256",
+        "materials/records.py": "`hf:NAME`",
+        "materials/sources.py": "`--model NAME`",
+        "materials/texts.py": "`target presets`",
+        "teachers/served_client.py": "`ServedTeacher(url)`",
+    }
+    here = {  # on this machine
+        "benchmarks/runs.py": "git, and workers",
+        "doctor.py": "nvcc --version",
+        "commands/play.py": "the page",
+        "play/page.py": "the page",
+    }
+    network = page.split("## Network")[1].split("## dft-kernels play")[0]
+    assert [words for words in asks.values() if words not in network] == []
+    found = {path.relative_to(ROOT).as_posix() for path in FILES if connects(path)}
+    assert found == {*asks, *here}
+
+
+def connects(path: Path) -> bool:
+    able = (
+        *("subprocess", "socket", "asyncio", "ssl", "urllib.request", "http", "ftplib", "smtplib", "httpx", "requests"),
+        *("aiohttp", "huggingface_hub", "datasets", "lm_eval", "vllm", "gradio", "uvicorn"),
+    )
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    named = {
+        one.value for call in calls for one in call.args if isinstance(one, ast.Constant)
+    }  # import_module("lm_eval")
+    methods = {call.func.attr for call in calls if isinstance(call.func, ast.Attribute)}
+    return bool(
+        {"from_pretrained", "push_to_hub", "system", "popen"} & methods
+        or [name for name in imports(path) | named for one in able if f"{name}.".startswith(f"{one}.")]
+    )
+
+
 def test_no_circle() -> None:
     """File by file, within packages too: TopologicalSorter raises CycleError with the files of one."""
     arrows = {name: imports(path) & set(MODULES) - {name} for name, path in MODULES.items()}

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +280,7 @@ def rows_of(
 def about(device: str, measured: str | None = None) -> dict[str, Any]:
     """The columns that are the same in all rows of a run; `measured`: the commit, where git cannot say."""
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": measured or commit(),
         "machine": machine(device),
         "python": platform.python_version(),

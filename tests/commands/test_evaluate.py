@@ -153,6 +153,14 @@ def test_steps_that_cannot_be_are_one_line_before_any_work(
     assert not Path("out").exists()
 
 
+def test_every_way_is_checked_before_the_first_draws(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path("start/generation_config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "typical_p": 0.9}))
+    assert evaluate("--compare", "--diversity", "0.1") == 1
+    assert "beside steps, which they would follow, got typical_p 0.9" in capsys.readouterr().err
+    assert not Path("out/samples").exists()
+
+
 def test_it_goes_on_and_measures_again_without_the_models(here: Path) -> None:
     assert evaluate("--counterfactual", "--quiet") == 0
     first = json.loads((here / "out/evaluation.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dft_kernels.generation import samples
 from dft_kernels.targets import corpus, target_file
 
 COUNT = 24
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -132,6 +134,33 @@ def test_a_model_stands_beside_itself_with_steps(
     assert {one.name: one.read_bytes() for one in (here / "out/samples").iterdir()} == before
     assert evaluate(*steps[:3], "0.06", "--again") == 1  # a bound of which there are no texts
     assert "Draw them first" in capsys.readouterr().err
+
+
+def test_a_model_stands_beside_itself_by_another_sampling(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one name, told apart wherever figures stand, none under what is said of the other."""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert evaluate("--compare", "--temperature", "0.7") == 0
+    said = capsys.readouterr().out
+    names, ways = ["start (temperature 1)", "start (temperature 0.7)"], ["1, 1, 0", "0.7, 1, 0"]
+
+    def cells(table: str, of: str) -> list[str]:
+        line = next(line for line in table.splitlines() if of in line)
+        return [cell.strip() for cell in line.replace("│", "|").replace("┃", "|").strip("|").split("|")][1:]
+
+    assert cells(said, "metric") == names
+    assert cells(said, "temperature, top-p, min-p") == ways
+    assert "temperature 0.7, top-p" not in said
+    with (here / "out/evaluation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(dict.fromkeys(row["model"] for row in rows)) == names
+    table = runpy.run_path(str(ROOT / "bench/summaries.py"))["evaluation_table"](rows)
+    assert cells(table, "value in floors") == names
+    assert cells(table, "temperature, top-p, min-p") == ways
+    assert "temperature 1.0" not in table
+    one, other = cells(table, "token L2, 1-grams")
+    assert one != other
 
 
 def test_steps_that_cannot_be_are_one_line_before_any_work(

@@ -351,8 +351,9 @@ def floors_table(rows: Rows) -> str:
 
 
 def evaluation_table(rows: Rows) -> str:
-    """Of evaluation.csv: a row a metric, a column a model, in floors; levels as they are."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    """Of evaluation.csv: a row a metric, a column a model, in floors; levels as they are; how each was drawn, once
+    where all were drawn alike."""
+    models = {row["model"]: [float(row[name]) for name in ("temperature", "top_p", "min_p")] for row in rows}
     of = {(row["metric"], row["model"]): row for row in rows}
 
     def cell(row: dict[str, str]) -> str:
@@ -366,9 +367,13 @@ def evaluation_table(rows: Rows) -> str:
     lines = [[metric, *(cell(of[metric, model]) for model in models)]
              for metric in dict.fromkeys(row["metric"] for row in rows)]  # fmt: skip
     first = rows[0]
+    how = f"temperature {first['temperature']}, top-p {first['top_p']}, min-p {first['min_p']}, "
+    if len({*map(tuple, models.values())}) > 1:
+        lines.append(["temperature, top-p, min-p", *(", ".join(map("{:g}".format, way)) for way in models.values())])
+        how = ""
     caption = (
-        f"{first['count']} texts of {first['length']} tokens after prompts of {first['prompt']}; temperature "
-        f"{first['temperature']}, top-p {first['top_p']}, min-p {first['min_p']}, seed {first['seed']}; {first['date']}"
+        f"{first['count']} texts of {first['length']} tokens after prompts of {first['prompt']}; {how}seed "
+        f"{first['seed']}; {first['date']}"
     )
     return markdown(["value in floors (95 % interval)", *models], lines, caption)
 

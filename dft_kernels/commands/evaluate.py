@@ -143,7 +143,7 @@ def run(options: argparse.Namespace) -> int:
         options.out,
         partial(progress, quiet=options.quiet),
     )
-    out.print(render(found, sampled(options)))
+    out.print(render(found))
     few = {name: count for name, count in found.settings["slices"].items() if count < FEW}
     if few:
         said = ", ".join(f"{name} {count}" for name, count in few.items())
@@ -171,8 +171,8 @@ def stopped(options: argparse.Namespace) -> str:
     return f"what was drawn is in {options.out}, and the same command goes on"
 
 
-def render(found: Evaluation, about: str) -> Any:
-    """Every metric of every model, in floors."""
+def render(found: Evaluation) -> Any:
+    """Every metric of every model, in floors, and how each was drawn: once where all were drawn alike."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -185,6 +185,13 @@ def render(found: Evaluation, about: str) -> Any:
     if any(spent):
         made.add_row(SPENT, *spent, end_section=True)
     people = " (people: {:.0f} to {:.0f})".format(*found.human_score[::2]) if found.human_score else ""
+    ways = [model.sampling for model in found.models]
+    about = sampled(ways[0])
+    if len({sampled(way) for way in ways}) > 1:
+        made.add_row(
+            "temperature, top-p, min-p", *(f"{way.temperature:g}, {way.top_p:g}, {way.min_p:g}" for way in ways)
+        )
+        about = f"seed {ways[0].seed}"
     made.caption = f"*: a gap, beyond 95 % of human halves, whose interval excludes 0; score of 100{people}; {about}"
     return made
 

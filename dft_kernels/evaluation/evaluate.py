@@ -30,6 +30,7 @@ from .metrics import METRICS, Sample, Statistic
 from .people import People, people
 from .results import About, Evaluated, Evaluation, Slice, Swept, Text
 from .subject import Bars, Job, Model, Subject, gathered
+from .wording import labels
 
 CSV = "evaluation.csv"
 SHOWN = 10  # texts of a model that the file keeps: the first, of prompts in random order
@@ -189,18 +190,18 @@ def _histograms(documents: Documents, rows: Any) -> dict[str, list[float]]:
 
 
 def _table(evaluation: Evaluation) -> str:
-    """A row a metric and model, with all that the figure depends on."""
+    """A row a metric and model, no two of one name, with all that the figure depends on."""
     out, about = io.StringIO(), {one.name: one for one in evaluation.metrics}
     rows = [
         {
-            "model": model.name, "metric": value.metric, "group": about[value.metric].group,
+            "model": label, "metric": value.metric, "group": about[value.metric].group,
             **{name: getattr(value, name) for name in ("value", "low", "high", "floor", "ratio", "p", "note")},
             "of_model": value.model, "of_human": value.human, "unit": about[value.metric].unit,
             **asdict(model.sampling), "steps": said(model.drawn.get("steps", {})),
             **{name: evaluation.settings[name] for name in ("prompt", "human_sha256")},
             "date": evaluation.date,
         }
-        for model in evaluation.models
+        for label, model in zip(labels(evaluation.models), evaluation.models, strict=True)
         for value in model.values
     ]  # fmt: skip
     writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")

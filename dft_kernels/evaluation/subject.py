@@ -130,6 +130,9 @@ def gathered(
         return [cut(text, tokenizer, job.sampling.length) for text in found.texts]
 
     made: list[Subject] = []
+    if engine is not None:  # whatever one of them is refused for, before any of them draws
+        for way in ways:
+            engine.check(way.sampling, way.settings)
     with nullcontext() if engine is None else closing(engine):
         for number, way in enumerate(ways):
             found = drawn(prompts, way)

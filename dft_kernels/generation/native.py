@@ -22,3 +22,8 @@ def computed(kernel: str, scores: Tensor, *given: Any) -> Tensor | None:
     out = torch.empty_like(scores)
     getattr(MODULE, kernel)(scores, *given, out)
     return out
+
+
+def instruction_set(device: str) -> str:
+    """Of the kernels, on which the last bits of a draw depend; "torch" where they do not run. device: its type."""
+    return str(MODULE.instruction_set()) if MODULE is not None and device == "cpu" else "torch"

@@ -23,6 +23,7 @@ from ..errors import fail
 from ..files import Source
 from ..models.heads import check_positions
 from ..store.fingerprint import model_fingerprint, tokenizer_fingerprint
+from . import native
 from .engine import Engine
 from .journal import Journal
 from .sampling import Sampling, own_settings, text_after, without_given
@@ -36,7 +37,8 @@ PLAIN = Settings()
 class Header:
     """What the texts of a file depend on. model_sha256: of the weights; generation: what the model's own
     generation_config sets and is applied too, as a repetition penalty; engine, device: what drew them, and where;
-    steps: besides `sampling`, as `settings.described` has them."""
+    versions: with steps the instruction set of their kernels too, or torch; steps: besides `sampling`, as
+    `settings.described` has them."""
 
     format: str
     model: str
@@ -192,7 +194,8 @@ def _line(value: Any, *optional: str) -> dict[str, Any]:
 def _header(
     engine: Engine, prompts: Sequence[str], sampling: Sampling, settings: Settings, model_name: str, batch: int
 ) -> Header:
-    ours = {"dft_kernels": __version__} if settings.stepped else {}
+    kernels = native.instruction_set(engine.device)
+    ours = {"dft_kernels": __version__, "kernels": kernels} if settings.stepped else {}
     return Header(
         format=FORMAT,
         model=model_name,

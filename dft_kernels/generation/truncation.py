@@ -11,6 +11,8 @@ from ..errors import fail
 from .native import computed
 from .steps import Step
 
+_FLOOR = -1e15  # of a score below the row's largest: its square and their sum are finite in fp32, its probability is 0
+
 
 class TopNSigma(Step):
     """Leaves out tokens whose score lies more than n standard deviations below the row's largest: score < max - n
@@ -18,7 +20,7 @@ class TopNSigma(Step):
     temperature.
 
     n: above 0; None, the default, leaves none out. The paper's is 1. Cost: by the C++ kernel a log-softmax and a pass
-    over [B, V], else ten.
+    over [B, V], else twelve.
     """
 
     place = "truncation"
@@ -42,11 +44,9 @@ class TopNSigma(Step):
         below = scores - scores.amax(-1, keepdim=True)
         left = below > -math.inf
         count = left.sum(-1, keepdim=True)
-        known = below.nan_to_num(neginf=0.0)
-        scale = (-known.amin(-1, keepdim=True)).clamp_min(1.0)  # squares of finite masks would overflow
-        known /= scale
-        apart = (known - known.sum(-1, keepdim=True) / count).masked_fill_(~left, 0.0)
-        sigma = scale * (torch.linalg.vecdot(apart, apart)[:, None] / count).sqrt()
+        known = below.clamp(min=_FLOOR).mul_(left)
+        apart = known.sub_(known.sum(-1, keepdim=True) / count).mul_(left)
+        sigma = (torch.linalg.vecdot(apart, apart)[:, None] / count).sqrt()
         return scores.masked_fill(below < -self.n * sigma, -math.inf).log_softmax(-1)
 
     def __repr__(self) -> str:

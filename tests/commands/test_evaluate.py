@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dft_kernels.generation import samples
 from dft_kernels.targets import corpus, target_file
 
 COUNT = 24
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -134,6 +136,33 @@ def test_a_model_stands_beside_itself_with_steps(
     assert "Draw them first" in capsys.readouterr().err
 
 
+def test_a_model_stands_beside_itself_by_another_sampling(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one name, told apart wherever figures stand, none under what is said of the other."""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert evaluate("--compare", "--temperature", "0.7") == 0
+    said = capsys.readouterr().out
+    names, ways = ["start (temperature 1)", "start (temperature 0.7)"], ["1, 1, 0", "0.7, 1, 0"]
+
+    def cells(table: str, of: str) -> list[str]:
+        line = next(line for line in table.splitlines() if of in line)
+        return [cell.strip() for cell in line.replace("│", "|").replace("┃", "|").strip("|").split("|")][1:]
+
+    assert cells(said, "metric") == names
+    assert cells(said, "temperature, top-p, min-p") == ways
+    assert "temperature 0.7, top-p" not in said
+    with (here / "out/evaluation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(dict.fromkeys(row["model"] for row in rows)) == names
+    table = runpy.run_path(str(ROOT / "bench/summaries.py"))["evaluation_table"](rows)
+    assert cells(table, "value in floors") == names
+    assert cells(table, "temperature, top-p, min-p") == ways
+    assert "temperature 1.0" not in table
+    one, other = cells(table, "token L2, 1-grams")
+    assert one != other
+
+
 def test_steps_that_cannot_be_are_one_line_before_any_work(
     target: str,
     vllm: Any,  # noqa: F811
@@ -151,6 +180,14 @@ def test_steps_that_cannot_be_are_one_line_before_any_work(
         assert said in error, error
         assert error.count("\n") == 1
     assert not Path("out").exists()
+
+
+def test_every_way_is_checked_before_the_first_draws(target: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path("start/generation_config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "typical_p": 0.9}))
+    assert evaluate("--compare", "--diversity", "0.1") == 1
+    assert "beside steps, which they would follow, got typical_p 0.9" in capsys.readouterr().err
+    assert not Path("out/samples").exists()
 
 
 def test_it_goes_on_and_measures_again_without_the_models(here: Path) -> None:

@@ -16,7 +16,8 @@ from tiny_models import far as tiny
 from tiny_models import tokenizer, word_tokenizer  # noqa: F401 - a fixture
 from transformers import LogitsProcessorList
 
-from dft_kernels.generation import engine
+from dft_kernels.backends import extension
+from dft_kernels.generation import engine, native
 from dft_kernels.generation.engine import Engine
 from dft_kernels.generation.samples import Samples, draw, read
 from dft_kernels.generation.sampling import Sampling, continuations
@@ -206,7 +207,7 @@ def test_steps_draw_and_stand_in_the_file(stepped: Any, model: Any, tmp_path: Pa
         "bound": 0.05,
         "towards": ["sentences", "punctuation"],
     }
-    assert set(lines[0]["versions"]) == {"torch", "transformers", "dft_kernels"}
+    assert set(lines[0]["versions"]) == {"torch", "transformers", "dft_kernels", "kernels"}
     draws = [min(line["tokens"] + 1, 4) for line in lines[1:]]
     assert found.kl == pytest.approx(sum(line["kl"] * n for line, n in zip(lines[1:], draws, strict=True)) / sum(draws))
     assert found.kl > 0
@@ -262,6 +263,33 @@ def test_a_file_is_gone_on_with_by_the_same_steps_alone(stepped: Any, tmp_path: 
     assert "steps" not in json.loads(plain.read_text().splitlines()[0])
     with pytest.raises(ValueError, match=r"steps\.diversity must be null, as in the file, got 0\.1"):
         stepped(plain, Settings(diversity=0.1))
+
+
+@pytest.mark.parametrize(("built", "other"), [(True, "torch"), (False, "AVX512")])
+def test_a_file_is_gone_on_with_by_the_same_kernels_alone(
+    stepped: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: bool, other: str
+) -> None:
+    """Which may round a draw to another token; a finished one is read wherever."""
+    if not built:
+        monkeypatch.setattr(native, "MODULE", None)
+    elif native.MODULE is None:
+        pytest.skip(str(extension.REASON))
+    file = tmp_path / "samples.jsonl"
+    kept = stepped(file, Settings(diversity=0.1))
+    own = native.MODULE.instruction_set() if built else "torch"
+    assert kept.header.versions["kernels"] == own
+    stepped(tmp_path / "plain.jsonl", Settings())
+    assert "kernels" not in json.loads((tmp_path / "plain.jsonl").read_text().splitlines()[0])["versions"]
+    lines = file.read_text().splitlines(True)
+    header = json.loads(lines[0])
+    header["versions"]["kernels"] = other
+    lines[0] = json.dumps(header) + "\n"
+    file.write_text("".join(lines))
+    assert stepped(file, Settings(diversity=0.1)).texts == kept.texts
+    file.write_text("".join(lines[:3]))
+    with pytest.raises(ValueError, match=rf'versions\.kernels must be "{other}", as in the file, got "{own}"'):
+        stepped(file, Settings(diversity=0.1))
+    assert native.instruction_set("H100") == "torch"
 
 
 def test_steps_that_cannot_be(stepped: Any, model: Any, tmp_path: Path) -> None:

@@ -269,9 +269,9 @@ def test_gpus_that_the_kernels_were_not_compiled_for() -> None:
     reason = extension.not_compiled_for((7, 5), stamp)
     assert reason is not None
     assert (
-        "compiled for 8.0, 9.0a, 10.0+PTX, this one has capability 7.5. Rebuild with: TORCH_CUDA_ARCH_LIST=7.5"
-        in reason
-    )
+        "compiled for 8.0, 9.0a, 10.0+PTX, this one has capability 7.5. Rebuild with: DFT_KERNELS_CUDA=1 "
+        "TORCH_CUDA_ARCH_LIST=7.5 pip install --no-build-isolation -e "
+    ) in reason
     assert extension.not_compiled_for((9, 0), {"architectures": ["9.0a"]}) is None
     assert extension.not_compiled_for((9, 1), {"architectures": ["9.0a"]}) is not None
 

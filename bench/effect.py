@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,25 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from effect_arms import (
+    ARMS,
+    BATCH,
+    BEST,
+    BY_NAME,
+    COUNT,
+    LENGTH,
+    NAMED,
+    NOVELS,
+    PILOT,
+    PROMPT,
+    QUESTIONS,
+    RATES,
+    SFT,
+    TASKS,
+    WARMUP,
+    Arm,
+    bar,
+)
 
 from dft_kernels.benchmarks.runs import about
 from dft_kernels.benchmarks.tables import write_csv
@@ -52,81 +71,8 @@ from dft_kernels.materials.models import cache_folder, gemma3
 from dft_kernels.materials.sources import ABOUT, model_of, tokenizer_of
 from dft_kernels.materials.texts import documents_of
 
-STEPS, BATCH, LENGTH, WARMUP = 300, 4, 128, 10
-PROMPT, COUNT = 32, 200  # tokens; texts of an arm
-RATES, PILOT = ("5e-5", "1e-4", "2e-4", "4e-4"), 40
-NOVELS = {  # of Debian's r-cran-janeaustenr, in its order
-    "emma": "train", "mansfield": "test", "northanger": "train", "persuasion": "train", "pride": "train",
-    "sense": "validation",
-}  # fmt: skip
-NAMED = (
-    "token L2, 1-grams", "token L2, 2-grams", "token L2, 3-grams", "MMD², embeddings", "sentence length, W1",
-    "punctuation rates, L1", "distinct-2", "burstiness",
-)  # fmt: skip
-TERMS = ("token_l2", "sentence_length", "punctuation_rate", "punctuation_gap", "ngrams")
-TASKS, QUESTIONS = ("lambada", "arc_easy", "arc_challenge"), 500
-SFT, BEST = "SFT", "SFT, best sampling"
 PLAIN = Settings()
 MADE = "made.json"  # in a folder: what it was made by
-
-
-def _terms(weight: str, target: str = "{folder}/target.safetensors") -> tuple[str, ...]:
-    return ("--target", target, "--terms", *(f"{name}={weight}" for name in TERMS))
-
-
-_TOWARDS = _terms("0.5x")
-_ROLLOUTS = (
-    *_TOWARDS, "--rollout_terms", *(f"{name}=0.5x" for name in TERMS[:-1]), "reference_kl=0.02",
-    "--rollout_every", "4", "--rollout_samples", "4",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Arm:
-    """flags: of dft-kernels train, beside those of all; None: not trained. text: what on; model: from what start.
-    of: the arm whose models it takes; sampled: as validation found best; refined: towards the target, at inference;
-    tested: False of what only others need. beside: the arm that it is compared with; tried: whether the comparison is
-    one of the study's family, and not of a start or a control."""
-
-    name: str
-    flags: tuple[str, ...] | None = ()
-    seeds: int = 1
-    steps: int = STEPS
-    text: str = "train"
-    model: str = "smollm2"
-    of: str | None = None
-    sampled: bool = False
-    refined: bool = False
-    tested: bool = True
-    beside: str = BEST
-    tried: bool = True
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """What is asked of its models: nothing that they were trained on."""
-        return tuple(task for task in TASKS if task != self.text) if self.of is None else ()
-
-
-ARMS = (
-    Arm("start", None, tried=False),
-    Arm(SFT, seeds=3, tried=False),
-    Arm(BEST, None, seeds=3, of=SFT, sampled=True, tried=False),
-    Arm("terms", _TOWARDS, seeds=3),
-    Arm("LAMBADA: SFT", text="lambada", beside="LAMBADA: SFT", tried=False),
-    Arm("LAMBADA: terms", _TOWARDS, text="lambada", beside="LAMBADA: SFT"),
-    Arm("rollouts", _ROLLOUTS, seeds=3),
-    Arm("LAMBADA: rollouts", _ROLLOUTS, text="lambada", beside="LAMBADA: SFT"),
-    Arm("constraint", _terms("floor")),
-    Arm("beyond", _terms("0.5x", "{folder}/beyond.safetensors")),
-    Arm("SFT, longer", steps=2 * STEPS, tested=False, tried=False),
-    Arm("distilled", ("--teacher", "{folder}/models/SFT, longer-0")),
-    Arm("refined", None, of=SFT, refined=True),
-    Arm("terms, refined", None, of="terms", refined=True),
-    Arm("Gemma: start", None, model="gemma3", beside="Gemma: SFT", tried=False),
-    Arm("Gemma: SFT", model="gemma3", beside="Gemma: SFT", tried=False),
-    Arm("Gemma: terms", _terms("0.5x", "{folder}/target-gemma3.safetensors"), model="gemma3", beside="Gemma: SFT"),
-)
-BY_NAME = {arm.name: arm for arm in ARMS}
 
 
 class Study:
@@ -401,22 +347,6 @@ def _known(study: Study, arm: Arm, seeds: int) -> dict[str, Any]:
     out["retention"] = 100 * float(np.mean([one.mean() for one in apart])) if tasks else ""
     errors = [one.var(ddof=1) / len(one) for one in apart]
     out["retention_error"] = 100 * float(np.sqrt(np.sum(errors))) / len(tasks) if tasks else ""
-    return out
-
-
-def bar(rows: list[dict[str, Any]], costs: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """Of every arm of the same kind: metrics halved, points of retention, time of a step over SFT's, and whether all
-    three parts of the bar are met; None where a part was not measured."""
-    out = {}
-    for arm in dict.fromkeys(row["arm"] for row in rows if row["beside"] == BEST and row["tried"]):
-        its = [row for row in rows if row["arm"] == arm]
-        source = BY_NAME[arm].of or arm
-        halved, kept = sum(row["halved"] for row in its), its[0]["retention"]
-        time = 1.0 if source == SFT else costs.get(source)
-        kept = 0.0 if source == SFT else None if kept == "" else kept
-        parts = (halved >= 5, None if kept is None else kept >= -1, None if time is None else time <= 1.05)
-        met = False if False in parts else None if None in parts else True
-        out[arm] = {"halved": halved, "retention": kept, "time": time, "met": met}
     return out
 
 

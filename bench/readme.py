@@ -17,7 +17,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from summaries import KINDS, markdown
+from markdown_tables import markdown
+from summaries import KINDS
 
 from dft_kernels.benchmarks import tables
 from dft_kernels.benchmarks.problems import Shape

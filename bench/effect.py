@@ -2,7 +2,8 @@
 
 Stages, in this order; each keeps what it has done, and goes on where it was stopped:
 
-    prepare    the novels as files, the targets, the learning rate
+    prepare    the novels as files, their target
+    pilot      cross-entropy alone by each learning rate, from which RATE was chosen
     train      the arms, by dft-kernels train, in the order of ARMS, the first seed of all before the second of any
     validate   the first SFT by eight ways of sampling, on the validation novel
     test       texts of the arms that are trained, after prompts of the test novel; what they know; all metrics
@@ -43,6 +44,7 @@ from effect_arms import (
     PILOT,
     PROMPT,
     QUESTIONS,
+    RATE,
     RATES,
     SFT,
     TASKS,
@@ -122,7 +124,7 @@ class Study:
         command = [
             "train", "--model", self.start(arm.model), "--text", *self.texts(arm.text), "--output_dir", str(out),
             "--max_length", str(LENGTH), "--per_device_train_batch_size", str(BATCH), "--max_steps", str(steps),
-            "--learning_rate", rate, "--warmup_steps", str(WARMUP), "--held_out", "64", "--bf16", "true",
+            "--learning_rate", rate, "--warmup_steps", str(WARMUP), "--held_out", "64",
             "--use_cpu", "true", "--save_steps", "50", "--save_total_limit", "1", "--report_to", "none",
             "--seed", str(seed), *(flag.format(folder=self.folder) for flag in arm.flags), *more,
         ]  # fmt: skip
@@ -132,25 +134,12 @@ class Study:
         for checkpoint in out.glob("checkpoint-*"):  # three times the model, of no use any more
             shutil.rmtree(checkpoint)
 
-    @property
-    def rate(self) -> str:
-        """The learning rate that the pilot chose."""
-        return str(json.loads((self.folder / "rate.json").read_text())["rate"])
-
     def prepare(self) -> None:
-        """Novels, targets, the learning rate."""
+        """Novels and their target."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, text in zip(NOVELS, documents_of("literary", self.cache)[1], strict=True):
             replace_text(self.folder / f"{name}.txt", text)
         self.target()
-        found = {}
-        for rate in RATES:
-            out = self.folder / "pilot" / rate
-            self.train(BY_NAME[SFT], 0, out, rate, PILOT)
-            found[rate] = self.held_out(out)
-            print(f"{rate}: held-out cross-entropy {found[rate]:.4f}", flush=True)
-        best = min(found, key=lambda rate: found[rate])
-        replace_text(self.folder / "rate.json", json.dumps({"rate": best, "held_out": found}))
 
     @staticmethod
     def held_out(out: Path) -> float:
@@ -262,13 +251,21 @@ def seeds_first(names: Iterable[str]) -> list[tuple[Arm, int]]:
     return [(arm, seed) for seed in range(3) for arm in arms if seed < arm.seeds]
 
 
+def pilot(study: Study) -> None:
+    """How far cross-entropy alone falls by each learning rate."""
+    for rate in RATES:
+        out = study.folder / "pilot" / rate
+        study.train(BY_NAME[SFT], 0, out, rate, PILOT)
+        print(f"{rate}: held-out cross-entropy {study.held_out(out):.4f}", flush=True)
+
+
 def train(study: Study, names: list[str]) -> None:
     """Arms, unless they are trained."""
     for arm, seed in seeds_first(names):
         if arm.flags is not None:
             study.needed(arm)
             out = study.folder / "models" / f"{arm.name}-{seed}"
-            study.train(arm, seed, out, study.rate, arm.steps)
+            study.train(arm, seed, out, RATE, arm.steps)
             print(f"{arm.name}, seed {seed}: held-out cross-entropy {study.held_out(out):.4f}", flush=True)
 
 
@@ -358,7 +355,7 @@ def cost(study: Study) -> None:
             out = study.folder / "cost" / f"{name}-{turn}"
             arm = replace(BY_NAME[name], steps=12)
             log, more = f"cost-{out.name}", ("--logging_steps", "1", "--save_strategy", "no")
-            study.train(arm, 0, out, study.rate, arm.steps, *more, log=log)
+            study.train(arm, 0, out, RATE, arm.steps, *more, log=log)
             logs = study.logged(log)[-arm.steps + 2 :]
             rows.append({
                 "arm": name, "round": turn,
@@ -372,7 +369,7 @@ def cost(study: Study) -> None:
 def main() -> None:
     """One stage."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("stage", choices=("prepare", "train", "validate", "test", "compare", "cost"))
+    made.add_argument("stage", choices=("prepare", "pilot", "train", "validate", "test", "compare", "cost"))
     made.add_argument("arms", nargs="*", choices=[*BY_NAME, []], help="by name; all of them without")
     made.add_argument("--folder", type=Path, default=Path("build/effect"))
     made.add_argument("--cache", type=Path, default=cache_folder())
@@ -384,7 +381,7 @@ def main() -> None:
     elif options.stage in ("train", "test"):
         {"train": train, "test": test}[options.stage](study, options.arms)
     else:
-        {"validate": validate, "compare": compare, "cost": cost}[options.stage](study)
+        {"pilot": pilot, "validate": validate, "compare": compare, "cost": cost}[options.stage](study)
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ class Study:
             human=self.texts(part), sampling=Sampling(length=LENGTH, count=COUNT), prompt=PROMPT, cache=self.cache,
             batch=50, encoder=self.encoder(), **more,
         )  # fmt: skip
-        subject = Model(name, partial(model_of, model, self.cache, torch.bfloat16), (settings,))
+        subject = Model(name, partial(model_of, model, self.cache, torch.float32), (settings,))
         room.evaluate(job, those, self.tokenizer(), [subject], folder, partial(progress, quiet=False))
 
     def settings(self, arm: Arm, seed: int) -> Settings:

@@ -40,7 +40,7 @@ def test_the_page_registers_the_arms_and_the_metrics(bench: Any) -> None:
     assert len(set(bench.NAMED)) == 8
     assert f"{effect_arms.STEPS} optimiser steps of {bench.BATCH} sequences of {bench.LENGTH} tokens" in page
     assert all(rate in page for rate in bench.RATES)
-    assert f"40 steps:\n{bench.RATE}." in page
+    assert f"steps, in bf16: {bench.RATE}." in page
     results = ROOT / "bench" / "results" / "effect-cpu.csv"
     assert results.exists() == ("<!-- table: bench/results/effect-cpu.csv effect -->" in page)
     for text in (page, PAGES["docs/index.md"]):

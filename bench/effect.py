@@ -1,13 +1,15 @@
 """The study of docs/effect.md: python bench/effect.py STAGE [ARM ...] [--folder build/effect]
 
-Stages, in this order; each keeps what it has done, and goes on where it was stopped:
+Stages, in this order; each keeps what it has done, and goes on where it was stopped. What was drawn and answered is
+kept under bench/results/effect, so that it goes on on another machine too: models are made again where a run still
+asks for them.
 
     prepare    the novels as files, their target
     pilot      cross-entropy alone by each learning rate, from which RATE was chosen
     train      the arms, by dft-kernels train, in the order of ARMS, the first seed of all before the second of any
     validate   the first SFT by eight ways of sampling, on the validation novel
     test       texts of the arms that are trained, after prompts of the test novel; what they know; all metrics
-    compare    the eight metrics of every arm beside its control: build/effect/effect.csv; whether the bar is met
+    compare    the eight metrics of every arm beside its control: effect-cpu.csv; whether the bar is met
     cost       seconds and bytes of a step of the arms in turn, on a machine with nothing else to do
 
 dft-kernels report build/effect/test/* shows what there is.
@@ -47,11 +49,11 @@ from effect_arms import (
     RATE,
     RATES,
     SFT,
-    TASKS,
     WARMUP,
     Arm,
     bar,
 )
+from effect_records import Record, Records, known
 
 from dft_kernels.benchmarks.runs import about
 from dft_kernels.benchmarks.tables import write_csv
@@ -62,10 +64,11 @@ from dft_kernels.evaluation.measure import measured
 from dft_kernels.evaluation.metrics import METRICS, Sample
 from dft_kernels.evaluation.paired import between_seeds, holm, paired
 from dft_kernels.evaluation.people import cut, people
-from dft_kernels.evaluation.results import FILE, load
+from dft_kernels.evaluation.results import FILE, Evaluated, load
 from dft_kernels.evaluation.retention import right
 from dft_kernels.evaluation.subject import Job, Model
 from dft_kernels.files import replace_text
+from dft_kernels.generation import samples
 from dft_kernels.generation.sampling import Sampling
 from dft_kernels.generation.settings import Settings, described
 from dft_kernels.materials.encoders import embed, encoder
@@ -80,8 +83,8 @@ MADE = "made.json"  # in a folder: what it was made by
 class Study:
     """The folder of a study, and what is in it."""
 
-    def __init__(self, folder: Path, cache: Path) -> None:
-        self.folder, self.cache = folder, cache
+    def __init__(self, folder: Path, cache: Path, kept: Path) -> None:
+        self.folder, self.cache, self.kept, self.records = folder, cache, kept, Records(kept)
 
     def texts(self, part: str) -> list[str]:
         """Files, or a text of the package, of what is trained on, validated or tested with."""
@@ -151,18 +154,9 @@ class Study:
         lines = (self.folder / "logs" / f"{log}.log").read_text().splitlines()
         return [ast.literal_eval(line) for line in lines if line.startswith("{'loss'")]
 
-    def answers(self, arm: Arm, seeds: int) -> dict[str, Any]:
-        """By task, the share of seeds that answered each question rightly [questions]."""
-        found: dict[str, list[Any]] = {}
-        for seed in range(seeds):
-            for file in (self.folder / "test" / f"{arm.name}-{seed}" / "answers").glob("*.jsonl"):
-                for task, marks in right(arm.tasks, self.cache, file, QUESTIONS).items():
-                    found.setdefault(task, []).append(np.array([*marks.values()], float))
-        return {task: np.mean(marks, 0) for task, marks in found.items()}
-
     def costs(self) -> dict[str, float]:
         """Seconds of a step over SFT's, median over rounds, of the arms that `cost` has measured."""
-        file = self.folder / "cost.csv"
+        file = self.kept / "cost.csv"
         if not file.exists():
             return {}
         with file.open(newline="") as opened:
@@ -216,32 +210,36 @@ class Study:
         """Of MMD."""
         return encoder("minilm", self.cache)
 
-    def write(self, part: str, name: str, model: str, settings: Settings = PLAIN, **more: Any) -> None:
-        """Texts of a model, what it knows, all metrics: unless they are there."""
+    def written(self, part: str, name: str, model: str, settings: Settings = PLAIN, **more: Any) -> Evaluated:
+        """Texts of a model, what it knows, all metrics: made unless they are there."""
         folder, trained = self.folder / part / name, Path(model) / MADE
-        by = {
-            "model": json.loads(trained.read_text()) if trained.exists() else model, "steps": described(settings),
-            **{name: getattr(settings, name) for name in ("temperature", "top_p", "min_p")}, **more,
-        }  # fmt: skip
-        if self.made(folder, by, (folder / FILE).exists()):
-            return
-        those = [Path(file).read_text() for file in self.texts(part)]
-        job = Job(
-            human=self.texts(part), sampling=Sampling(length=LENGTH, count=COUNT), prompt=PROMPT, cache=self.cache,
-            batch=50, encoder=self.encoder(), **more,
-        )  # fmt: skip
-        subject = Model(name, partial(model_of, model, self.cache, torch.float32), (settings,))
-        room.evaluate(job, those, self.tokenizer(), [subject], folder, partial(progress, quiet=False))
+        by = {"model": json.loads(trained.read_text()) if trained.exists() else model, **how(settings), **more}
+        if not self.made(folder, by, (folder / FILE).exists()):
+            those = [Path(file).read_text() for file in self.texts(part)]
+            job = Job(
+                human=self.texts(part), sampling=Sampling(length=LENGTH, count=COUNT), prompt=PROMPT, cache=self.cache,
+                batch=50, encoder=self.encoder(), **more,
+            )  # fmt: skip
+            subject = Model(name, partial(model_of, model, self.cache, torch.float32), (settings,))
+            room.evaluate(job, those, self.tokenizer(), [subject], folder, partial(progress, quiet=False))
+        return load(folder).models[0]
 
     def settings(self, arm: Arm, seed: int) -> Settings:
         """How an arm's texts are drawn."""
         if arm.sampled:
-            best = load(self.folder / "validation" / f"{SFT}-0").models[0].sampling
-            return Settings(best.temperature, best.top_p, best.min_p)
+            if (chosen := self.records.validation()) is None:
+                raise ValueError(f"effect: {arm.name} must come after the sweep, got none. Run validate first.")
+            return Settings(chosen.sampling.temperature, chosen.sampling.top_p, chosen.sampling.min_p)
         if not arm.refined:
             return PLAIN
         native = self.native(self.model(arm, seed), f"native-{arm.of}-{seed}")
         return Settings(refine=self.target(), bound=0.1, native=native)
+
+
+def how(settings: Settings) -> dict[str, Any]:
+    """In what way a model draws."""
+    given = {name: getattr(settings, name) for name in ("temperature", "top_p", "min_p")}
+    return {"steps": described(settings), **given}
 
 
 def seeds_first(names: Iterable[str]) -> list[tuple[Arm, int]]:
@@ -260,9 +258,10 @@ def pilot(study: Study) -> None:
 
 
 def train(study: Study, names: list[str]) -> None:
-    """Arms, unless they are trained."""
+    """Arms, unless they are trained, or all that is drawn from them is there."""
     for arm, seed in seeds_first(names):
-        if arm.flags is not None:
+        takers = [one for one in ARMS if one.tested and seed < one.seeds and arm.name in (one.name, *one.takes)]
+        if arm.flags is not None and any(study.records.run(one, seed) is None for one in takers):
             study.needed(arm)
             out = study.folder / "models" / f"{arm.name}-{seed}"
             study.train(arm, seed, out, RATE, arm.steps)
@@ -271,26 +270,32 @@ def train(study: Study, names: list[str]) -> None:
 
 def validate(study: Study) -> None:
     """The first SFT by all ways of sampling."""
-    study.write("validation", f"{SFT}-0", study.model(BY_NAME[SFT], 0), sweep=room.GRID)
+    if study.records.validation() is None:
+        found = study.written("validation", f"{SFT}-0", study.model(BY_NAME[SFT], 0), sweep=room.GRID)
+        study.records.keep_validation(found.sampling, found.sweep)
     print(f"best on the validation novel: {study.settings(BY_NAME[BEST], 0)}")
 
 
 def test(study: Study, names: list[str]) -> None:
-    """Texts and metrics of the arms that are trained."""
+    """Texts and metrics of the arms that are trained, unless they are there."""
     for arm, seed in seeds_first(names):
-        model = study.model(arm, seed)
-        if not arm.tested or not (model == "smollm2" or (Path(model) / "config.json").exists()):
+        model, name = study.model(arm, seed), f"{arm.name}-{seed}"
+        made = model == "smollm2" or (Path(model) / "config.json").exists()
+        if not arm.tested or not made or study.records.run(arm, seed) is not None:
             continue
-        settings = study.settings(arm, seed)
-        study.write("test", f"{arm.name}-{seed}", model, settings, tasks=arm.tasks, questions=QUESTIONS)
-        print(f"{arm.name}, seed {seed}: written", flush=True)
-
-
-def _texts(folder: Path, tokenizer: Any) -> list[str]:
-    """That a run of the test drew, as long as the human ones."""
-    (file,) = (folder / "samples").glob("*.jsonl")
-    lines = [json.loads(line) for line in file.read_text().splitlines()[1:]]
-    return [cut(str(line["text"]), tokenizer, LENGTH) for line in lines]
+        settings, folder = study.settings(arm, seed), study.folder / "test" / name
+        found = study.written("test", name, model, settings, tasks=arm.tasks, questions=QUESTIONS)
+        (texts,) = (folder / "samples").glob("*.jsonl")
+        marks: dict[str, dict[int, bool]] = {}
+        for file in (folder / "answers").glob("*.jsonl"):
+            marks |= right(arm.tasks, study.cache, file, QUESTIONS)
+        study.records.keep(
+            arm, seed, how=how(settings), held_out=None if arm.flags is None else study.held_out(Path(model)),
+            texts=[cut(text, study.tokenizer(), LENGTH) for text in samples.read(texts).texts],
+            right={task: "".join(str(int(mark)) for mark in its.values()) for task, its in marks.items()},
+            values=found.values,
+        )  # fmt: skip
+        print(f"{name}: written", flush=True)
 
 
 def compare(study: Study) -> None:
@@ -299,12 +304,13 @@ def compare(study: Study) -> None:
     those = people([Path(file).read_text() for file in study.texts("test")], tokenizer, PROMPT, LENGTH, COUNT)
     pool, prompts = [one.text for one in those.all], [one.prompt for one in those.all]
     rows: dict[tuple[str, int], Any] = {}
+    records: dict[str, list[Record]] = {}
     for arm, seed in seeds_first([]):
-        folder = study.folder / "test" / f"{arm.name}-{seed}"
-        if (folder / FILE).exists():
-            texts = _texts(folder, tokenizer)
-            rows[arm.name, seed] = np.arange(len(pool), len(pool) + len(texts))
-            pool += texts
+        record = study.records.run(arm, seed) if arm.tested else None
+        if record is not None:
+            records.setdefault(arm.name, []).append(record)
+            rows[arm.name, seed] = np.arange(len(pool), len(pool) + len(record.texts))
+            pool += record.texts
             prompts += [one.prompt for one in those.reference]
     its = study.encoder()
     vectors = None if its is None else embed(its, pool).double().numpy()
@@ -319,32 +325,16 @@ def compare(study: Study) -> None:
         tried = {arm.name: paired(of[control], of[arm.name], seeds) for arm in arms}
         family = iter(holm([one for arm in arms if arm.tried for one in tried[arm.name]]))
         for arm in arms:
-            known = _known(study, arm, len(of[arm.name]))
+            knows = known(records[arm.name], records.get(SFT, []))
             for one in tried[arm.name]:
                 one = next(family) if arm.tried else one
                 out.append({
                     "arm": arm.name, "seeds": len(of[arm.name]), "beside": control, "tried": int(arm.tried),
                     **vars(one), "closer": int(arm.tried and one.closer), "halved": int(arm.tried and one.halved),
-                    **known, **about("cpu"),
+                    **knows, **about("cpu"),
                 })  # fmt: skip
-    write_csv(study.folder / "effect.csv", out)
+    write_csv(study.kept.parent / "effect-cpu.csv", out)
     print(json.dumps(bar(out, study.costs()), indent=1))
-
-
-def _known(study: Study, arm: Arm, seeds: int) -> dict[str, Any]:
-    """Held-out cross-entropy and the shares of right answers, means over seeds; retention: points of the mean over
-    tasks that it lies above SFT, and the standard error of that, of the questions in pairs."""
-    trained = [study.folder / "models" / f"{arm.name}-{seed}" for seed in range(seeds)]
-    losses = [study.held_out(one) for one in trained if one.exists()]
-    out: dict[str, Any] = {"held_out": statistics.mean(losses) if losses else ""}
-    mine, sft = study.answers(arm, seeds), study.answers(BY_NAME[SFT], BY_NAME[SFT].seeds)
-    tasks = [task for task in mine if task in sft]
-    apart = [mine[task] - sft[task] for task in tasks]
-    out |= {task: 100 * float(mine[task].mean()) if task in mine else "" for task in TASKS}
-    out["retention"] = 100 * float(np.mean([one.mean() for one in apart])) if tasks else ""
-    errors = [one.var(ddof=1) / len(one) for one in apart]
-    out["retention_error"] = 100 * float(np.sqrt(np.sum(errors))) / len(tasks) if tasks else ""
-    return out
 
 
 def cost(study: Study) -> None:
@@ -363,7 +353,7 @@ def cost(study: Study) -> None:
                 "peak_gb": max(float(one["peak_memory_gb"]) for one in logs), **about("cpu"),
             })  # fmt: skip
             print(rows[-1], flush=True)
-            write_csv(study.folder / "cost.csv", rows)
+            write_csv(study.kept / "cost.csv", rows)
 
 
 def main() -> None:
@@ -372,10 +362,11 @@ def main() -> None:
     made.add_argument("stage", choices=("prepare", "pilot", "train", "validate", "test", "compare", "cost"))
     made.add_argument("arms", nargs="*", choices=[*BY_NAME, []], help="by name; all of them without")
     made.add_argument("--folder", type=Path, default=Path("build/effect"))
+    made.add_argument("--kept", type=Path, default=Path(__file__).parent / "results" / "effect")
     made.add_argument("--cache", type=Path, default=cache_folder())
     options = made.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    study = Study(options.folder, options.cache)
+    study = Study(options.folder, options.cache, options.kept)
     if options.stage == "prepare":
         study.prepare()
     elif options.stage in ("train", "test"):

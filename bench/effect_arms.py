@@ -58,6 +58,12 @@ class Arm:
         """What is asked of its models: nothing that they were trained on."""
         return tuple(task for task in TASKS if task != self.text) if self.of is None else ()
 
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """Arms whose models it draws from, or is taught by."""
+        words = " ".join(self.flags or ())
+        return tuple(name for name in BY_NAME if name == self.of or f"/models/{name}-" in words)
+
 
 ARMS = (
     Arm("start", None, tried=False),

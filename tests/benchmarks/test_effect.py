@@ -70,7 +70,7 @@ def test_the_bar(bench: Any) -> None:
 
 def test_no_arm_is_asked_what_it_was_trained_on(bench: Any) -> None:
     asked = {arm.name: arm.tasks for arm in bench.ARMS}
-    assert asked["SFT"] == asked["terms"] == bench.TASKS
+    assert asked["SFT"] == asked["terms"] == effect_arms.TASKS
     assert all("lambada" not in tasks for name, tasks in asked.items() if name.startswith("LAMBADA"))
     controls = {arm.beside for arm in bench.ARMS}
     assert not any(bench.BY_NAME[name].tried for name in controls)
@@ -110,8 +110,8 @@ def test_a_study_of_four_arms(bench: Any, tmp_path: Path, monkeypatch: pytest.Mo
         assert cli.main([*arguments]) == 0
 
     monkeypatch.setattr(bench.Study, "command", command)
-    study = bench.Study(tmp_path / "study", tmp_path / "cache")
-    for turn in range(2):
+    study = bench.Study(tmp_path / "study", tmp_path / "cache", tmp_path / "results/effect")
+    for turn in range(3):
         study.prepare()
         bench.pilot(study)
         bench.train(study, [])
@@ -120,20 +120,27 @@ def test_a_study_of_four_arms(bench: Any, tmp_path: Path, monkeypatch: pytest.Mo
         bench.compare(study)
         if turn == 0:
             done = list(ran)
-    assert ran == done
+        if turn == 1:  # another machine, without the models
+            out = (tmp_path / "study").rename("before") / "models/SFT-0"
+            ran.append("--")
+    again = ran[len(done) + 1 :]
+    assert ran == [*done, "--", *again]
+    assert sorted(again) == ["target", "train", "train"]  # the pilot, which is kept nowhere
     assert done.count("train") == 2 + 2 + 2  # rates, then two arms by two seeds
     assert done.count("target") == done.count("gap") == 1
-    assert not list((tmp_path / "study").rglob("checkpoint-*"))
-    with (tmp_path / "study/effect.csv").open(newline="") as file:
+    assert not list((tmp_path / "before").rglob("checkpoint-*"))
+    with (tmp_path / "results/effect-cpu.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["arm"] for row in rows} == {arm.name for arm in arms}
     assert {row["metric"] for row in rows} <= set(bench.NAMED)
-    out = tmp_path / "study/models/SFT-0"
     with pytest.raises(ValueError, match=r"(?s)^effect: .*-0 must be made by .*1e-9.*, got .*Name another --folder\.$"):
         study.train(arms[1], 0, out, "1e-9", 4)
     (out / bench.MADE).unlink()
     with pytest.raises(ValueError, match=r"got something unknown\. Name another"):
         study.train(arms[1], 0, out, bench.RATE, 4)
+    monkeypatch.setattr("effect_records.RATE", "1e-9")
+    with pytest.raises(ValueError, match=r"registered must be as bench/effect_arms\.py is, got another rate\. "):
+        bench.compare(study)
     table = load("summaries").effect_table(rows).splitlines()
     assert len(table) == 2 + len(arms) + 2
     assert table[3].startswith("| SFT, 2 | ")

@@ -1,0 +1,122 @@
+"""What the study of docs/effect.md keeps for good: a file a run that was tested, and what validation chose.
+
+A run takes a model of half a gigabyte and some core minutes, and leaves 200 texts and 1,500 answers. Those are kept,
+so that the study adds up over machines, and anyone can compare again what was drawn once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from effect_arms import BATCH, BY_NAME, COUNT, LENGTH, PROMPT, QUESTIONS, RATE, SFT, TASKS, WARMUP, Arm
+
+from dft_kernels.benchmarks.runs import about
+from dft_kernels.evaluation.results import Swept, Value
+from dft_kernels.files import Source, replace_text
+from dft_kernels.generation.sampling import Sampling
+
+Kept = TypeVar("Kept", "Record", "Validation")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run. registered: its arm and the study's sizes, as they were; how: temperature, top_p, min_p and steps at
+    inference; held_out: cross-entropy of held-out training text, of what was trained; texts: after the test's prompts,
+    cut to the length of the human ones; right: by task, a digit a question, 1 for a right answer; values: of all
+    metrics; made: date, commit, machine, versions."""
+
+    registered: dict[str, Any]
+    seed: int
+    how: dict[str, Any]
+    held_out: float | None
+    texts: list[str]
+    right: dict[str, str]
+    values: list[Value]
+    made: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """sampling: of those in `sweep`, the one by which SFT wrote nearest to people on the validation novel."""
+
+    registered: dict[str, Any]
+    sampling: Sampling
+    sweep: list[Swept]
+    made: dict[str, Any]
+
+
+def registered(arm: Arm) -> dict[str, Any]:
+    """All that a run of an arm depends on, but for its seed and the code."""
+    sizes = {"batch": BATCH, "length": LENGTH, "warmup": WARMUP, "rate": RATE, "prompt": PROMPT, "count": COUNT}
+    its = {key: getattr(arm, key) for key in ("name", "flags", "steps", "text", "model", "of", "sampled", "refined")}
+    found: dict[str, Any] = json.loads(json.dumps({**its, **sizes, "tasks": arm.tasks, "questions": QUESTIONS}))
+    return found
+
+
+class Records:
+    """A folder of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, arm: Arm, seed: int) -> Record | None:
+        """Of a run, None where it was not tested yet."""
+        return self._read(Record, f"{_plain(arm.name)}-{seed}", arm)
+
+    def validation(self) -> Validation | None:
+        """Of the sweep, None where it was not made yet."""
+        return self._read(Validation, "validation", BY_NAME[SFT])
+
+    def keep(self, arm: Arm, seed: int, **found: Any) -> None:
+        """Write a run's."""
+        self._write(f"{_plain(arm.name)}-{seed}", Record(registered(arm), seed, made=about("cpu"), **found))
+
+    def keep_validation(self, sampling: Sampling, sweep: list[Swept]) -> None:
+        """Write the sweep's."""
+        self._write("validation", Validation(registered(BY_NAME[SFT]), sampling, sweep, about("cpu")))
+
+    def _read(self, kind: type[Kept], name: str, arm: Arm) -> Kept | None:
+        file = self.folder / f"{name}.json"
+        if not file.exists():
+            return None
+        source = Source("effect", file, "Name another --kept, or restore the file")
+        found = source.record(kind, source.json(1 << 24))
+        if found.registered != (now := registered(arm)):
+            differ = [key for key in now if now[key] != found.registered.get(key)]
+            source.fail("registered", "be as bench/effect_arms.py is", f"another {', '.join(differ)}")
+        return found
+
+    def _write(self, name: str, one: Record | Validation) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_text(self.folder / f"{name}.json", json.dumps(asdict(one), indent=1, ensure_ascii=False) + "\n")
+
+
+def known(records: Sequence[Record], sft: Sequence[Record]) -> dict[str, Any]:
+    """Of an arm's runs, held-out cross-entropy and the percentages of right answers, means over seeds; retention:
+    points of the mean over tasks that it lies above SFT, and the standard error of that, of the questions in pairs."""
+    losses = [one.held_out for one in records if one.held_out is not None]
+    out: dict[str, Any] = {"held_out": float(np.mean(losses)) if losses else ""}
+    mine, theirs = _answers(records), _answers(sft)
+    apart = [mine[task] - theirs[task] for task in mine if task in theirs]
+    out |= {task: 100 * float(mine[task].mean()) if task in mine else "" for task in TASKS}
+    out["retention"] = 100 * float(np.mean([one.mean() for one in apart])) if apart else ""
+    errors = [one.var(ddof=1) / len(one) for one in apart]
+    out["retention_error"] = 100 * float(np.sqrt(np.sum(errors))) / len(apart) if apart else ""
+    return out
+
+
+def _answers(records: Sequence[Record]) -> dict[str, Any]:
+    """By task, the share of runs that answered each question rightly [questions]."""
+    tasks = dict.fromkeys(task for one in records for task in one.right)
+    return {task: np.mean([[int(mark) for mark in one.right[task]] for one in records], 0) for task in tasks}
+
+
+def _plain(name: str) -> str:
+    """Of an arm, in the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -15,6 +15,6 @@ def markdown(head: Iterable[str], lines: Iterable[Iterable[str]], caption: str) 
 
 
 def where(rows: Rows) -> str:
-    """Machine, torch and commit of rows that were measured on one machine."""
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    return f"{rows[0]['machine']}; torch {rows[0]['torch']}; commit {commits}"
+    """Machines, torch and commits of rows."""
+    machines, commits = (", ".join(dict.fromkeys(row[of] for row in rows)) for of in ("machine", "commit"))
+    return f"{machines}; torch {rows[0]['torch']}; commit {commits}"

@@ -90,7 +90,8 @@ def machine(device: str) -> str:
     """What the numbers belong to."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    return f"{processor()}, {torch.get_num_threads()} threads, {instructions()}"
+    threads = torch.get_num_threads()
+    return f"{processor()}, {threads} thread{'s' * (threads > 1)}, {instructions()}"
 
 
 class Patience:

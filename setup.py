@@ -176,7 +176,7 @@ class Nvcc:
             first = (lines or [f"exit status {done.returncode}"])[0].strip()
             remedy = "Set NVCC_PREPEND_FLAGS='-ccbin g++-N' to a host compiler that it takes." if "GNU" in first else ""
             raise BuildError(f"nvcc failed: {first}. {remedy}".strip())
-        return done.stdout
+        return done.stdout + done.stderr
 
     def dry_run(self):
         """The commands that nvcc would run, a line each."""
@@ -234,7 +234,9 @@ class Nvcc:
             COMPILED.mkdir(parents=True, exist_ok=True)
             part = kept.with_name(f"{kept.name}.part")
             threads = min(max(1, JOBS // len(KERNELS)), len(codes))
-            self.run(*flags, *codes, "--threads", str(threads), "-c", source, "-o", part)
+            said = self.run(*flags, *codes, "--threads", str(threads), "-c", source, "-o", part)
+            if said:  # warnings, and what flags of NVCC_APPEND_FLAGS ask for
+                print(f"dft_kernels: nvcc of {source} said\n{said}")
             part.replace(kept)
         return str(kept)
 

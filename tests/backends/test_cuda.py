@@ -123,44 +123,10 @@ LEAN = {"lean": 0, "lean_entropy": 2, "lean_kl": 2, "lean_jensen_shannon": 1, "l
 ENTRIES = {
     **LEAN,
     "columns": 4,
-    "exponentials": 0,
+    "exponentials": 0,  # without CUTLASS
     "labels": 3,
     "scaling": 2,
 }  # kernels of a source; of rows.cu one for each divergence
-
-
-@compiles
-@pytest.mark.kept(where=lambda architecture: architecture == "90a")  # that with clusters; another is built below
-@pytest.mark.parametrize("architecture", ["75", "80", "90a", "100"])
-def test_kernels_compile_alone_without_warnings_and_spills(architecture: str, tmp_path: Path) -> None:
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        command = (
-            f"nvcc -std=c++17 --expt-relaxed-constexpr --extended-lambda -Icsrc -gencode=arch=compute_{architecture}"
-        )
-        command += f",code=sm_{architecture} -Xptxas -v,-Werror -Werror all-warnings -c {source} -o {tmp_path}/kernel.o"
-        done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        entries = done.stderr.count("Compiling entry function")
-        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-        assert len(frames) == entries
-        assert entries >= ENTRIES.get(source.stem, len(divergences.TABLE) + 1)
-        assert set(frames) <= {("0", "0", "0")}
-        assert max(map(int, ["0", *re.findall(r"Used (\d+) registers", done.stderr)])) <= 168
-
-
-@compiles
-def test_the_product_with_exponentials_compiles_without_warnings_and_spills(tmp_path: Path) -> None:
-    """Both epilogues, on the headers of the wheel nvidia-cutlass."""
-    headers = ROOT / "build" / "cutlass" / "cutlass_library" / "source" / "include"  # where make puts it
-    assert headers.is_dir()
-    flags = "-std=c++17 --expt-relaxed-constexpr --extended-lambda -Icsrc -DNDEBUG -DDFT_CUTLASS -Xptxas -v,-Werror"
-    flags += " -Werror all-warnings -gencode=arch=compute_90a,code=sm_90a -c csrc/cuda/exponentials.cu"
-    command = ["nvcc", *flags.split(), "-isystem", headers, "-o", tmp_path / "kernel.o"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert frames == [("0", "0", "0")] * 2
-    assert re.findall(r"Used (\d+) registers", done.stderr) == ["168", "168"]
 
 
 def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -175,10 +141,31 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @compiles
-def test_the_extension_builds_links_and_loads(tmp_path: Path) -> None:
+@pytest.mark.kept(where=lambda architectures: architectures == "9.0a")  # that with clusters, and on CUTLASS
+@pytest.mark.parametrize("architectures", ["9.0a", "8.0+PTX", "7.5 10.0"])
+def test_the_extension_builds_without_warnings_and_spills_links_and_loads(architectures: str, tmp_path: Path) -> None:
     """The CUDA kernels alone, on any machine with nvcc, GPU or not, CUDA in torch or not."""
-    done = build(tmp_path, TORCH_CUDA_ARCH_LIST="8.0+PTX", DFT_KERNELS_CPU="0")
+    cutlass = ROOT / "build" / "cutlass" / "cutlass_library" / "source"  # where make puts it
+    assert cutlass.is_dir()
+    done = build(
+        tmp_path, TORCH_CUDA_ARCH_LIST=architectures, DFT_KERNELS_CPU="0", DFT_KERNELS_CUTLASS=str(cutlass),
+        NVCC_APPEND_FLAGS="-Xptxas -v,-Werror -Werror all-warnings",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    names = architectures.split()
+    said = dict(
+        re.findall(r"^dft_kernels: nvcc of csrc/cuda/(\w+)\.cu said\n((?:(?!dft_kernels: ).*\n)*)", done.stdout, re.M)
+    )
+    assert len(said) == len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
+    for source, lines in said.items():
+        entries = lines.count("Compiling entry function")
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", lines)
+        assert frames == [("0", "0", "0")] * entries, source
+        assert entries >= len(names) * ENTRIES.get(source, len(divergences.TABLE) + 1), source
+        registers = [int(used) for used in re.findall(r"Used (\d+) registers", lines)]
+        assert all(used <= 168 for used in registers), source
+        if source == "exponentials":
+            assert registers == [168] * 2 * ("9.0a" in names)  # all that there are, and no more
     code = (
         "from dft_kernels.backends import BACKENDS, extension as e; import torch\n"
         "print(e.CUDA.DIVERGENCES, e.read_stamp()['cuda_kernels']['architectures'])\n"
@@ -187,7 +174,7 @@ def test_the_extension_builds_links_and_loads(tmp_path: Path) -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert f"{list(divergences.TABLE)} ['8.0+PTX']" in ran.stdout
+    assert f"{list(divergences.TABLE)} {names}" in ran.stdout
     assert "its kernels run on NVIDIA GPUs, not on cpu" in ran.stdout
     assert "None the C++ extension could not be built: DFT_KERNELS_CPU=0 at the build. " in ran.stdout
 

@@ -293,7 +293,7 @@ def test(study: Study, names: list[str]) -> None:
             arm, seed, how=how(settings), held_out=None if arm.flags is None else study.held_out(Path(model)),
             texts=[cut(text, study.tokenizer(), LENGTH) for text in samples.read(texts).texts],
             right={task: "".join(str(int(mark)) for mark in its.values()) for task, its in marks.items()},
-            values=found.values,
+            values=found.values, cost=found.cost,
         )  # fmt: skip
         print(f"{name}: written", flush=True)
 

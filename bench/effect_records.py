@@ -29,7 +29,7 @@ class Record:
     """A run. registered: its arm and the study's sizes, as they were; how: temperature, top_p, min_p and steps at
     inference; held_out: cross-entropy of held-out training text, of what was trained; texts: after the test's prompts,
     cut to the length of the human ones; right: by task, a digit a question, 1 for a right answer; values: of all
-    metrics; made: date, commit, machine, versions."""
+    metrics; cost: of the drawing, as `results.Evaluated` has it; made: date, commit, machine, versions."""
 
     registered: dict[str, Any]
     seed: int
@@ -38,6 +38,7 @@ class Record:
     texts: list[str]
     right: dict[str, str]
     values: list[Value]
+    cost: dict[str, float]
     made: dict[str, Any]
 
 

@@ -278,6 +278,7 @@ def validate(study: Study) -> None:
 
 def test(study: Study, names: list[str]) -> None:
     """Texts and metrics of the arms that are trained, unless they are there."""
+    tokenizer = study.tokenizer()
     for arm, seed in seeds_first(names):
         model, name = study.model(arm, seed), f"{arm.name}-{seed}"
         made = model == "smollm2" or (Path(model) / "config.json").exists()
@@ -291,7 +292,7 @@ def test(study: Study, names: list[str]) -> None:
             marks |= right(arm.tasks, study.cache, file, QUESTIONS)
         study.records.keep(
             arm, seed, how=how(settings), held_out=None if arm.flags is None else study.held_out(Path(model)),
-            texts=[cut(text, study.tokenizer(), LENGTH) for text in samples.read(texts).texts],
+            texts=[cut(text, tokenizer, LENGTH) for text in samples.read(texts).texts],
             right={task: "".join(str(int(mark)) for mark in its.values()) for task, its in marks.items()},
             values=found.values, cost=found.cost,
         )  # fmt: skip

@@ -285,6 +285,12 @@ def test(study: Study, names: list[str]) -> None:
         if not arm.tested or not made or study.records.run(arm, seed) is not None:
             continue
         settings, folder = study.settings(arm, seed), study.folder / "test" / name
+        same = None if arm.of is None else study.records.run(BY_NAME[arm.of], seed)
+        if same is not None and same.how == how(settings):  # validation may choose what its models draw by anyway
+            its = {name: getattr(same, name) for name in ("how", "texts", "values", "cost")}
+            study.records.keep(arm, seed, held_out=None, right={}, **its)
+            print(f"{name}: as {arm.of}", flush=True)
+            continue
         found = study.written("test", name, model, settings, tasks=arm.tasks, questions=QUESTIONS)
         (texts,) = (folder / "samples").glob("*.jsonl")
         marks: dict[str, dict[int, bool]] = {}

@@ -20,7 +20,7 @@ from ..materials.sources import check_text
 from ..training.card import NAMES
 from ..training.config import Job, as_flags, read
 from ..training.progress import show
-from ..training.train import prepare
+from ..training.train import finished, prepare
 from ..training.trainer import DFTConfig
 from .arguments import (
     SEED,
@@ -212,6 +212,13 @@ def run(options: argparse.Namespace) -> int:
     job, training = options.job, options.training
     transformers.utils.logging.disable_progress_bar()  # of loading; Trainer's own stays
     out = console(quiet=options.quiet or (training.world_size > 1 and not training.should_log))
+    if (steps := finished(job, training)) is not None:
+        out.print(
+            f"nothing to do: {training.output_dir} holds all {steps} steps of this job. More of --max_steps or "
+            "--num_train_epochs trains on; another --output_dir trains anew.",
+            soft_wrap=True,
+        )
+        return 0
     with out.status("model, text, teacher"):
         ready = prepare(job, training, options.command)
     for line in ready.about:

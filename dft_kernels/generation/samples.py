@@ -21,7 +21,7 @@ from typing import Any
 from .. import __version__
 from ..errors import fail
 from ..files import Source
-from ..models.heads import check_positions
+from ..models.heads import check_ids, check_positions
 from ..store.fingerprint import model_fingerprint, tokenizer_fingerprint
 from . import native
 from .engine import Engine
@@ -180,6 +180,7 @@ def _encoded(tokenizer: Any, prompts: Sequence[str], sampling: Sampling, model: 
         if not row:
             fail("draw", f"prompts[{number}]", "hold a token", repr(prompts[number]), "Leave it out")
     longest = max(map(len, ids)) + sampling.length
+    check_ids(model, max(map(max, ids)), "draw", "prompts")
     remedy = "Shorten them, or draw fewer tokens"
     check_positions(model, longest, "draw", "prompts", "have, with sampling.length,", remedy)
     return ids

@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import fail
-from ..models.heads import check_positions
+from ..models.heads import check_ids, check_positions
 from .sampling import Sampling, ends_of, roll_out, text_after
 from .steps import Likeliest, Watch, ordered
 
@@ -141,6 +141,7 @@ def check_prompts(model: Any, prompts: Sequence[Sequence[int]], length: int) -> 
         fail("Stream", "length", "be at least 1", length, "Draw some")
     if not prompts or not all(prompts):
         fail("Stream", "prompts", "hold a token, each of them", "an empty one", "Leave it out")
+    check_ids(model, max(map(max, prompts)), "Stream", "prompts")
     longest = max(map(len, prompts)) + length
     check_positions(model, longest, "Stream", "length", "be, with the prompt,", "Lower it, or shorten the prompt")
 

@@ -39,6 +39,14 @@ def check_positions(model: Any, longest: int, function: str, argument: str, rela
         )
 
 
+def check_ids(model: Any, highest: int, function: str, argument: str, of: str = "model") -> None:
+    """ValueError for a token that a model, or its configuration, has no embedding of: its tokenizer is another's."""
+    vocab = getattr(getattr(model, "config", model).get_text_config(), "vocab_size", None)
+    if vocab is not None and highest >= vocab:
+        remedy = f"Put the {of}'s own tokenizer into its folder, or name another {of}"
+        fail(function, argument, f"be of ids below {vocab}, the {of}'s vocab_size", highest, remedy)
+
+
 class Tap(torch.nn.Module):
     """Replaces the head during one forward pass: records the hidden states that the head would multiply and returns
     logits of no rows [B, 0, V]. Other attributes are those of the head."""

@@ -25,7 +25,7 @@ from ..materials.models import read_texts
 from ..materials.records import Faults
 from ..materials.sources import ABOUT, check_model, documents_of, model_of, read_about, tokenizer_of
 from ..models.correction import CORRECTION_FILE, add_correction, save_correction
-from ..models.heads import check_positions, output_layer
+from ..models.heads import check_ids, check_positions, output_layer
 from ..store.reader import Store
 from ..targets import target_file
 from ..targets.target import Target
@@ -166,6 +166,21 @@ class Run:
             self.trainer.processing_class.save_pretrained(self.out)
 
 
+def finished(job: Job, options: DFTConfig) -> int | None:
+    """The steps of a job whose result lies in its folder, where no more are asked for, else None: a Trainer that goes
+    on from the last step would take one more."""
+    out = Path(options.output_dir or "")
+    found = None if options.resume_from_checkpoint else _resumable(job, out)
+    if found is None or "held_out" not in json.loads((out / ABOUT).read_text(encoding="utf-8")):
+        return None
+    state = json.loads((Path(found) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    steps: int = state["global_step"]
+    if options.max_steps > 0:
+        return steps if steps >= options.max_steps else None
+    whole = steps >= state["max_steps"] and state["num_train_epochs"] >= options.num_train_epochs
+    return steps if whole else None
+
+
 def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
     """Load a job's parts, small ones first: ValueError for what is wrong with any, before a model is loaded where that
     can be known, and before anything is written. command: arguments that make this job again, for its card."""
@@ -236,7 +251,10 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
     if job.stored:
         longest = max(int(starts.diff().max()) for starts in teacher.starts)
         check_positions(model, longest, "train", "teacher", "hold sequences of", "Capture with a smaller --max_length")
+        check_ids(model, teacher.contents.vocab_size - 1, "train", "teacher")
     longest = max((len(one.ids) for one in examples), default=0)
+    highest = max((int(one.ids.max()) for one in examples), default=0)
+    check_ids(model, highest, "train", "text")
     check_positions(model, longest, "train", "max_length", "be", "Lower it: longer ones are cut")
     if isinstance(data, Packs):
         for number in range(min(8, len(data))):
@@ -247,6 +265,7 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
     elif not job.stored and job.teacher is not None:
         teacher, _ = model_of(job.teacher, cache, argument="teacher")
         told = len(collate.principles) if isinstance(collate, PrinciplesCollator) else 0
+        check_ids(teacher, highest, "train", "text", "teacher")
         check_positions(teacher, told + longest, "train", "teacher", "take", "Lower --max_length: longer ones are cut")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()  # the same when resumed
     training, kept = Subset(data, order[job.held_out :]), Subset(data, order[: job.held_out])

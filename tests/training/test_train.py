@@ -223,7 +223,46 @@ def test_checkpoints_of_another_job_are_not_gone_on_with(folder: Path, capsys: p
     assert "hold checkpoints of this job, got" in (said := capsys.readouterr().err)
     assert "correction_rank 0 for 2" in said
     assert about["job"]["correction_rank"] == 0  # nothing was touched
-    assert run(folder, "--text", *texts(folder))[0] == 0  # the same job: at its end already
+
+
+def test_a_job_at_its_end_is_not_trained_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a finished job Trainer would take one step more; more steps, asked for, are gone on to."""
+    assert run(folder, "--text", *texts(folder))[0] == 0
+    weights = (folder / "out/model.safetensors").read_bytes()
+    capsys.readouterr()
+    code, about = run(folder, "--text", *texts(folder), "--learning_rate", "1e-2")
+    assert code == 0
+    assert f"nothing to do: {folder / 'out'} holds all 6 steps of this job. " in capsys.readouterr().out
+    assert (folder / "out/model.safetensors").read_bytes() == weights
+    assert about["held_out"]["after"]
+    assert run(folder, "--text", *texts(folder), "--max_steps", "8")[0] == 0
+    assert (folder / "out/checkpoint-8").is_dir()
+    assert (folder / "out/model.safetensors").read_bytes() != weights
+    by_epochs = ("--text", *texts(folder), "--max_steps", "-1", "--num_train_epochs")
+    for epochs, idle in (("4", False), ("4", True), ("5", False)):
+        assert run(folder, *by_epochs, epochs)[0] == 0
+        assert ("nothing to do" in capsys.readouterr().out) == idle
+
+
+def test_a_tokenizer_of_more_tokens_than_a_model_has(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before anything is written, of the model, a teacher, a store, and where a model is only drawn from."""
+    tiny(vocab_size=20).save_pretrained(folder / "small")
+    transformers.AutoTokenizer.from_pretrained(folder / "student").save_pretrained(folder / "small")
+    small, given = str(folder / "small"), ("--text", *texts(folder))
+    store = str(folder / "store")
+    assert cli.main(["capture", "--model", str(folder / "teacher"), *given, "--out", store, "--quiet"]) == 0
+    capsys.readouterr()
+    for command, said in (
+        (["train", "--model", small, *given], "text must be of ids below 20, the model's vocab_size, got"),
+        (["train", "--model", str(folder / "student"), "--teacher", small, *given],
+         "text must be of ids below 20, the teacher's vocab_size, got"),
+        (["train", "--model", small, "--teacher", store], "teacher must be of ids below 20, the model's"),
+        (["sample", small, "--prompt", WORDS[80]], "prompt must be of ids below 20, the model's vocab_size, got"),
+    ):  # fmt: skip
+        more = [*FAST, "--output_dir", str(folder / "none")] if command[0] == "train" else []
+        assert cli.main([*command, *more]) == 1, command
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert not (folder / "none").exists()
 
 
 def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,23 +210,18 @@ def _packages() -> Iterator[Finding]:
             wrong: one for one in _of(extra, given) if one.name != "torch" and (wrong := _missing(one)) is not None
         }
         missing = [*asked]
+        # by their names, not as an extra, which would build the kernels again
+        mend = f"pip install {shlex.join(f'{one.name}{one.specifier}' for one in asked.values())}"
         if extra and missing:
             new = [said for said in missing if said not in told] or ["those above"]
             told |= {*missing}
-            yield Finding("note", f"{_NEEDED_FOR[extra]}: without {', '.join(new)}", _install(extra))
+            yield Finding("note", f"{_NEEDED_FOR[extra]}: without {', '.join(new)}", mend)
         elif missing:
-            mend = f"pip install {shlex.join(f'{one.name}{one.specifier}' for one in asked.values())}"
             yield Finding("fault", f"required: {', '.join(missing)}", mend)
         elif extra:
             yield Finding("ok", f"{_NEEDED_FOR[extra]}: extra {extra}")
         else:
             yield Finding("ok", "required packages")
-
-
-def _install(extra: str) -> str:
-    if (_ROOT.parent / "setup.py").is_file():
-        return f"pip install --no-build-isolation -e {shlex.quote(f'{_ROOT.parent}[{extra}]')}"
-    return f"pip install 'dft-kernels[{extra}]'"
 
 
 def _of(extra: str, given: list[Any]) -> list[Any]:

@@ -106,8 +106,11 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """argparse's with defaults, where there are any, and of a flag's long names the first."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        nothing = action.default in (None, []) or action.default is False
-        return action.help if nothing else super()._get_help_string(action)
+        if action.default in (None, []) or action.default is False:
+            return action.help
+        if isinstance(action.default, (list, tuple)):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if action.option_strings and all(flag.startswith("--") for flag in action.option_strings):

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from .. import backends
 from ..backends.contract import Row
 from ..distributed.shards import Called, Shards, agree
-from .checks import Checks, Fields, transformed
+from .checks import FLOATING, Checks, Fields, transformed
 from .inputs import called, inputs, over_processes, parts
 from .options import Function, LossOptions, complete
 from .planning import check_plan, plan_fields
@@ -57,6 +58,17 @@ def build(
     compiling = torch.compiler.is_compiling()
     together = torch.compiler.disable(agree, reason="processes exchange sizes") if compiling else agree
     return together(function.name, name, group, size, made)  # type: ignore[no-any-return]
+
+
+def check_options(function: Function, options: Mapping[str, Any], teacher: Any = None, device: Any = None) -> None:
+    """What can be told of options before there is a batch: on one row, two tokens, nothing computed. teacher: of that
+    row; device: None where it is not known yet, so that a backend is one by its name alone."""
+    if device is None and options.get("backend") in backends.BACKENDS:
+        options = {**options, "backend": "auto"}
+    held = options.get("logits_dtype")  # which the hidden states may turn out to have
+    hidden = torch.zeros(1, 1, device=device, dtype=held if held in FLOATING else None)
+    label = torch.zeros(1, dtype=torch.int64, device=device)
+    build(function, hidden, hidden.new_zeros(2, 1), label, teacher, options)
 
 
 def _checked(

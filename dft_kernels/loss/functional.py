@@ -245,6 +245,8 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     if not isinstance(labels, Tensor) or labels.ndim == 0:
         got = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         fail("shift_labels", "labels", "be a tensor [..., T]", got, "Pass token ids", TypeError)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        fail("shift_labels", "labels", "be of an integer dtype", labels.dtype, "Pass token ids", TypeError)
     if labels.shape[-1] == 0:
         return labels.clone()
     return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)

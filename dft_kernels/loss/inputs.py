@@ -139,8 +139,9 @@ def inputs(
             check.fail(
                 function.names[0], "have at least one class (V >= 1)", list(hidden.shape), "Pass logits [..., V]"
             )
-    if function.labelled:
-        check.tensor("target", target)
+    if not isinstance(target, Tensor) and (function.labelled or target is not None):
+        remedy = "Pass a torch.Tensor; a teacher goes in as teacher="
+        check.fail("target", "be a tensor of labels", type(target).__name__, remedy, TypeError)
     fields: Fields = {
         "sharded": 0 if shards is None else shards.handle,
         "sums_hidden": bool(options["sum_hidden_gradient"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,11 +38,25 @@ def _loading(name: str, argument: str) -> Iterator[None]:
         ) from error
 
 
+def _meant(name: str, known: str, argument: str) -> None:
+    """ValueError for a misspelt name of what pip brings."""
+    if not Path(name).exists() and difflib.get_close_matches(name.lower(), [known], 1, 0.75):
+        raise ValueError(f"materials: {argument} must be a name that there is, got {name!r}. Did you mean {known}?")
+
+
 def check_model(name: str, argument: str = "model") -> None:
-    """ValueError for what `model_of` cannot load, from its configuration alone: before anything large is read."""
+    """ValueError for what `model_of` cannot load, from its configuration alone: before anything large is read, and
+    before a hub is asked for what can only be a folder."""
     import transformers
 
     if name != SMOLLM2:
+        _meant(name, SMOLLM2, argument)
+        local = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+        folder = Path(name)
+        if (folder.is_dir() and not (folder / "config.json").exists()) or (local and not folder.exists()):
+            got = f"{name!r}, {'without one' if folder.is_dir() else 'which is not there'}"
+            remedy = "Name what save_pretrained has written"
+            raise ValueError(f"materials: {argument} must be a folder with config.json, got {got}. {remedy}.")
         with _loading(name, argument):
             transformers.AutoConfig.from_pretrained(name)
 
@@ -159,6 +174,8 @@ def check_text(name: str) -> None:
     pipe = Path(name).is_fifo()  # can be read only once
     if name in (LAMBADA, COQA) or pipe:
         return
+    for known in (LAMBADA, COQA):
+        _meant(name, known, "text")
     if records.structured(name):
         records.check(name)
         return

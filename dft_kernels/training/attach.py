@@ -13,13 +13,16 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import fail
-from ..loss.functional import linear_distribution_loss
+from ..loss.build import check_options
+from ..loss.options import Function
 from ..models.heads import head_of, unwrapped
 from .fused_forward import OURS, WEIGHTS, Attachment, DistributionOutput, check_loss, targets_of, with_loss
 
 __all__ = ["DistributionOutput", "Held", "attach", "detach", "targets_of"]
 
 _THE_CALLS = ("bias", "low_rank", "logit_scale", "softcap", "reduction", "num_items", "ignore_index", "return_metrics")
+_CHECKED_IN_CALLS = {"potential", "group", "num_groups", "features", "feature_weight", "entropy_weight", "row_weight",
+                     "process_group"}  # fmt: skip
 
 
 class Held:
@@ -57,10 +60,10 @@ def attach(model: Any, **terms: Any) -> Any:
     `ddp.module(**batch)` goes around it, and gradients stay this process's without an error. The loss reads the head
     after the backbone ran: FSDP2 has to keep it in the root's unit or group it with the final norm, as accelerate does.
 
-    Raises ValueError for a model whose logits are not a scale and a softcap of its head's output, whose own loss is not
-    the next token's cross-entropy, or whose head has more to train than weight and bias: checked on a few tokens, in
-    training and evaluation mode. A call that asks for a loss raises where a forward that was set after attach computes
-    another one instead of calling the attached one.
+    Raises ValueError, TypeError for terms that are wrong whatever the call, and for a model whose logits are not a
+    scale and a softcap of its head's output, whose own loss is not the next token's cross-entropy, or whose head has
+    more to train than weight and bias: checked on a few tokens, in training and evaluation mode. A call that asks for a
+    loss raises where a forward that was set after attach computes another one instead of calling the attached one.
     """
     causal = _causal(model)
     if "_dft_kernels" in causal.__dict__:
@@ -70,12 +73,10 @@ def attach(model: Any, **terms: Any) -> Any:
             _fail(
                 name, "be left to the model and the call", "one", "The head's own are used; losses are means of tokens"
             )
-    known = inspect.signature(linear_distribution_loss).parameters
-    for name in terms:
-        if name not in known:
-            _fail(
-                name, "be a keyword of linear_distribution_loss", "another", f"There are {', '.join(list(known)[4:])}"
-            )
+    if "teacher" in terms:
+        _fail("teacher", "be given in each call", "one", "Call model(**batch, labels=labels, teacher=teacher)")
+    plain = {name: value for name, value in terms.items() if name not in _CHECKED_IN_CALLS}
+    check_options(Function("attach"), plain, torch.zeros(1, 2))
     head = head_of(causal, adapted=True)._replace(weight=None, bias=None)
     original, accepts = causal.__dict__.get("forward"), causal.__dict__.get("accepts_loss_kwargs")
     attachment = Attachment(original, accepts, inspect.signature(causal.forward), head, {})

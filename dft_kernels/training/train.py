@@ -240,7 +240,8 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
         elif principles is not None:
             collate = PrinciplesCollator.from_text(principles, tokenizer)
         first = examples[:3]
-    about = [*counted, *(f"{n}. {shown(e, tokenizer)}" for n, e in enumerate(first, 1))]
+    about = [*counted, "the first ones; what is in [brackets] is read and not learned:"]
+    about += [f"{n}. {shown(e, tokenizer)}" for n, e in enumerate(first, 1)]
     if len(data) <= job.held_out:
         got = "; ".join([f"{len(data)}", *left_out])
         raise ValueError(
@@ -324,10 +325,10 @@ def _resumable(job: Job, out: Path) -> str | None:
     known = {one.name: before.get(one.name, one.default) for one in fields(Job)}  # an older one has fewer
     apart = [name for name, value in vars(job).items() if name != "cache" and known[name] != value]
     if apart:
-        got = ", ".join(f"{name} {known[name]!r} for {getattr(job, name)!r}" for name in apart[:3])
+        got = ", ".join(f"{name}={known[name]!r} in place of {getattr(job, name)!r}" for name in apart[:3])
         raise ValueError(
-            f"train: output_dir must be new, or hold checkpoints of this job, got {out} with {got}. Name another "
-            "--output_dir, or --resume_from_checkpoint."
+            f"train: output_dir must be new, or hold checkpoints of this job, got {out} of one with {got}. Name "
+            "another --output_dir, or --resume_from_checkpoint."
         )
     return found
 

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..loss.build import build
+from ..loss.build import check_options
 from ..loss.metrics import Metrics
 from ..loss.options import Function
 from ..store.reader import Store
@@ -23,7 +23,7 @@ from .collators import PROMPTED, PrinciplesCollator
 from .progress import TermsCallback, load_terms, peak_memory_gb, show_metrics, term_logs
 from .rollouts import OwnText
 from .serving import serve
-from .teaching import STORED, asked, check_prompted, parts_of, stand_in
+from .teaching import STORED, asked, check_fits, check_prompted, parts_of, stand_in
 
 METRICS = ("hard_loss", "soft_loss", "entropy", "accuracy", "teacher_agreement")
 OF_CALLS = ("dropped", "active_columns")  # metrics of a whole call
@@ -79,7 +79,7 @@ class DFTConfig(transformers.TrainingArguments):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"DFTConfig: {name} must be an int of at least {least}, got {value!r}. Change it.")
-        _check("DFTConfig", self, torch.zeros(1, 2), gradient_error=self.loss_gradient_error)
+        check_options(Function("DFTConfig"), self.terms, torch.zeros(1, 2))
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 f"DFTConfig: label_smoothing_factor must be 0, got {self.label_smoothing_factor}, for which Trainer "
@@ -97,7 +97,8 @@ class DFTConfig(transformers.TrainingArguments):
             "teacher_temperature",
             "temperature_scaling",
         )
-        return {name: getattr(self, name) for name in names}
+        own = {name: f"loss_{name}" for name in ("memory_budget", "backend", "gradient_error")}
+        return {name: getattr(self, own.get(name, name)) for name in (*names, *own)}
 
 
 class DFTTrainer(transformers.Trainer):
@@ -167,14 +168,10 @@ class DFTTrainer(transformers.Trainer):
             )
         self.sums: dict[str, Tensor] = {}
         self.since: float | None = None
-        how = {
-            "memory_budget": args.loss_memory_budget,
-            "backend": args.loss_backend,
-            "gradient_error": args.loss_gradient_error,
-        }
-        _check("DFTTrainer", args, stand_in(teacher, args.device), args.device, **how)
+        check_options(Function("DFTTrainer"), args.terms, stand_in(teacher, args.device), args.device)
+        check_fits(teacher, model)
         own = None if rollout_terms is None else OwnText(model, rollout_terms, args, _end_of(model, more))
-        super().__init__(attach(model, **args.terms, **how), args, **more)
+        super().__init__(attach(model, **args.terms), args, **more)
         self.asked, self.own_text = asked(teacher, args.device), own
         if own is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
@@ -300,12 +297,6 @@ class DFTTrainer(transformers.Trainer):
 
     def _add(self, name: str, pair: Tensor) -> None:
         self.sums[name] = pair + self.sums.get(name, torch.zeros_like(pair))
-
-
-def _check(function: str, args: DFTConfig, teacher: Any, device: Any = "cpu", **more: Any) -> None:
-    """What a loss's own checks can tell before there is a batch: on one row, two tokens, nothing computed."""
-    hidden, label = torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    build(Function(function), hidden, hidden.new_zeros(2, 1), label, teacher, {**args.terms, **more})
 
 
 def _end_of(model: Any, more: dict[str, Any]) -> int | None:

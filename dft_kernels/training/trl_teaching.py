@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..errors import fail
-from ..loss.build import build
+from ..loss.build import check_options
 from ..loss.options import Function
 from ..terms import Delayed, DistributionTerm
 from .fused_forward import Attachment, fused_loss
 from .progress import TermsCallback
 from .serving import serve
-from .teaching import STORED, asked, parts_of, stand_in
+from .teaching import STORED, asked, check_fits, stand_in
 
 _OPTIONS = ("divergence", "soft_weight", "hard_weight", "temperature", "teacher_temperature", "temperature_scaling",
             "label_smoothing", "z_loss", "memory_budget", "logits_dtype", "backend", "gradient_error")  # fmt: skip
@@ -79,10 +79,9 @@ def lesson_of(trainer: Any, teacher: Any, terms: Any, decay: float, options: dic
     ):
         if value != plain:
             _fail(name, f"be {plain!r} where there is a teacher or terms", repr(value), "Leave it out")
-    parts_of(teacher, "fuse")
+    check_fits(teacher, trainer.accelerator.unwrap_model(trainer.model), "fuse")
     device = args.device
-    hidden, label = torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    build(Function("fuse", _OPTIONS), hidden, hidden.new_zeros(2, 1), label, stand_in(teacher, device), options)
+    check_options(Function("fuse", _OPTIONS), options, stand_in(teacher, device), device)
     delayed = Delayed(terms, decay) if isinstance(terms, DistributionTerm) else terms
     return Lesson(asked(teacher, device, "fuse"), delayed, options, trainer._metrics["train"], teacher)
 

@@ -91,6 +91,7 @@ def test_beside_itself_with_other_settings(here: Path, capsys: pytest.CaptureFix
     ):
         assert words in said
     assert sample("--out", "plain.jsonl") == 0
+    assert "KL from the model" not in capsys.readouterr().out  # nothing was set
     assert [one["text"] for one in records(here / "plain.jsonl")] == [one["text"] for one in found[::2]]
 
 

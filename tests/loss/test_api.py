@@ -273,6 +273,9 @@ def test_modules_and_shift(tensors):
     close([ce(hidden, weight, target)], [dk.linear_cross_entropy(hidden, weight, target, reduction="sum")], 0.0)
     ids = torch.arange(8).view(2, 4)
     assert dk.shift_labels(ids).tolist() == [[1, 2, 3, -100], [5, 6, 7, -100]]
+    for wrong in (ids.float(), ids > 2):
+        with pytest.raises(TypeError, match="shift_labels: labels must be of an integer dtype, got torch"):
+            dk.shift_labels(wrong)
 
 
 def test_oracle_arguments_are_complete():

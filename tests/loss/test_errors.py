@@ -35,6 +35,7 @@ CALLS = {  # what is given beside hidden, weight, target -> what the message mus
     "low_rank_up": ({"low_rank": (H_, W.t())}, ValueError, r"low_rank's up must have shape \[9, 4\].*got \[4, 9\]"),
     "low_rank_dtype": ({"low_rank": (H_, W.bfloat16())}, TypeError, "low_rank's up must have hidden's dtype torch.float32"),
     "low_rank_device": ({"low_rank": (H_.to("meta"), W)}, ValueError, "low_rank's down must be on hidden's device cpu"),
+    "target_teacher": ({"target": dk.TeacherHead(H_, W)}, TypeError, "got TeacherHead. Pass a .*; a teacher goes in as teacher="),
     "target_shape": ({"target": T[:3]}, ValueError, r"target must have shape \[6\] \(hidden's leading shape\), got \[3\]"),
     "target_dtype": ({"target": T.int()}, TypeError, "target must be int64, got torch.int32"),
     "target_probabilities": ({"target": P[:, 0]}, TypeError, "Class probabilities"),
@@ -97,7 +98,7 @@ def test_loss(name: str) -> None:
 def test_cross_entropy_names_its_own_arguments() -> None:
     with pytest.raises(ValueError, match=r"linear_cross_entropy: linear_weight must have shape"):
         dk.linear_cross_entropy(H_, W.t(), T)
-    with pytest.raises(TypeError, match="linear_cross_entropy: target must be a tensor, got NoneType"):
+    with pytest.raises(TypeError, match="linear_cross_entropy: target must be a tensor of labels, got NoneType"):
         dk.linear_cross_entropy(H_, W, None)
     with pytest.raises(ValueError, match="weight must come without label_smoothing"):
         dk.linear_cross_entropy(H_, W, T, weight=torch.ones(V), label_smoothing=0.1)

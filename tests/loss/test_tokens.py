@@ -178,7 +178,7 @@ WRONG = {
     "temperature must be greater than 0, got 0": {"temperature": 0},
     "temperature must be greater than 0, got inf": {"temperature": float("inf")},
     r"target must have shape \[29\]": {"target": torch.zeros(3, dtype=torch.int64)},
-    "target must be a tensor, got NoneType": {"target": None},
+    "target must be a tensor of labels, got NoneType": {"target": None},
     "target must hold labels in 0..100 or -100": {"target": torch.full((29,), 101)},
     "softcap must be greater than 0 or None": {"softcap": -1.0},
     r"low_rank must be two tensors \(down \[..., r\], up \[V, r\]\)": {"low_rank": torch.zeros(2)},

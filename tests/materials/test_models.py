@@ -14,7 +14,7 @@ from dft_kernels.materials import models as materials
 from dft_kernels.materials import texts as preset_texts
 from dft_kernels.materials.models import COQA
 from dft_kernels.materials.records import Faults
-from dft_kernels.materials.sources import documents_of, texts_of
+from dft_kernels.materials.sources import check_model, check_text, documents_of, texts_of
 
 
 @pytest.fixture
@@ -64,3 +64,34 @@ def test_dialogues(tmp_path: Path) -> None:
     assert texts_of(["coqa"], tmp_path, "assistant") == ["a barn", "here", "a cat"]
     _, said = preset_texts.documents_of("conversational", tmp_path)
     assert said == ["What?\n\na barn\n\nWhere?\n\nhere\n", "Who?\n\na cat\n"]
+
+
+def test_misspelt_names_and_missing_folders_are_told_before_a_hub_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*_: object, **__: object) -> None:
+        raise AssertionError("asked for")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", ask)
+    monkeypatch.chdir(tmp_path)
+    for name in ("smolm2", "SmolLM2", "smollm"):
+        with pytest.raises(
+            ValueError, match=rf"model must be a name that there is, got '{name}'. Did you mean smollm2"
+        ):
+            check_model(name)
+    for name in ("teacher/", "./teacher", f"{tmp_path}/teacher", "runs/of/mine"):
+        with pytest.raises(ValueError, match=r"teacher must be a folder with config\.json, got .*, which is not there"):
+            check_model(name, "teacher")
+    Path("teacher").mkdir()
+    with pytest.raises(ValueError, match=r"got 'teacher', without one\. Name what save_pretrained has written"):
+        check_model("teacher")
+    Path("smollm").mkdir()
+    (tmp_path / "smollm" / "config.json").write_text("{}")
+    for name in ("gpt2", "owner/name", "smollm"):
+        with pytest.raises(AssertionError, match="asked for"):
+            check_model(name)
+    for name, known in (("lamabda", "lambada"), ("coca", "coqa")):
+        with pytest.raises(ValueError, match=f"text must be a name that there is, got '{name}'. Did you mean {known}"):
+            check_text(name)
+        Path(name).write_text("A text of that name.")
+        check_text(name)

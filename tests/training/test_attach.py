@@ -297,8 +297,19 @@ def test_a_frozen_backbone() -> None:
 
 def test_mistakes() -> None:
     model = tiny()
-    with pytest.raises(ValueError, match=r"attach: divergense must be a keyword of linear_distribution_loss"):
+    with pytest.raises(
+        TypeError, match=r"attach: divergense must be a keyword that it takes, .* Did you mean divergence"
+    ):
         attach(model, divergense="reverse_kl")
+    for wrong, message in (
+        ({"divergence": "kl"}, "attach: divergence must be one of forward_kl"),
+        ({"temperature": 0.0}, "attach: temperature must be greater than 0"),
+        ({"backend": "gpu"}, "attach: backend must be one of auto"),
+        ({"teacher": IDS}, "attach: teacher must be given in each call"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attach(model, **wrong)
+    detach(attach(model, backend="cuda", logits_dtype=torch.bfloat16))  # of tensors that are not there yet
     with pytest.raises(ValueError, match=r"attach: softcap must be left to the model"):
         attach(model, softcap=3.0)
     with pytest.raises(ValueError, match=r"attach: model must be a causal LM of transformers, got Linear"):

@@ -211,7 +211,7 @@ def test_the_command(tmp_path: Path, tokenizer: Any, capsys: Any) -> None:
     for wrong, reason in (
         (["--kind", "hidden"], "manifest.json: kind must be 'hidden' as in this capture"),
         (["--vocab-size", "101"], "--vocab-size must lie in 1..100"),
-        (["--model", str(tmp_path / "none")], "--model must be a folder or name that transformers loads"),
+        (["--model", str(tmp_path / "none")], "--model must be a folder with config.json, got"),
     ):
         assert cli.main([*line, *wrong]) == 1
         assert reason in capsys.readouterr().err

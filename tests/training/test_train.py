@@ -221,7 +221,7 @@ def test_checkpoints_of_another_job_are_not_gone_on_with(folder: Path, capsys: p
     code, about = run(folder, "--text", *texts(folder), "--correction_rank", "2")
     assert code == 1
     assert "hold checkpoints of this job, got" in (said := capsys.readouterr().err)
-    assert "correction_rank 0 for 2" in said
+    assert "correction_rank=0 in place of 2" in said
     assert about["job"]["correction_rank"] == 0  # nothing was touched
 
 
@@ -300,7 +300,9 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (*given, "--correction_rank", "2", "--push_to_hub", "true"): "--push_to_hub must be false with correction_rank",
         (*given, "--target", "literary"): "--target must be given together with terms",
         given: "--text must hold more than the 16 sequences that are held out, got 1",
-        (*given, "--teacher", "nowhere", "--held_out", "0"): "--teacher must be a folder",
+        (*given, "--teacher", "nowhere", "--held_out", "0"): "--teacher must be a folder or name that transformers",
+        (*given, "--teacher", "no/where/", "--held_out", "0"): "--teacher must be a folder with config.json, got 'no/",
+        ("--model", "smolm2", "--text", text): "--model must be a name that there is, got 'smolm2'. Did you mean",
         (*given, "--length", "9", "stray"): "stray must follow a flag that takes it",
     }.items():
         assert cli.main(["train", *arguments, "--output_dir", str(tmp_path / "none"), "--use_cpu"]) in (1, 2)

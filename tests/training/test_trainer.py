@@ -192,7 +192,8 @@ def test_mistakes_in_the_teacher_and_the_loss_come_at_construction(store: Store,
         (Mixture([sparse, Labels()], [0.5, 0.5]), {}, {}, "teacher must hold no store of a top k as such in a Mixture"),
         (sparse, {"temperature": 2.0}, {}, "DFTTrainer: teacher_temperature must be 1.0"),
         (store, {"divergence": "kl"}, {}, "DFTConfig: divergence must be one of forward_kl"),
-        (store, {"loss_backend": "gpu"}, {}, "DFTTrainer: backend must be one of auto"),
+        (store, {"loss_backend": "gpu"}, {}, "DFTConfig: backend must be one of auto"),
+        (tiny(vocab_size=65), {}, {}, "teacher must have the model's vocabulary of 64, got a vocabulary of 65"),
         (store, {}, {"data_collator": collator}, "teacher must be a model, .*got a Store, whose rows are there"),
         (None, {}, {"data_collator": collator}, "teacher must be a model, .*got none that could be run"),
         (Mixture([store, teacher()], [0.5, 0.5]), {}, {"data_collator": collator}, "teacher must be a model"),
@@ -202,3 +203,7 @@ def test_mistakes_in_the_teacher_and_the_loss_come_at_construction(store: Store,
         with pytest.raises((ValueError, TypeError), match=message):
             DFTTrainer(model, config(tmp_path, **changes), given, **more)
         assert "forward" not in model.__dict__  # nothing was attached
+    with pytest.raises(ValueError, match="teacher must be another model than the one that is trained"):
+        DFTTrainer(model, config(tmp_path), model)
+    with pytest.raises(ValueError, match="teacher must have the model's vocabulary of 65, got a vocabulary of 64"):
+        DFTTrainer(tiny(vocab_size=65), config(tmp_path), store)

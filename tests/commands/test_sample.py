@@ -5,7 +5,9 @@ from __future__ import annotations
 import _thread
 import json
 import re
+import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,15 @@ def test_mistakes_are_one_line_before_a_model_is_read(
     assert sorted(here.rglob("*")) == files
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Tests that a shell has started with & ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_ends_the_draws(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -147,6 +147,10 @@ def test_the_bound_holds(case: str, backend: str, chunk_size: int | None) -> Non
     assert exact[1].dropped is None
 
 
+_INTERPRETED = ("cross-entropy", torch.bfloat16)  # of Triton, which takes a minute a cell
+
+
+@pytest.mark.kept(where=lambda case, backend, dtype: backend != "triton" or (case, dtype) == _INTERPRETED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", PRESENT)
 @pytest.mark.parametrize("case", ["cross-entropy", "forward KL"])

@@ -258,7 +258,7 @@ def test_what_the_gpu_script_calls(
 
     dry = gpu_sh(tmp_path / "dry", "--dry-run", "--out", str(out))
     timings, rows, trace = dry.calls[1], dry.calls[2], dry.calls[-1]
-    assert load("timings").main(timings[1:]) == 0
+    assert load("timings").main([*timings[1:], "--limit", "600"]) == 0  # whatever else this machine does
     said = (out / "bars.txt").read_text()
     assert re.search(r"dft_kernels native .* x floor .* GiB  bar 1.10: (met|MISSED)", said)
     assert "host time of a call" in said
@@ -269,7 +269,7 @@ def test_what_the_gpu_script_calls(
         table = list(csv.DictReader((out / "rows.csv").open()))
         assert {row["design"] for row in table} == {"cuda lean", "cuda generic"}
         assert all(float(row["apart"]) < 4e-3 for row in table)
-    assert load("timings").main(trace[1:]) == 0
+    assert load("timings").main([*trace[1:], "--limit", "600"]) == 0
     assert (out / "trace.json.gz").stat().st_size > 1000
     capsys.readouterr()
     for arguments, code, words in (

@@ -181,9 +181,9 @@ def _summary(columns: list[Column]) -> Any:
     table.add_row("tokens", *(str(sum(map(len, one.written))) for one in columns))
     for n in (1, 2, 3):
         table.add_row(f"distinct-{n}", *(f"{distinct(one.written, n):.3f}" for one in columns))
-    set_ = any(one.settings != one.settings.plain for one in columns)  # else each draws from its model as it is
+    shaped = any(one.settings != one.settings.plain for one in columns)  # else each draws from its model as it is
     for name, about in (("entropy", "entropy, nats a token"), ("kl", "KL from the model, nats a token")):
-        if all(one.drawn for one in columns) and (set_ or name != "kl"):
+        if all(one.drawn for one in columns) and (shaped or name != "kl"):
             means = (sum(getattr(token, name) for token in one.drawn) / len(one.drawn) for one in columns)
             table.add_row(about, *(f"{mean:.4f}" for mean in means))
     return table

@@ -4,7 +4,7 @@ Stages, in this order; each keeps what it has done, and goes on where it was sto
 kept under bench/results/effect, so that it goes on on another machine too: models are made again where a run still
 asks for them.
 
-    prepare    the novels as files, their target
+    prepare    the novels as files, their target, and the first of the test's prompts
     pilot      cross-entropy alone by each learning rate, from which RATE was chosen
     train      the arms, by dft-kernels train, in the order of ARMS, the first seed of all before the second of any
     validate   the first SFT by eight ways of sampling, on the validation novel
@@ -53,7 +53,7 @@ from effect_arms import (
     Arm,
     bar,
 )
-from effect_records import Record, Records, known
+from effect_records import FIRST, Record, Records, Shown, known
 
 from dft_kernels.benchmarks.runs import about
 from dft_kernels.benchmarks.tables import write_csv
@@ -63,7 +63,7 @@ from dft_kernels.evaluation.documents import Documents
 from dft_kernels.evaluation.measure import measured
 from dft_kernels.evaluation.metrics import METRICS, Sample
 from dft_kernels.evaluation.paired import between_seeds, holm, paired
-from dft_kernels.evaluation.people import cut, people
+from dft_kernels.evaluation.people import People, cut, people
 from dft_kernels.evaluation.results import FILE, Evaluated, load
 from dft_kernels.evaluation.retention import right
 from dft_kernels.evaluation.subject import Job, Model
@@ -143,6 +143,13 @@ class Study:
         for name, text in zip(NOVELS, documents_of("literary", self.cache)[1], strict=True):
             replace_text(self.folder / f"{name}.txt", text)
         self.target()
+        first = self.people().reference[:FIRST]
+        self.records.keep_shown(Shown([one.prompt for one in first], [one.text for one in first]))
+
+    def people(self) -> People:
+        """The test novel's passages: prompts, and what its author wrote."""
+        those = [Path(file).read_text() for file in self.texts("test")]
+        return people(those, self.tokenizer(), PROMPT, LENGTH, COUNT)
 
     @staticmethod
     def held_out(out: Path) -> float:
@@ -307,8 +314,7 @@ def test(study: Study, names: list[str]) -> None:
 
 def compare(study: Study) -> None:
     """The named metrics of every arm that was tested, beside its control; whether the bar is met."""
-    tokenizer = study.tokenizer()
-    those = people([Path(file).read_text() for file in study.texts("test")], tokenizer, PROMPT, LENGTH, COUNT)
+    tokenizer, those = study.tokenizer(), study.people()
     pool, prompts = [one.text for one in those.all], [one.prompt for one in those.all]
     rows: dict[tuple[str, int], Any] = {}
     records: dict[str, list[Record]] = {}

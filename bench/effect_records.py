@@ -22,6 +22,7 @@ from dft_kernels.files import Source, replace_text
 from dft_kernels.generation.sampling import Sampling
 
 Kept = TypeVar("Kept", "Record", "Validation")
+FIRST = 10  # prompts, the first, whose texts the page shows
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,14 @@ class Validation:
     sampling: Sampling
     sweep: list[Swept]
     made: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The first prompts of the test, and what their author wrote after them."""
+
+    prompts: list[str]
+    texts: list[str]
 
 
 def registered(arm: Arm) -> dict[str, Any]:
@@ -82,6 +91,15 @@ class Records:
         """Write the sweep's."""
         self._write("validation", Validation(registered(BY_NAME[SFT]), sampling, sweep, about("cpu")))
 
+    def shown(self) -> Shown | None:
+        """The first of the test's prompts, None before `prepare`."""
+        source = Source("effect", self.folder / "shown.json", "Run prepare again")
+        return source.record(Shown, source.json(1 << 24)) if source.path.exists() else None
+
+    def keep_shown(self, one: Shown) -> None:
+        """Write these."""
+        self._write("shown", one)
+
     def _read(self, kind: type[Kept], name: str, arm: Arm) -> Kept | None:
         file = self.folder / f"{name}.json"
         if not file.exists():
@@ -93,7 +111,7 @@ class Records:
             source.fail("registered", "be as bench/effect_arms.py is", f"another {', '.join(differ)}")
         return found
 
-    def _write(self, name: str, one: Record | Validation) -> None:
+    def _write(self, name: str, one: Record | Validation | Shown) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.folder / f"{name}.json", json.dumps(asdict(one), indent=1, ensure_ascii=False) + "\n")
 

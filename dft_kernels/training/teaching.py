@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import fail
-from ..models.heads import head_of, hidden_states, output_layer, unwrapped
+from ..models.heads import head_of, hidden_states, output_layer, parted, unwrapped
 from ..store.reader import Store
 from ..teachers.head import TeacherHead
 from ..teachers.mixture import Labels, Mixture
@@ -106,24 +106,24 @@ def parts_of(teacher: Any, by: str = "DFTTrainer") -> list[Any]:
 def check_fits(teacher: Any, model: Any, by: str = "DFTTrainer") -> None:
     """Refuse a model, or a store of hidden states, of another vocabulary than the model that is trained, or that model
     itself."""
-    student = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
-    if student is None:
-        return  # attach says what it must be
-    vocab = len(output_layer(unwrapped(model)).weight)
+    ours = _vocabulary(model)
     for part in parts_of(teacher, by):
-        if isinstance(part, torch.nn.Module):
-            if unwrapped(part) is unwrapped(model):
-                remedy = "Load it a second time, or leave the teacher out"
-                fail(by, "teacher", "be another model than the one that is trained", "the same", remedy)
-            own = output_layer(unwrapped(part))
-            size = vocab if own is None else len(own.weight)
-        else:
-            stored = isinstance(part, Store) and part.contents.kind != "topk"
-            size = part.contents.vocab_size if stored else vocab
-        if size != vocab:
+        if isinstance(part, torch.nn.Module) and unwrapped(part) is unwrapped(model):
+            remedy = "Load it a second time, or leave the teacher out"
+            fail(by, "teacher", "be another model than the one that is trained", "the same", remedy)
+        if None not in (ours, theirs := _vocabulary(part)) and theirs != ours:
             remedy = "Take one of the same tokenizer; of a padded head, a store of dft-kernels capture --vocab-size, "
             remedy += "or a function of the batch that returns TeacherHead(..., vocab_size=)"
-            fail(by, "teacher", f"have the model's vocabulary of {vocab}", f"a vocabulary of {size}", remedy)
+            fail(by, "teacher", f"have the model's vocabulary of {ours}", f"a vocabulary of {theirs}", remedy)
+
+
+def _vocabulary(of: Any) -> int | None:
+    """The tokens of a model's head, or of a store's; None where there is none to be told, or not all of it here."""
+    if isinstance(of, Store):
+        return None if of.contents.kind == "topk" else of.contents.vocab_size
+    inner = unwrapped(of)
+    layer = output_layer(inner) if hasattr(inner, "get_output_embeddings") else None
+    return None if layer is None or parted(layer) is not None else len(layer.weight)
 
 
 def stand_in(teacher: Any, device: torch.device) -> Any:

@@ -16,6 +16,7 @@ from transformers.hf_argparser import string_to_bool
 from dft_kernels.commands import arguments, bench, target
 from dft_kernels.commands import main as cli
 from dft_kernels.commands.arguments import Checked, Number, OutputFile, Whole
+from dft_kernels.generation.refiner import TOWARDS
 from dft_kernels.materials.sources import check_text
 from dft_kernels.targets import target_file
 
@@ -226,3 +227,9 @@ def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         assert cli.main([name]) == 1
         said = f"dft-kernels {name}: matplotlib must be installed, got none. Run pip install 'dft-kernels[{extra}]'.\n"
         assert capsys.readouterr().err == said
+
+
+def test_a_default_of_several_values_is_shown_as_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "--help"])
+    assert f"(default: {' '.join(TOWARDS)})" in " ".join(capsys.readouterr().out.split())

@@ -11,6 +11,8 @@ import dft_kernels as dk
 from dft_kernels import TeacherHead, TeacherLogits, divergences
 from dft_kernels.backends import BACKENDS
 from dft_kernels.backends.reference import ReferenceBackend
+from dft_kernels.loss.build import check_options
+from dft_kernels.loss.options import Function
 
 FORM = re.compile(r"^[\w.]+: .+ must .+, got .+\. .+\.$", re.S)
 N, H, V = 6, 4, 9
@@ -93,6 +95,19 @@ def test_loss(name: str) -> None:
     with pytest.raises(error, match=text) as caught:
         dk.linear_distribution_loss(**arguments)
     assert FORM.match(str(caught.value)), str(caught.value)
+
+
+def test_options_alone() -> None:
+    """Of a call that is not made yet: a dtype that hidden states may have, a backend of a device that may come."""
+    function = Function("later")
+    check_options(function, {"logits_dtype": torch.bfloat16, "backend": "cuda"}, torch.zeros(1, 2))
+    for wrong, text in (
+        ({"logits_dtype": torch.int8}, "later: logits_dtype must be None"),
+        ({"backend": "gpu"}, "later: backend must be one of auto"),
+        ({"temperature": -1.0}, "later: temperature must be greater than 0"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            check_options(function, wrong, torch.zeros(1, 2))
 
 
 def test_cross_entropy_names_its_own_arguments() -> None:

@@ -206,6 +206,7 @@ def test_a_masked_store(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert train(folder, "--teacher", str(store)) == 0
     said = capsys.readouterr().out
     assert "30 rows, 480 tokens, of the store" in said
+    assert "the first ones; what is in [brackets] is read and not learned:" in said
     assert "1. [user word0 word3 word6 word9 </s> assistant]word12 word15" in said
     assert cli.main(capture) == 1
     assert "masked must be False as in this capture, got True" in capsys.readouterr().err

@@ -148,7 +148,7 @@ def training(options: argparse.Namespace) -> list[dict[str, Any]]:
             return held_out(model, plain, lambda _: store.teacher(next(each), model.device))
 
         student = every_second_layer(teacher).requires_grad_(True)
-        for seed, error in product(range(options.seeds), (None, ERRORS[0])):
+        for seed, error in product(options.seeds, (None, ERRORS[0])):
             if (seed, str(error or "")) in done:
                 continue
             own, place = replace(sizes, seed=seed), Path(folder) / f"{seed}-{error}"
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cache", type=Path, default=cache_folder())
     parser.add_argument("--csv", type=Path, default=None, help="where to write the table")
     options = parser.parse_args()

@@ -137,7 +137,7 @@ def training(options: argparse.Namespace) -> list[dict[str, Any]]:
         with options.csv.open(newline="") as file:
             rows = list(csv.DictReader(file))
     done = {(int(row["seed"]), row["gradient_error"]) for row in rows if int(row["step"]) == sizes.steps}
-    active._PREPARES = 0  # whatever it costs
+    active.PREPARES = 0  # whatever it costs
     with tempfile.TemporaryDirectory() as folder:
         store = capture(teacher, tokenizer, sequences, Path(folder) / "teacher", name="teacher")
         batches = [store.batch(range(n, min(n + sizes.batch, HELD_OUT))) for n in range(0, HELD_OUT, sizes.batch)]

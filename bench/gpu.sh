@@ -7,10 +7,11 @@
 #   bench/gpu.sh [--out FOLDER] [--limit SECONDS] [--dry-run] [SECTION...]
 #
 #   sections, in this order: check timings rows suite large memcheck racecheck trace; and, only where named, build
-#   (before them) and errors (real hidden states, see docs/performance.md; CACHE=FOLDER has the file of the inputs)
+#   (before them), errors and active (gradient_error), both of real hidden states, see docs/performance.md;
+#   CACHE=FOLDER has the file of the inputs
 #
-#   --out FOLDER    log.txt, summary.txt, bars.txt, timings.csv, rows.csv, trace.json.gz, errors.csv (default: $OUT,
-#                   else bench/results/gpu-DATE)
+#   --out FOLDER    log.txt, summary.txt, bars.txt, timings.csv, rows.csv, trace.json.gz, errors.csv, active.csv
+#                   (default: $OUT, else bench/results/gpu-DATE)
 #   --limit S       of all default sections together (default: 240); each has its share, and what was left before it
 #   --dry-run       the same sections on a CPU, tiny
 #
@@ -23,7 +24,7 @@ PYTHON=${PYTHON:-python3}
 COMMIT=${COMMIT:-$(git describe --always --dirty=+ 2>/dev/null || echo unknown)}
 DEFAULT=(check timings rows suite large memcheck racecheck trace)
 declare -A SHARE=([check]=10 [timings]=75 [rows]=20 [suite]=80 [large]=13 [memcheck]=19 [racecheck]=14 [trace]=9)
-SHARE[build]=180 SHARE[errors]=120 # beyond the limit: only where named
+SHARE[build]=180 SHARE[errors]=120 SHARE[active]=60 # beyond the limit: only where named
 DRY='' LIMIT=240 NAMED=()
 usage() { echo "bench/gpu.sh: $1. See the head of the script."; exit 2; }
 while (($#)); do
@@ -32,7 +33,7 @@ while (($#)); do
         --out) OUT=${2:?bench/gpu.sh: --out must have a folder}; shift ;;
         --limit) LIMIT=${2:?bench/gpu.sh: --limit must have seconds}; shift ;;
         -*) usage "there is no option $1" ;;
-        *) [[ -n "${SHARE[$1]:-}" ]] || usage "a section must be one of build ${DEFAULT[*]} errors, got $1"
+        *) [[ -n "${SHARE[$1]:-}" ]] || usage "a section must be one of build ${DEFAULT[*]} errors active, got $1"
            NAMED+=("$1") ;;
     esac
     shift
@@ -42,7 +43,7 @@ done
 OUT=${OUT:-$([[ -n "$DRY" ]] && echo build/gpu-dry-run || echo "bench/results/gpu-$(date +%Y-%m-%d)")}
 mkdir -p "$OUT" || exit 2
 OUT=$(cd "$OUT" && pwd)
-rm -f "$OUT"/{log.txt,summary.txt,bars.txt,timings.csv,rows.csv,trace.json.gz,errors.csv}
+rm -f "$OUT"/{log.txt,summary.txt,bars.txt,timings.csv,rows.csv,trace.json.gz,errors.csv,active.csv}
 SITE=$(mktemp -d)
 trap 'rm -rf "$SITE"' EXIT
 echo "import os, site; site.addsitedir(os.path.dirname(__file__))" >"$SITE/sitecustomize.py" # for wheels with a .pth
@@ -103,10 +104,11 @@ run() {
     local pytest=("$PYTHON" -m pytest -p no:cacheprovider tests/backends/test_device.py)
     local checked=(-k "on_a_gpu and everything and bfloat16 and cuda")
     local small=() few=() cores=() preset=(--device cuda --rounds 5 --shape 8192,576,49152)
+    local within=(--device cuda --shape 8192 576 49152 --rounds 5)
     if [[ -n "$DRY" ]]; then
         sanitizer=(env) small=(--dry-run --calls 5) few=(--dry-run) checked=(-k "table or small")
         pytest=("$PYTHON" -m pytest -p no:cacheprovider tests/test_structure.py)
-        preset=(--device cpu --rounds 1)
+        preset=(--device cpu --rounds 1) within=(--inputs random --shape 64 32 2000 --rounds 2)
     elif "$PYTHON" -c 'import xdist' 2>/dev/null; then # tests compile the Triton kernels that they run
         cores=(-n "$(($(nproc) < 14 ? $(nproc) : 14))")
     fi
@@ -132,6 +134,8 @@ run() {
         errors)
             section errors "$PYTHON" -m dft_kernels.commands.main bench --inputs smollm2 --commit "$COMMIT" \
                 --csv "$OUT/errors.csv" ${CACHE:+--cache "$CACHE"} "${preset[@]}" ;;
+        active)
+            section active "$PYTHON" bench/active.py --csv "$OUT/active.csv" ${CACHE:+--cache "$CACHE"} "${within[@]}" ;;
     esac
 }
 
@@ -143,7 +147,7 @@ if [[ -n "${WHEELS:-}" ]]; then
         note "wheels: FAILED. $(last)"
     fi
 fi
-for name in build "${DEFAULT[@]}" errors; do
+for name in build "${DEFAULT[@]}" errors active; do
     if [[ " ${NAMED[*]} " == *" $name "* ]]; then run "$name"; fi
 done
 if (($(stat -c %s "$OUT/log.txt") > 8 << 20)); then

@@ -1,8 +1,8 @@
 """Compile every specialisation of the Triton kernels that the table of cases launches, for a GPU that is not here.
 
 Run as a program with the architecture (80, 90, 100), without TRITON_INTERPRET; prints one JSON line a specialisation:
-kernel, constants, registers, spilled and stack bytes, shared memory. The plain `ptxas` of the Triton package does not
-take the PTX of every target, `ptxas-blackwell` does.
+kernel, constants, registers, spilled and stack bytes, shared memory, instructions that are products or asynchronous
+copies. The plain `ptxas` of the Triton package does not take the PTX of every target, `ptxas-blackwell` does.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from cases import CASES, Case, make
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import dft_kernels.backends.active
+import triton_ops.active
 import triton_ops.columns
 import triton_ops.rows
 from dft_kernels import linear_distribution_loss, linear_distribution_statistics
 from dft_kernels.backends.triton import TritonBackend
-from triton_ops.launch import OPTIONS
+from triton_ops.launch import OPTIONS, PRODUCT, PRODUCT_STAGES, product_tile
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -42,8 +44,15 @@ PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"
 def record(into: dict[str, Any]) -> Any:
     """A stand-in for `launch.launch` that keeps what Triton would have compiled, specialised as Triton does."""
 
-    def launch(kernel: Any, grid: tuple[int, ...], where: torch.Tensor, *arguments: Any, **constants: Any) -> None:
-        signature, fixed, hints = {}, dict(constants), {}
+    def launch(
+        kernel: Any,
+        grid: tuple[int, ...],
+        where: torch.Tensor,
+        *arguments: Any,
+        options: Any = OPTIONS,
+        **more: Any,
+    ) -> None:
+        signature, fixed, hints = {}, dict(more), {}
         for place, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
             aligned = False
             free = isinstance(value, int) and name in NOT_SPECIALISED
@@ -57,18 +66,26 @@ def record(into: dict[str, Any]) -> Any:
                 signature[name] = "fp32"
             if aligned:
                 hints[(place,)] = [["tt.divisibility", 16]]
-        signature |= dict.fromkeys(constants, "constexpr")
+        signature |= dict.fromkeys(more, "constexpr")
         shown = {name: getattr(value, "__name__", value) for name, value in fixed.items()}
         key = json.dumps([kernel.__name__, signature, shown, sorted(map(str, hints))])
-        into.setdefault(key, (kernel, signature, fixed, hints, shown))
+        into.setdefault(key, (kernel, signature, fixed, hints, shown, options))
 
     return launch
+
+
+def tile(left: torch.Tensor, gathers: bool) -> dict[str, Any]:
+    """`launch.product_tile` of a GPU with the memory for it."""
+    small = {**product_tile(left, gathers), "WIDE": False}
+    large = {**PRODUCT, "options": {"num_warps": 8, "num_stages": PRODUCT_STAGES + 2 * gathers}}
+    return small | large if left.element_size() == 2 else small
 
 
 def specialisations() -> list[Any]:
     """What the table of cases launches, in shapes as models have them: V divisible by 16, and not."""
     found: dict[str, Any] = {}
-    triton_ops.rows.launch = triton_ops.columns.launch = record(found)
+    triton_ops.rows.launch = triton_ops.columns.launch = triton_ops.active.launch = record(found)
+    triton_ops.active.product_tile, dft_kernels.backends.active.PREPARES = tile, 0
     TritonBackend.unavailable = lambda self, device, dtype: None
     for case in CASES.values():
         for vocab in (8192, 8193):
@@ -76,6 +93,8 @@ def specialisations() -> list[Any]:
                 shaped: Case = case._replace(shape=(min(4, case.shape[0]), 16, vocab))
                 arguments = make(shaped, dtype) | {"backend": "triton"}
                 linear_distribution_loss(**arguments).sum().backward()
+                if case.name == "cross_entropy":
+                    linear_distribution_loss(**arguments, gradient_error=0.01).backward()
                 if case.name == "everything":
                     linear_distribution_loss(**arguments, return_metrics=True)[0].backward()
                     taken = ("hidden", "weight", "target", "teacher", "divergence", "group", "num_groups")
@@ -86,9 +105,9 @@ def specialisations() -> list[Any]:
 
 
 def resources(job: tuple[Any, int]) -> str:
-    (kernel, signature, fixed, hints, shown), architecture = job
+    (kernel, signature, fixed, hints, shown, options), architecture = job
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(ASTSource(kernel, signature, fixed, hints), target=target, options=dict(OPTIONS))
+    compiled = triton.compile(ASTSource(kernel, signature, fixed, hints), target=target, options=dict(options))
     name = f"sm_{architecture}a" if architecture >= 90 else f"sm_{architecture}"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
@@ -105,6 +124,8 @@ def resources(job: tuple[Any, int]) -> str:
         "registers": int(used[1]),
         "spilled": sum(map(int, frame.groups())),
         "shared": compiled.metadata.shared,
+        "products": len(re.findall(r"(?:wgmma|tcgen05)\.mma|mma\.sync", compiled.asm["ptx"])),
+        "copies": compiled.asm["ptx"].count("cp.async.cg"),
         "constants": {k: v for k, v in shown.items() if not str(k).startswith("_")},
         "types": signature,
         "even": (list(signature).index("logits_reach" if "logits_reach" in signature else "V"),) in hints,

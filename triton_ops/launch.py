@@ -1,5 +1,6 @@
 """Launch options and block sizes of the kernels."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +18,11 @@ if torch.version.hip is None:
 ROW_BLOCK, ROW_BLOCK_COMPARED, ROW_BLOCK_MUCH = 2048, 1024, 512
 COLUMN_BLOCK, COLUMN_ROWS = 256, 8
 SCALE_BLOCK = 4096
+SPREAD_SEGMENTS = 8  # of the rows, so that the blocks of columns fill the device
+# The products of `active`: a tile [M, N] of the result a program, K a step. In 16 bits three buffers take 145 KB of the
+# shared memory, which an A100 and its successors have; elsewhere, and in 32 bits, two of smaller tiles take 32 or 64.
+PRODUCT, PRODUCT_STAGES, PRODUCT_MEMORY = {"M": 128, "N": 256, "K": 64}, 3, 146 << 10
+PRODUCT_SMALL, PRODUCT_SMALL_STAGES = {"M": 128, "N": 128, "K": 32}, 2
 
 
 def row_block(vocab: int, compared: bool, much: bool) -> int:
@@ -25,10 +31,33 @@ def row_block(vocab: int, compared: bool, much: bool) -> int:
     return min(block, max(128, triton.next_power_of_2(vocab)))
 
 
-def launch(kernel: Any, grid: tuple[int, ...], where: Tensor, *arguments: Any, **constants: Any) -> None:
+def product_tile(left: Tensor, gathers: bool) -> dict[str, Any]:
+    """The blocks and options of a product with `left`, and its precision: in fp32 what torch's own products have.
+    gathers: rows of the other operand are loaded by numbers that are loaded."""
+    large = False
+    if left.is_cuda and left.element_size() == 2:
+        memory = getattr(torch.cuda.get_device_properties(left.device), "shared_memory_per_block_optin", 0)
+        large = memory >= PRODUCT_MEMORY
+    stages = (PRODUCT_STAGES if large else PRODUCT_SMALL_STAGES) + 2 * gathers  # two more, which take no buffer
+    return {
+        **(PRODUCT if large else PRODUCT_SMALL),
+        "PRECISION": "tf32" if left.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "WIDE": left.device.type == "cpu",  # Triton's interpreter takes bf16 for integers
+        "options": {"num_warps": 8, "num_stages": stages},
+    }
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    where: Tensor,
+    *arguments: Any,
+    options: Mapping[str, Any] = OPTIONS,
+    **constants: Any,
+) -> None:
     """Launch on the current stream of the device of `where`, whatever device is current. An empty grid is no launch."""
     if min(grid) == 0:
         return
     guard: AbstractContextManager[Any] = torch.cuda.device(where.device) if where.is_cuda else nullcontext()
     with guard:
-        kernel[grid](*arguments, **OPTIONS, **constants)
+        kernel[grid](*arguments, **options, **constants)

@@ -37,13 +37,13 @@ from .extension import scratch
 from .sketch import Sketch, normal
 
 _WORTH = 0.25  # of a product of a whole chunk: what must be left out, or gathering costs more
-_PREPARES = 1000  # rows of a product that take as long as what a call prepares, at H 576; fewer at a larger H
+PREPARES = 1000  # rows of a product that take as long as what a call prepares, at H 576; fewer at a larger H
 _TRIES = 3  # at a set of columns whose bound holds
-_FIRST = 4.5  # the first guess of dhidden's bound, over ||E|| times the RMS norm of a row of W (I - P^T P)
-_SAFETY = 1.06  # the guess of a later chunk, over what the last one's was
-_SOME = 64  # rows of the first chunk that the first norm of dhidden is estimated from
+FIRST = 4.5  # the first guess of dhidden's bound, over ||E|| times the RMS norm of a row of W (I - P^T P)
+SAFETY = 1.06  # the guess of a later chunk, over what the last one's was
+SOME = 64  # rows of the first chunk that the first norm of dhidden is estimated from
 _CAUTION = 0.9  # about that of dweight,
-_PROBES = 16  # directions that the first dweight's norm is estimated in
+PROBES = 16  # directions that the first dweight's norm is estimated in
 _AGAIN = 0.95  # of what dweight may miss, where that was exceeded
 _LEVELS = 256  # of columns, a quarter of an octave each
 
@@ -122,14 +122,14 @@ class _Hidden:
         self.bound = 0.0  # the last chunk's
         self.growth: float | None = None  # the last chunk's square over that of its D
         outside = self.sketch.projected[:, len(self.sketch.subspace) :]
-        self.missed = _FIRST * _norm(outside) / math.sqrt(max(1, outside.numel()))  # the last chunk's bound over ||E||
+        self.missed = FIRST * _norm(outside) / math.sqrt(max(1, outside.numel()))  # the last chunk's bound over ||E||
 
     def allowed(self, dlogits: Tensor, total: float) -> float:
         """What the chunk may miss. total: its sum of squares."""
         if self.growth is None:
-            some = dlogits[:: max(1, len(dlogits) // _SOME)]
+            some = dlogits[:: max(1, len(dlogits) // SOME)]
             own = _norm(some) ** 2  # 0: none of these rows has a gradient
-            self.growth = self.sketch.norm(some @ self.sketch.projected) ** 2 / own if own > 0 else 0.0
+            self.growth = float(self.sketch.norm(some @ self.sketch.projected)) ** 2 / own if own > 0 else 0.0
         square = self.error**2 * (self.squares + self.growth * total) - self.bounds
         return math.sqrt(square) if 0 < square < math.inf else 0.0
 
@@ -180,8 +180,8 @@ class _Weight:
     def allowed(self, dlogits: Tensor, hidden: Tensor) -> float:
         """The reach that the chunk may leave out."""
         if self.added is None:
-            probes = normal(hidden.shape[1], _PROBES, hidden).to(hidden.dtype)
-            expected = _CAUTION * _norm(dlogits.t() @ (hidden @ probes).to(dlogits.dtype)) / math.sqrt(_PROBES)
+            probes = normal(hidden.shape[1], PROBES, hidden).to(hidden.dtype)
+            expected = _CAUTION * _norm(dlogits.t() @ (hidden @ probes).to(dlogits.dtype)) / math.sqrt(PROBES)
         else:
             expected = self.norm + max(0.0, self.added if self.added < self.norm else 0.5 * self.added)
         return max(0.0, self.error * expected - self.bound()) if expected < math.inf else 0.0
@@ -240,22 +240,23 @@ class ActiveColumns:
         self,
         dlogits: Tensor,
         hidden: Tensor,
-        spread: Spread,
         always: Sequence[Tensor | None],
         dhidden: Tensor | None,
         dweight: Tensor | None,
         first: bool,
-        add: AddProducts,
+        spread: Spread | None = None,
+        add: AddProducts = gemm.add_products_,
     ) -> bool:
         """dhidden, written, and dweight, written (first) or added to, of a chunk; False: neither, their products are to
         be dense.
 
-        dlogits: [R, V], of any strides; always: ids of columns that are kept, those outside of 0..V-1 aside; add(out,
-        ids [n], left [n, R], right [R, H]): out[ids] += left @ right, by which the sum of squares of `out` grows as
-        much as it returns."""
+        dlogits: [R, V], of any strides; always: ids of columns that are kept, those outside of 0..V-1 aside; spread:
+        where it is known; add(out, ids [n], left [n, R], right [R, H]): out[ids] += left @ right, by which the sum of
+        squares of `out` grows as much as it returns."""
         wanted = (dhidden is not None) + (dweight is not None)
         found = None
         if self.pays and wanted:
+            spread = spread or spread_of(dlogits, hidden)
             found = self._chosen(dlogits, hidden, spread, always, dhidden is not None, dweight is not None)
         if found is None:
             self.pays = False
@@ -294,7 +295,7 @@ class ActiveColumns:
 
         def worth(*masks: Mask) -> bool:
             saved = sum(1.0 - np.count_nonzero(mask) / vocab for mask in masks)  # products
-            return bool(saved >= _WORTH and saved * self.rows >= _PREPARES)
+            return bool(saved >= _WORTH and saved * self.rows >= PREPARES)
 
         roughly = kept(squares, self.error**2 * total)  # seldom fewer: what is left out adds up in the products
         if not worth(*(roughly,) * (of_hidden + of_weight)):
@@ -314,12 +315,12 @@ class ActiveColumns:
                 return None
             gathered = _gathered(dlogits, mask, by_weight[0] if of_weight else none, of.free)
             sides = of.sides(gathered)
-            bound = of.sketch.residual(sides)
+            bound = float(of.sketch.residual(sides))
             left_out = math.sqrt(squares[~mask].sum())
             if not math.isfinite(bound):
                 return None
             if left_out > 0 and bound > 0:
-                missed = of.missed = _SAFETY * bound / left_out
+                missed = of.missed = SAFETY * bound / left_out
             if bound <= allowed:
                 of.bound = bound
                 of.bounds += bound**2

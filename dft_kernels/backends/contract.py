@@ -18,6 +18,7 @@ from torch import Tensor
 from ..divergences import Divergence
 from ..teachers.contract import Head, Target
 from .active import ActiveColumns
+from .active_device import DeviceColumns
 
 
 class Row(IntEnum):
@@ -156,7 +157,7 @@ class Backward(NamedTuple):
     last: bool
     ddown: Tensor | None = None  # [R, r] in the input dtype
     dup: Tensor | None = None  # [V, r] as dweight
-    active: ActiveColumns | None = None
+    active: ActiveColumns | DeviceColumns | None = None
 
 
 class Workspace(Protocol):
@@ -214,6 +215,10 @@ class Backend(ABC, Generic[W]):
         found = self.chunk_statistics(workspace, chunk, columns)
         self.chunk_gradient(workspace, chunk, found, backward)
         return found
+
+    def active(self, error: float, weight: Tensor, rows: int) -> ActiveColumns | DeviceColumns:
+        """Who multiplies some columns of a call's dlogits, within a relative error. rows: of all chunks."""
+        return ActiveColumns(error, weight, rows)
 
     def scale_(self, gradient: Tensor, factor: Tensor) -> None:
         """gradient *= factor [1] (in the accumulation dtype), where the device alone may know the factor."""

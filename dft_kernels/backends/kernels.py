@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..dtypes import accumulate_dtype
 from ..teachers.contract import Head, SparseTarget
+from .active import ActiveColumns
+from .active_device import DeviceColumns
 from .contract import Cotangents, bits
 from .rows import Operand, RowBackend, RowOperations
+
+TRITON = importlib.util.find_spec("triton") is not None
+OLDEST = (8, 0)  # compute capability that Triton compiles for
+
+
+def too_old(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU that Triton does not compile for."""
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return nvidia and torch.cuda.get_device_capability(device) < OLDEST
 
 
 class KernelOperations(RowOperations):
@@ -69,6 +82,14 @@ class KernelBackend(RowBackend):
     """A row backend whose operations are compiled kernels."""
 
     operations: KernelOperations
+
+    def active(self, error: float, weight: Tensor, rows: int) -> ActiveColumns | DeviceColumns:
+        """Without a synchronisation where Triton's products run, which CUDA's backend has none of its own of."""
+        if not TRITON or weight.dtype == torch.float64 or too_old(weight.device):
+            return super().active(error, weight, rows)
+        import triton_ops.active
+
+        return DeviceColumns(error, weight, rows, triton_ops.active)
 
     def scale_(self, gradient: Tensor, factor: Tensor) -> None:
         """Without a synchronisation; the kernel returns at once where the factor is 1."""

@@ -19,7 +19,7 @@ from ..divergences import TABLE
 from ..dtypes import accumulate_dtype
 from ..teachers.contract import DenseTarget, Head, SparseTarget
 from . import extension, sparse
-from .active import Spread, reach
+from .active import ActiveColumns, Spread, reach
 from .contract import Backward, Chunk, Cotangents, PartialBackend, Row, Statistics, Terms, bits
 from .gemm import tiles
 
@@ -160,14 +160,14 @@ def _gradient(
         columns,
         None if spread is None else extension.MODULE.Spread(reach(chunk.hidden), *spread),
     )
-    if active is None or spread is None:
+    if not isinstance(active, ActiveColumns) or spread is None:
         return
     dhidden, dweight, first = backward.dhidden, backward.dweight, backward.first
     target, likeliest = chunk.target, None
     if target is not None:
         likeliest = step.favourites() if isinstance(target, DenseTarget) else target.best()
     dlogits, add = step.dlogits(given).t(), extension.MODULE.add_products
-    if not active.products(dlogits, chunk.hidden, spread, (chunk.label, likeliest), dhidden, dweight, first, add):
+    if not active.products(dlogits, chunk.hidden, (chunk.label, likeliest), dhidden, dweight, first, spread, add):
         step.products(given, dhidden, dweight, first)
 
 

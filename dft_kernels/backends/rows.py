@@ -18,7 +18,8 @@ from torch import Tensor
 from ..dtypes import accumulate_dtype
 from ..teachers.contract import DenseTarget, Head, SparseTarget
 from . import formulas, gemm, sparse
-from .active import ActiveColumns, spread_of
+from .active import ActiveColumns
+from .active_device import DeviceColumns
 from .contract import DIFFERENTIABLE, Backward, Chunk, Cotangents, Outcomes, PartialBackend, Row, Statistics, Terms
 from .gemm import tiles
 
@@ -142,8 +143,9 @@ class RowWorkspace:
 
     def products(self, out: Tensor, chunk: Chunk, backward: Backward) -> None:
         """The gradients that are products of dlogits, `out` [R, V], and its column sums, dbias."""
-        terms, active = self.terms, backward.active
-        some = active is not None and active.pays and self._multiplied(active, out, chunk, backward)
+        terms, active, some = self.terms, backward.active, False
+        if active is not None and active.pays and Row.MEAN_LOG_PROB not in terms.differentiated:  # of every column
+            some = self._multiplied(active, out, chunk, backward)
         if terms.head.weight is not None and backward.dhidden is not None and not some:
             gemm.dhidden_(out, terms.head.weight, backward.dhidden)
         if terms.up is not None and backward.ddown is not None:
@@ -165,7 +167,7 @@ class RowWorkspace:
             if right is not None and left is not None:
                 gemm.dweight_(out, left, right, accumulate=not (backward.first or self.keeps))
 
-    def _multiplied(self, active: ActiveColumns, out: Tensor, chunk: Chunk, backward: Backward) -> bool:
+    def _multiplied(self, active: ActiveColumns | DeviceColumns, out: Tensor, chunk: Chunk, backward: Backward) -> bool:
         """dhidden and dweight from some columns of `out` [R, V], if that pays."""
         target, likeliest = chunk.target, None
         if isinstance(target, SparseTarget):
@@ -175,9 +177,8 @@ class RowWorkspace:
             assert held is not None
             logits = held[: len(out)]
             likeliest = logits.argmax(1) if target.head.logit_scale > 0 else logits.argmin(1)
-        spread, always = spread_of(out, chunk.hidden), (chunk.label, likeliest)
         into = (backward.dhidden, backward.dweight, backward.first)
-        return active.products(out, chunk.hidden, spread, always, *into, gemm.add_products_)
+        return active.products(out, chunk.hidden, (chunk.label, likeliest), *into)
 
 
 def row_matrix(rows: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -57,20 +57,21 @@ class Sketch(NamedTuple):
         projected = weight @ torch.cat([basis, test], dim=1).to(weight.dtype)
         return cls(basis.t().to(dtype), projected.to(dtype))
 
-    def residual(self, sides: Tensor) -> float:
-        """A bound of ||E W (I - P^T P)||, from E projected [R, m + s]."""
+    def residual(self, sides: Tensor) -> Tensor:
+        """0-d in fp64: a bound of ||E W (I - P^T P)||, from E projected [R, m + s]."""
         return _MARGIN * _norm(sides[:, len(self.subspace) :]) / math.sqrt(_SKETCH)
 
-    def norm(self, sides: Tensor) -> float:
-        """About ||E W||."""
-        return math.hypot(_norm(sides[:, : len(self.subspace)]), self.residual(sides) / _MARGIN)
+    def norm(self, sides: Tensor) -> Tensor:
+        """0-d in fp64: about ||E W||."""
+        return torch.hypot(_norm(sides[:, : len(self.subspace)]), self.residual(sides) / _MARGIN)
 
 
 def normal(rows: int, columns: int, like: Tensor) -> Tensor:
-    """[rows, columns] normal numbers in fp32, the same in every call, on the device of `like`."""
-    generator = torch.Generator("cpu").manual_seed(_SEED)
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu").to(like.device)
+    """[rows, columns] normal numbers in fp32, the same in every call, on the device of `like` and made there, for which
+    the host would wait."""
+    generator = None if like.is_meta else torch.Generator(like.device).manual_seed(_SEED)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device=like.device)
 
 
-def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float64)

@@ -5,17 +5,14 @@ Without a GPU the same kernels run under Triton's interpreter (TRITON_INTERPRET=
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import Any
 
 import torch
 
-from .kernels import KernelBackend, KernelOperations
+from .kernels import OLDEST, TRITON, KernelBackend, KernelOperations, too_old
 
-_INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")  # as triton reads it
-_OLDEST = (8, 0)
 
 
 def _kernels() -> Any:
@@ -33,7 +30,7 @@ class TritonBackend(KernelBackend):
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Without triton, off the GPU, on a GPU too old for it, for fp64."""
-        if not _INSTALLED:
+        if not TRITON:
             return "triton is not installed (pip install triton)"
         if device.type == "cpu" and not _INTERPRETED:
             return (
@@ -43,8 +40,7 @@ class TritonBackend(KernelBackend):
             return f"its kernels run on CUDA and ROCm devices, not on {device.type}"
         if dtype == torch.float64:
             return "its kernels compute in float32"
-        if device.type == "cuda" and torch.version.cuda is not None and not torch.compiler.is_compiling():
-            capability = torch.cuda.get_device_capability(device)
-            if capability < _OLDEST:
-                return f"Triton needs compute capability {_OLDEST[0]}.{_OLDEST[1]}, this GPU has {capability}"
+        if not torch.compiler.is_compiling() and too_old(device):
+            needed, own = f"{OLDEST[0]}.{OLDEST[1]}", torch.cuda.get_device_capability(device)
+            return f"Triton needs compute capability {needed}, this GPU has {own}"
         return None

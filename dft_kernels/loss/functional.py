@@ -118,9 +118,11 @@ def linear_distribution_loss(
             in `dft_kernels.backends.active` (the bound of dhidden is a measurement by random projections, and fails
             with a probability of at most 3e-4 a chunk). The bound is kept to gradient_error but where chunks' shares of
             dweight cancel. Loss, metrics and gradients of bias and low_rank miss nothing. Where few columns could be
-            left out, as in the first steps of a training or under label_smoothing, all are multiplied. The host looks
-            at each chunk, whatever `compact` is, and takes, beyond memory_budget, up to a copy of a chunk's dlogits and
-            one of the head in their dtype, and dweight's sum in fp32 where there are several chunks.
+            left out, as in the first steps of a training or under label_smoothing, all are multiplied. It takes, beyond
+            memory_budget, up to a copy of a chunk's dlogits and one of the head in their dtype, and dweight's sum in
+            fp32 where there are several chunks. The host looks at each chunk, whatever `compact` is; on a GPU it does
+            not, and the device decides (`dft_kernels.backends.active_device`): no copy of the head is made, and a call
+            most of whose columns are kept takes longer than an exact one. That is not for CUDA graphs either.
         compact: leave ignored rows out of every product, at the price of one host synchronisation on a
             device. False: none; labels on a device are then not checked, a wrong one gives NaN. (With process_group
             one more, for the calls to be compared; with compact=False none where the group has a CPU backend too, or

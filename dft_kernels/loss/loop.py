@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.active import ActiveColumns
 from ..backends.contract import DIFFERENTIABLE, Backend, Backward, Chunk, Cotangents, Row
 from ..backends.formulas import head_logits
 from ..distributed.sharded import ShardedBackend
@@ -71,7 +70,7 @@ def run(problem: Problem, differentiated: frozenset[Row], seed: Seed | None, dhi
     into, dweight, dbias, ddown, dup = gradients
     active = None
     if problem.gradient_error is not None and problem.weight is not None and seed is not None:
-        active = ActiveColumns(problem.gradient_error, problem.weight, selection.count)
+        active = chosen.active(problem.gradient_error, problem.weight, selection.count)
     workspace = backend.workspace(planned.rows, vocab, hidden, terms, gradient=seed is not None, kept=planned.kept)
     to_hidden, to_down = (RowGradient(g, selection, planned.rows, backend.overlaps) for g in (into, ddown))
     with _without_autocast(hidden.device.type), _open_teacher(problem, blocks) as targets:

@@ -32,15 +32,27 @@ def designs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(BACKENDS, name, CudaBackend(name.removeprefix("cuda_")))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("case", ["everything", "no_compact", "no_compact_none", "cross_entropy_bias"])
-def test_no_synchronisation_without_compaction(case: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+EXACT = ["everything", "no_compact", "no_compact_none", "cross_entropy_bias"]
+WITHIN_AN_ERROR = ["no_compact", "cross_entropy_bias", "jensen_shannon"]  # label smoothing takes every column
+
+
+@pytest.mark.parametrize(
+    ("case", "backend", "error"),
+    [
+        *((case, backend, None) for case in EXACT for backend in ("reference", "triton")),
+        *((case, "triton", 0.01) for case in WITHIN_AN_ERROR),
+    ],
+)
+def test_no_synchronisation_without_compaction(
+    case: str, backend: str, error: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tensors without data: a loop that asks one for a value, as a synchronisation would, raises."""
     launches = []
     if backend == "triton":
         pytest.importorskip("triton")
-        for room in ("rows", "columns"):
-            monkeypatch.setattr(f"triton_ops.{room}.launch", lambda kernel, *_, **__: launches.append(kernel))
+        for room in ("rows", "columns", "active"):
+            monkeypatch.setattr(f"triton_ops.{room}.launch", lambda kernel, *_, **__: launches.append(kernel.__name__))
+        monkeypatch.setattr("dft_kernels.backends.active.PREPARES", 0)
         monkeypatch.setattr(dk.backends.TritonBackend, "unavailable", lambda *_: None)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no such device
 
@@ -51,13 +63,14 @@ def test_no_synchronisation_without_compaction(case: str, backend: str, monkeypa
 
     arguments = {name: empty(value) for name, value in make(CASES[case], torch.bfloat16).items()}
     given = [arguments.pop(name, None) for name in ("hidden", "weight", "target", "teacher")]
-    arguments |= {"compact": False, "chunk_size": 11, "backend": backend}
+    arguments |= {"compact": False, "chunk_size": 11, "backend": backend, "gradient_error": error}
     problem = build(Function("test"), *given, {**arguments, "return_metrics": True})
     needs = {"need_hidden": True, "need_weight": True, "need_bias": problem.bias is not None}
     loss, *_, dhidden, dweight, _, _, _ = compute_loss(problem._replace(**needs))
     assert loss.device.type == "meta"
     assert (dhidden.shape, dweight.shape) == (given[0].shape, given[1].shape)
     assert len(launches) >= (3 if backend == "triton" else 0)
+    assert ("dweight_kernel" in launches) == (error is not None)
     with pytest.raises((RuntimeError, NotImplementedError)):  # the test can fail: compaction does synchronise
         compute_loss(problem._replace(compact=True, **needs))
 
@@ -134,6 +147,33 @@ def test_opcheck_on_a_gpu(backend: str) -> None:
     given = [arguments.pop(name, None) for name in ("hidden", "weight", "target", "teacher")]
     problem = build(Function("test"), *given, {"chunk_size": 11, **arguments})
     torch.library.opcheck(operators.loss._opoverload, tuple(problem), rtol=1e-2, atol=1e-3)
+
+
+@gpu
+@pytest.mark.parametrize("chunk_size", [None, 512])
+@pytest.mark.parametrize("backend", [name for name in ON_GPU if name != "reference"])
+@pytest.mark.parametrize("case", ["cross_entropy", "forward_kl", "jensen_shannon"])
+def test_some_columns_on_a_gpu(case: str, backend: str, chunk_size: int | None) -> None:
+    """Within what is said, the same bits again, and nothing waits for the device."""
+    arguments = make(CASES[case]._replace(shape=(1024, 512, 32_000)), torch.bfloat16, "cuda")
+    arguments |= {"backend": backend, "compact": False, "chunk_size": chunk_size}
+    inputs, found = leaves(arguments), []
+    for error in (None, 0.01, 0.01):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("default" if error is None else "error")
+        try:
+            loss, metrics = dk.linear_distribution_loss(**arguments, gradient_error=error, return_metrics={"dropped"})
+            gradients = torch.autograd.grad(loss, inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found.append((gradients, metrics))
+    exact, own, again = found
+    bound = float(own[1].dropped)
+    assert 0 <= bound <= 0.01
+    assert float(own[1].active_columns) <= 1.0
+    for a, b, c in zip(own[0], exact[0], again[0], strict=True):
+        assert relative_error(a, b.double()) <= bound + 5e-3
+        assert torch.equal(a, c)
 
 
 @gpu

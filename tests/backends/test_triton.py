@@ -55,7 +55,7 @@ def test_unavailable_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         dk.linear_cross_entropy(hidden.double(), weight.double(), target, backend="triton")
     with pytest.raises(ValueError, match="not on meta"):
         dk.linear_cross_entropy(hidden.to("meta"), weight.to("meta"), target.to("meta"), backend="triton")
-    monkeypatch.setattr(backend, "_INSTALLED", False)
+    monkeypatch.setattr(backend, "TRITON", False)
     with pytest.raises(ValueError, match=r"triton is not installed \(pip install triton\)"):
         dk.linear_cross_entropy(hidden, weight, target, backend="triton")
 
@@ -114,7 +114,10 @@ def test_column_sums(groups: int) -> None:
 def test_what_kernels_compile_to(architecture: int) -> None:
     """Every specialisation that the table of cases launches: nothing spills, and logits are read 16 bytes at a time
     where V is divisible by 16, as the vocabularies of models are, and where the row has memory to read on to that, as
-    that of a workspace has. (The kernel of probabilities has too few a thread.)"""
+    that of a workspace has. (The kernel of probabilities has too few a thread,
+    and columns are gathered one by one.)"""
+    from triton_ops import launch
+
     done = without_interpreter([str(TESTS / "triton_resources.py"), str(architecture)])
     assert done.returncode == 0, done.stderr
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
@@ -125,11 +128,22 @@ def test_what_kernels_compile_to(architecture: int) -> None:
         (True, False),
         (False, True),
     }
+    products = [entry for entry in compiled if entry["kernel"] in ("dhidden_kernel", "dweight_kernel")]
+    assert {(entry["kernel"], entry["types"]["columns"]) for entry in products} == {
+        (kernel, dtype) for kernel in ("dhidden_kernel", "dweight_kernel") for dtype in ("*bf16", "*fp32")
+    }
+    for entry in products:
+        assert entry["spilled"] <= 1024, entry  # around the loop
+        assert entry["shared"] <= launch.PRODUCT_MEMORY, entry
+        assert entry["copies"] > 0, entry
+        assert (entry["products"] > 0) == (entry["types"]["columns"] == "*bf16"), entry
     for entry in compiled:
-        assert entry["spilled"] == 0, entry
-        assert entry["registers"] <= 96, entry
-        assert entry["shared"] <= 4096, entry
-    even = [entry for entry in compiled if entry["even"] and entry["kernel"] != "probability_kernel"]
+        if entry not in products:
+            assert entry["spilled"] == 0, entry
+            assert entry["registers"] <= 96, entry
+            assert entry["shared"] <= 4096, entry
+    few = ("probability_kernel", "gather_kernel")
+    even = [entry for entry in compiled if entry["even"] and entry["kernel"] not in few]
     assert len(even) > 70
     for entry in even:
         assert entry["wide_loads"] > 0, entry

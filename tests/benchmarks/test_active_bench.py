@@ -17,7 +17,7 @@ def test_the_errors_are_within_what_is_said(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(sys, "argv", ["active.py", *shape, "--csv", str(file)])
     bench: Any = load("active")
     monkeypatch.setattr(bench, "ERRORS", (0.01, 0.05))
-    monkeypatch.setattr("dft_kernels.backends.active._PREPARES", 0)
+    monkeypatch.setattr("dft_kernels.backends.active.PREPARES", 0)
     bench.main()
     with file.open(newline="") as opened:
         rows = list(csv.DictReader(opened))

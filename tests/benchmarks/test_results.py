@@ -126,15 +126,17 @@ def test_gpu_script_runs_its_sections_in_time(tmp_path: Path) -> None:
 
 
 def test_gpu_script_runs_what_is_named(tmp_path: Path) -> None:
-    done = gpu_sh(tmp_path / "bin", "trace", "build", "errors", OUT=str(tmp_path / "out"), CACHE="there")
+    done = gpu_sh(tmp_path / "bin", "trace", "active", "build", "errors", OUT=str(tmp_path / "out"), CACHE="there")
     assert done.code == 0, done.said
-    build, trace, errors = done.calls
+    build, trace, errors, active = done.calls
     assert (build[0], trace[:2]) == ("setup.py", ["bench/timings.py", "--trace"])
     given = command.parser().parse_args(
         ["cpu" if word == "cuda" else word for word in errors[errors.index("bench") + 1 :]]
     )
     assert str(given.cache) == "there"
     assert [case.loss for case in command.todo(given, "cuda")] == ["cross_entropy", *["forward_kl"] * 3]
+    assert (active[0], active[-2:]) == ("bench/active.py", ["--rounds", "5"])
+    assert active[active.index("--cache") + 1] == "there"
 
 
 @pytest.mark.parametrize("mistake", [["--wet-run"], ["suites"], ["--limit", "soon"], ["--limit"], ["--out"]])

@@ -83,7 +83,7 @@ def test_resumed_it_is_the_same_curve(store: Store, tmp_path: Path) -> None:
 
 
 def test_a_gradient_error_is_kept_and_told(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dft_kernels.backends.active._PREPARES", 0)
+    monkeypatch.setattr("dft_kernels.backends.active.PREPARES", 0)
     exact = DFTTrainer(tiny(), config(tmp_path, max_steps=2, logging_steps=1), store)
     exact.train()
     trainer = DFTTrainer(tiny(), config(tmp_path, max_steps=2, logging_steps=1, loss_gradient_error=0.2), store)

@@ -41,7 +41,7 @@ def product_tile(left: Tensor, gathers: bool) -> dict[str, Any]:
     stages = (PRODUCT_STAGES if large else PRODUCT_SMALL_STAGES) + 2 * gathers  # two more, which take no buffer
     return {
         **(PRODUCT if large else PRODUCT_SMALL),
-        "PRECISION": "tf32" if left.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         "WIDE": left.device.type == "cpu",  # Triton's interpreter takes bf16 for integers
         "options": {"num_warps": 8, "num_stages": stages},
     }

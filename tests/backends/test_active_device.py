@@ -89,3 +89,19 @@ def test_too_little_is_made_up_for(case: str, chunk_size: int | None, monkeypatc
     assert plain[1].active_columns < 0.9
     assert (float(found[1].dropped), float(found[1].active_columns)) == (0.0, 1.0)
     assert max(errors(found, exact)) < 1e-13
+
+
+@pytest.mark.skipif("triton" not in PRESENT, reason="triton is not installed, or there is a GPU to run on")
+def test_products_in_fp32_are_as_precise_as_torchs() -> None:
+    """Asked for in the one way that torch answers whichever way it was told."""
+    from triton_ops.launch import product_tile
+
+    matmul, found = torch.backends.cuda.matmul, []
+    before = matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            matmul.fp32_precision = precision
+            found.append(product_tile(torch.zeros(1, 1), gathers=True)["PRECISION"])
+    finally:
+        matmul.fp32_precision = before
+    assert found == ["ieee", "tf32"]

@@ -134,7 +134,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "quick": Preset("a small SmolLM2 batch, two losses", (Shape(256, *_SMOLLM2[1:]),), _MAIN[:2], rounds=3, limit=4.0),
+    "quick": Preset("a small SmolLM2 batch, two losses", (Shape(256, *_SMOLLM2[1:]),), _MAIN[:2], rounds=3, limit=3.0),
     "smollm2": Preset("SmolLM2-135M's head, every loss", (_SMOLLM2,)),
     "llama3-8b": Preset("Llama 3 8B's head, every loss", (_LLAMA3,)),
     "qwen": Preset("Qwen3 8B's head", (_QWEN3,)),

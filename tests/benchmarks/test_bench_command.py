@@ -155,7 +155,7 @@ def test_who_took_too_long_is_left_out_where_no_less_is_to_do(
     asked.clear()
     for preset in ([], ["--preset", "edges"], ["--preset", "smollm2"], ["--shape", "8,8,8"], ["--sweep", "n"]):
         assert bench(*preset, "--backend", "--peer", "F.linear_cross_entropy", "--device", "cpu", "--quiet") == 0
-    assert list(dict.fromkeys(limit for _, _, limit in asked)) == [4.0, 10.0, 30.0]
+    assert list(dict.fromkeys(limit for _, _, limit in asked)) == [3.0, 10.0, 30.0]
     assert capsys.readouterr().out == ""
 
 

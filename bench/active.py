@@ -136,6 +136,10 @@ def training(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.csv is not None and options.csv.exists():
         with options.csv.open(newline="") as file:
             rows = list(csv.DictReader(file))
+        sizes_there = {(max(int(row["step"]) for row in rows), int(row["tokens"])) for row in rows}
+        if sizes_there - {(sizes.steps, sizes.batch * sizes.length)}:
+            wanted = f"{sizes.steps} steps of {sizes.batch * sizes.length} tokens"
+            raise SystemExit(f"active: {options.csv} must hold runs of {wanted}, got others. Name another --csv.")
     done = {(int(row["seed"]), row["gradient_error"]) for row in rows if int(row["step"]) == sizes.steps}
     active.PREPARES = 0  # whatever it costs
     with tempfile.TemporaryDirectory() as folder:

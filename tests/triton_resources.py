@@ -26,10 +26,11 @@ from triton.compiler import ASTSource
 import dft_kernels.backends.active
 import triton_ops.active
 import triton_ops.columns
+import triton_ops.launch
 import triton_ops.rows
 from dft_kernels import linear_distribution_loss, linear_distribution_statistics
 from dft_kernels.backends.triton import TritonBackend
-from triton_ops.launch import OPTIONS, PRODUCT, PRODUCT_STAGES, product_tile
+from triton_ops.launch import OPTIONS
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -75,10 +76,8 @@ def record(into: dict[str, Any]) -> Any:
 
 
 def tile(left: torch.Tensor, gathers: bool) -> dict[str, Any]:
-    """`launch.product_tile` of a GPU with the memory for it."""
-    small = {**product_tile(left, gathers), "WIDE": False}
-    large = {**PRODUCT, "options": {"num_warps": 8, "num_stages": PRODUCT_STAGES + 2 * gathers}}
-    return small | large if left.element_size() == 2 else small
+    """`launch.product_tile` of a GPU with the memory for the large one."""
+    return {**triton_ops.launch.product_tile(left, gathers), "WIDE": False}
 
 
 def specialisations() -> list[Any]:
@@ -86,6 +85,7 @@ def specialisations() -> list[Any]:
     found: dict[str, Any] = {}
     triton_ops.rows.launch = triton_ops.columns.launch = triton_ops.active.launch = record(found)
     triton_ops.active.product_tile, dft_kernels.backends.active.PREPARES = tile, 0
+    triton_ops.launch.roomy = lambda left: left.element_size() == 2
     TritonBackend.unavailable = lambda self, device, dtype: None
     for case in CASES.values():
         for vocab in (8192, 8193):

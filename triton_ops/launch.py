@@ -31,13 +31,18 @@ def row_block(vocab: int, compared: bool, much: bool) -> int:
     return min(block, max(128, triton.next_power_of_2(vocab)))
 
 
+def roomy(left: Tensor) -> bool:
+    """Whether a product with `left` may have the large tile."""
+    if not left.is_cuda or left.element_size() != 2:
+        return False
+    properties = torch.cuda.get_device_properties(left.device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) >= PRODUCT_MEMORY
+
+
 def product_tile(left: Tensor, gathers: bool) -> dict[str, Any]:
     """The blocks and options of a product with `left`, and its precision: in fp32 what torch's own products have.
     gathers: rows of the other operand are loaded by numbers that are loaded."""
-    large = False
-    if left.is_cuda and left.element_size() == 2:
-        memory = getattr(torch.cuda.get_device_properties(left.device), "shared_memory_per_block_optin", 0)
-        large = memory >= PRODUCT_MEMORY
+    large = roomy(left)
     stages = (PRODUCT_STAGES if large else PRODUCT_SMALL_STAGES) + 2 * gathers  # two more, which take no buffer
     return {
         **(PRODUCT if large else PRODUCT_SMALL),

@@ -226,15 +226,14 @@ class ActiveColumns:
     def report(self, dhidden: Tensor | None, dweight: Tensor | None) -> Tensor:
         """[2] in float64: the bound of the relative error of both gradients, and the share of the columns that was
         multiplied."""
-        products = self.rows * len(self.weight) * ((dhidden is not None) + (dweight is not None))
-        worst = 0.0
-        of_hidden = 0.0 if self._hidden is None else math.sqrt(self._hidden.bounds)
-        for gradient, bound in ((dhidden, of_hidden), (dweight, self._weight.bound())):
-            if gradient is not None and bound > 0:
-                least = _norm(gradient) - bound
-                worst = max(worst, bound / least if 0 < least < math.inf else math.inf)
-        share = 1.0 - self._left_out / max(1, products)
-        return torch.tensor([worst, share], dtype=torch.float64, device=self.weight.device)
+        square = 0.0 if self._hidden is None else self._hidden.bounds
+        known = torch.tensor(
+            [math.sqrt(square), self._weight.bound(), self._left_out], dtype=torch.float64, device="cpu"
+        )
+        of_hidden, of_weight, left_out = known.to(self.weight.device)
+        wanted = (dhidden is not None) + (dweight is not None)
+        bounds = ((dhidden if known[0] > 0 else None, of_hidden), (dweight if known[1] > 0 else None, of_weight))
+        return reported(bounds, left_out, wanted * self.rows * len(self.weight))
 
     def products(
         self,
@@ -326,6 +325,20 @@ class ActiveColumns:
                 of.bounds += bound**2
                 return gathered, sides, total, reached
         return None
+
+
+def reported(bounds: Sequence[tuple[Tensor | None, Tensor]], left_out: Tensor, products: int) -> Tensor:
+    """[2] in float64: the largest relative error of gradients, by the bounds of what they miss, and the share of the
+    columns that was multiplied. left_out: numbers of dlogits that all products left out; products: how many they have.
+    0-d in float64. The norms are in the accumulation dtype: in float64 they would be of a copy."""
+    worst = torch.zeros_like(left_out)
+    for gradient, bound in bounds:
+        if gradient is not None:
+            norm = torch.linalg.vector_norm(gradient, dtype=accumulate_dtype(gradient.dtype))
+            least = norm.double() - bound
+            relative = torch.where((least > 0) & least.isfinite(), bound / least, math.inf)
+            worst = worst.maximum(relative.where(bound > 0, 0.0))
+    return torch.stack([worst, 1.0 - left_out / max(1, products)])
 
 
 def _gathered(dlogits: Tensor, of_hidden: Mask, of_weight: Mask, free: int = 0) -> _Gathered:

@@ -180,15 +180,10 @@ class DeviceColumns:
     def report(self, dhidden: Tensor | None, dweight: Tensor | None) -> Tensor:
         """[2] in float64: the bound of the relative error of both gradients, and the share of the columns that was
         multiplied."""
-        products = self.rows * len(self.weight) * ((dhidden is not None) + (dweight is not None))
-        worst = torch.zeros_like(self._left_out)
-        of_hidden = worst if self._hidden is None else self._hidden.bounds.sqrt()
-        for gradient, bound in ((dhidden, of_hidden), (dweight, _norm(self._weight.left))):
-            if gradient is not None:
-                least = _norm(gradient) - bound
-                relative = torch.where((least > 0) & least.isfinite(), bound / least, math.inf)
-                worst = worst.maximum(relative.where(bound > 0, 0.0))
-        return torch.stack([worst, 1.0 - self._left_out / max(1, products)])
+        of_hidden = torch.zeros_like(self._left_out) if self._hidden is None else self._hidden.bounds.sqrt()
+        bounds = ((dhidden, of_hidden), (dweight, _norm(self._weight.left)))
+        wanted = (dhidden is not None) + (dweight is not None)
+        return active.reported(bounds, self._left_out, wanted * self.rows * len(self.weight))
 
     def products(
         self,

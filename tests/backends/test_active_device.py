@@ -105,3 +105,17 @@ def test_products_in_fp32_are_as_precise_as_torchs() -> None:
     finally:
         matmul.fp32_precision = before
     assert found == ["ieee", "tf32"]
+
+
+def test_no_norm_of_a_gradient_is_of_a_wider_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp64 it would take twice the memory of dweight."""
+    given, norms, plain = CASES["cross-entropy"](), [], torch.linalg.vector_norm
+
+    def seen(x: torch.Tensor, *rest: object, **more: object) -> torch.Tensor:
+        norms.append((tuple(x.shape), more["dtype"]))
+        return plain(x, *rest, **more)
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", seen)
+    run(given, ERROR, torch.float32, backend="device")
+    assert (tuple(given.weight.shape), torch.float32) in norms
+    assert (tuple(given.weight.shape), torch.float64) not in norms

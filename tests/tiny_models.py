@@ -11,6 +11,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from walk_models import TINY
 
+from dft_kernels.materials.encoders import Encoder
+
 SMALL = {**TINY, "vocab_size": 100}
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "residual_dropout", "hidden_dropout")
 DROPOUTS += ("resid_pdrop", "attn_pdrop", "embd_pdrop")
@@ -48,6 +50,17 @@ def word_tokenizer(words: list[str], pre: Any = None, decoder: Any = None) -> An
         core.decoder = decoder
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def tiny_encoder(tokenizer: Any) -> Encoder:
+    """Of sentences of this tokenizer's tokens, 16 of them at most."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    config = transformers.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **size)
+    model = transformers.BertModel(config).eval()
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight.normal_()
+    return Encoder("tiny", model, tokenizer, 16, "mean", True, False)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from .on_policy import OnPolicy, ReferenceKL
 from .pull import TermLoss
 from .rates import Entropy, NGrams, PunctuationRate
 from .run import exact
+from .texts import TextMMD
 from .transport import EmbeddingTransport
 from .weighing import gains
 
@@ -30,6 +31,7 @@ __all__ = [
     "Statistics",
     "TermLoss",
     "TermSum",
+    "TextMMD",
     "TokenL2",
     "UnigramKL",
     "VocabularyMMD",

@@ -11,6 +11,7 @@ gradient goes back as a weight of every row's features, which the fused loss tak
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ class Statistics:
     entropy: Tensor | None = None  # [B, T]
     log_prob: Tensor | None = None  # [B, T], of the label
     divergence: Tensor | None = None  # [B, T], KL(q_n || reference), of rows of the model's own text
+    texts: Tensor | None = None  # [B, R], phi of whole texts that the model wrote, and
+    text_weight: Tensor | None = None  # [B], what each of them counts
 
 
 class Moments(NamedTuple):
@@ -58,13 +61,14 @@ class DistributionTerm:
     entropy = False
     log_prob = False
     divergence = False
+    reads: Callable[[Sequence[str]], Tensor] | None = None  # whole texts of the model's own as phi [B, S]
     linear = True
     size = 0  # S, the number of its sums
     vocab: int | None = None  # V, where a tensor of its own tells
     features: Tensor | None = None  # [V, K] sparse COO
 
     def moments(self, statistics: Statistics) -> tuple[Tensor, Tensor]:
-        """Sums [S] and their weights [S]; statistics.features has this term's K alone."""
+        """Sums [S] and their weights [S]; statistics.features has this term's K alone, statistics.texts its S."""
         raise NotImplementedError
 
     def value(self, mean: Tensor, share: Tensor) -> Tensor:
@@ -110,6 +114,7 @@ class TermSum(DistributionTerm):
         self.entropy = any(term.entropy for term in terms)
         self.log_prob = any(term.log_prob for term in terms)
         self.divergence = any(term.divergence for term in terms)
+        self.reads = self._read if any(term.reads is not None for term in terms) else None
         self.linear = all(term.linear for term in terms)
         self.size = sum(term.size for term in terms)
         known = {term.vocab for term in terms if term.vocab is not None}
@@ -135,12 +140,15 @@ class TermSum(DistributionTerm):
         """The moments of a batch; differentiable in its statistics."""
         weight = statistics.weight.double()
         columns = statistics.columns if self.columns else None
-        sums, weights, first = [], [], 0
+        sums, weights, first, read = [], [], 0, 0
         for _, term in self.parts:
             last = first + (0 if term.features is None else term.features.shape[1])
+            texts = None
+            if term.reads is not None and statistics.texts is not None:
+                texts, read = statistics.texts[:, read : read + term.size], read + term.size
             if term.size:
                 own = None if statistics.features is None else statistics.features[..., first:last]
-                found = term.moments(replace(statistics, weight=weight, features=own))
+                found = term.moments(replace(statistics, weight=weight, features=own, texts=texts))
                 sums.append(found[0].double())
                 weights.append(found[1].double().expand(term.size))
             first = last
@@ -151,6 +159,10 @@ class TermSum(DistributionTerm):
             torch.cat(sums) if sums else none,
             torch.cat(weights) if weights else none,
         )
+
+    def _read(self, texts: Sequence[str]) -> Tensor:
+        """phi of all terms of whole texts, side by side."""
+        return torch.cat([term.reads(texts) for _, term in self.parts if term.reads is not None], 1)
 
     def values(self, moments: Moments) -> list[Tensor]:
         """weight_i J_i of every part, 0-d float64; differentiable in the moments."""

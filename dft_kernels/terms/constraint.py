@@ -41,7 +41,18 @@ class AtMost(DistributionTerm):
                 fail("AtMost", name, f"be a number {least}", repr(value), "See noise_floor for a bound")
         self.term, self.bound, self.rate, self.dual = term, float(bound), float(rate), float(start)
         self.ratio: float | None = None  # J / bound, of the last step
-        for name in ("columns", "text", "entropy", "log_prob", "divergence", "linear", "size", "vocab", "features"):
+        for name in (
+            "columns",
+            "text",
+            "entropy",
+            "log_prob",
+            "divergence",
+            "reads",
+            "linear",
+            "size",
+            "vocab",
+            "features",
+        ):
             setattr(self, name, getattr(term, name))
 
     @property

@@ -23,11 +23,11 @@ def noise_floor(
     text comes to this floor and below; with a decay, `Delayed` looks back on (1 + decay) / (1 - decay) steps' rows.
 
     input_ids, target: [S, T] int64 as in `Delayed.loss`, target -100 where a row is out. None for a term of the
-    model's entropy or cross-entropy, of which a text tells nothing. Weights of a sum count; an `AtMost` is its term.
-    ValueError where the text is smaller than `rows`. Cost: counting; [16 T, K] memory.
+    model's entropy or cross-entropy, of which a text tells nothing, and of whole texts. Weights of a sum count; an
+    `AtMost` is its term. ValueError where the text is smaller than `rows`. Cost: counting; [16 T, K] memory.
     """
     parts = [(by, part.term if isinstance(part, AtMost) else part) for by, part in as_sum("noise_floor", term).parts]
-    of_text = [not (part.entropy or part.divergence) for _, part in parts]
+    of_text = [not (part.entropy or part.divergence or part.reads) for _, part in parts]
     if input_ids.ndim != 2 or target.shape != input_ids.shape:
         got = f"{list(input_ids.shape)} and {list(target.shape)}"
         fail("noise_floor", "input_ids and target", "be [S, T] each", got, "Stack sequences of one length, padded")

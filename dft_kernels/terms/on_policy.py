@@ -7,11 +7,12 @@ c_m = w_m dJ/dw_m the part of J that row m brings (linearised at the running mea
     R_n = sum_{m > n} c_m
 
 (Williams, Machine Learning 8, 1992). Where no token changes what comes after, only the first part is there; leaving the
-second out elsewhere is biased.
+second out elsewhere is biased. What a text is like as a whole (`TextMMD`) is in every R_n, and in no other part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -71,6 +72,9 @@ class OnPolicy(Delayed):
         known: Any = temperature
         if isinstance(known, bool) or not isinstance(known, (int, float)) or not 0 < known < float("inf"):
             fail("OnPolicy", "temperature", "be a number above 0", repr(temperature), "The sampler's is meant")
+        if biased_without_score and self.terms.reads is not None:
+            remedy = "Leave it, or leave the TextMMD out"
+            fail("OnPolicy", "biased_without_score", "be False with a TextMMD, which is all score", "True", remedy)
         self.temperature = float(temperature)
         self.biased_without_score = biased_without_score
 
@@ -82,6 +86,7 @@ class OnPolicy(Delayed):
         teacher: Any = None,
         *,
         input_ids: Tensor | None = None,
+        texts: Sequence[str] | None = None,
         return_metrics: bool = False,
         sampled_log_prob: Tensor | None = None,
         **loss: Any,
@@ -94,6 +99,7 @@ class OnPolicy(Delayed):
                 after the end.
             teacher: the reference of a `ReferenceKL`, any teacher of `linear_distribution_loss`.
             input_ids: [B, T] int64, where a term asks for it.
+            texts: what was drawn, B texts, where a term reads it (`TextMMD`).
             sampled_log_prob: [B, T], log-probabilities of the drawn tokens under the policy that drew them (an earlier
                 state of the model, another engine): rows then weigh min(10, prod_{m < n} q_m(y_m) / mu_m(y_m)),
                 truncated importance weights (Ionides, J. Comput. Graph. Stat. 17(2), 2008). One product more.
@@ -116,6 +122,7 @@ class OnPolicy(Delayed):
             relation = "be the reference of a ReferenceKL" if terms.divergence else "be None without a ReferenceKL"
             fail("OnPolicy", "teacher", relation, got, "Pass the model that this one is kept near, or leave both out")
         lead, shape = hidden.shape[:-1], rows.weight.shape
+        phi = self._read(texts, rows.weight)
         through = torch.ones_like(rows.weight)  # importance of the text up to each row's own token
         if sampled_log_prob is not None:
             if not isinstance(sampled_log_prob, Tensor) or sampled_log_prob.shape != lead:
@@ -129,6 +136,7 @@ class OnPolicy(Delayed):
             before = (moved.cumsum(1) - moved).exp().clamp(max=10.0)
             rows = replace(rows, weight=rows.weight * before)
             asked["row_weight"] = rows.weight.reshape(lead).to(wide(hidden))
+        rows = replace(rows, texts=phi, text_weight=through[:, -1])
         of = self._known(hidden.device)
         found = linear_distribution_statistics(
             hidden,
@@ -169,6 +177,19 @@ class OnPolicy(Delayed):
             fail("OnPolicy", "row_weight", "be above 0 where a token was drawn", got, "Weigh it by little, not by 0")
         return drawn
 
+    def _read(self, texts: Any, like: Tensor) -> Tensor | None:
+        """phi of whole texts [B, R], where a term reads them."""
+        if (texts is None) == (self.terms.reads is not None):
+            got = "None" if texts is None else f"{len(texts)} texts"
+            relation = "be what was drawn, for a TextMMD" if texts is None else "be None without a TextMMD"
+            fail("OnPolicy", "texts", relation, got, "Pass one text for each sequence, or leave both out")
+        if texts is None or self.terms.reads is None:
+            return None
+        if isinstance(texts, str) or len(texts) != len(like):
+            got = "one text" if isinstance(texts, str) else f"{len(texts)} of them"
+            fail("OnPolicy", "texts", f"be one for each of {len(like)} sequences", got, "Decode what each has drawn")
+        return self.terms.reads(texts).to(like.device)
+
     def _features(self, of: Slopes | None, dtype: torch.dtype) -> Tensor | None:
         """The terms' features, and G as one more column: <q_n, G> is row n's part of the column terms."""
         own = None if self.terms.features is None else self.terms.features.to(dtype)
@@ -207,22 +228,24 @@ class OnPolicy(Delayed):
         out = (row / denominator).sum()
         if self.biased_without_score:
             return out
-        credit = self._credit(of, seen) + (w * g).detach()
-        later = credit.sum(1, keepdim=True) - credit.cumsum(1)
+        credit, whole_text = self._credit(of, seen)
+        credit = credit + (w * g).detach()
+        later = credit.sum(1, keepdim=True) - credit.cumsum(1) + whole_text
         baseline = (later.sum(0) - later) / (len(w) - 1)
         advantage = torch.where(drawn, later - through * baseline, 0.0)
         return out + (advantage / denominator * log_prob).sum()
 
-    def _credit(self, of: Slopes, seen: Statistics) -> Tensor:
-        """w_n dJ/dw_n [B, T] of all but the columns, times W."""
+    def _credit(self, of: Slopes, seen: Statistics) -> tuple[Tensor, Tensor]:
+        """w_n dJ/dw_n [B, T] of all but the columns, times W, and the same of whole texts [B, 1]."""
         names = ("features", "entropy", "divergence")
         fixed = {name: value.detach() for name in names if (value := getattr(seen, name)) is not None}
+        assert seen.text_weight is not None
         with torch.enable_grad():
-            leaf = seen.weight.detach().requires_grad_()
-            moments = self.terms.gathered(replace(seen, weight=leaf, **fixed))
+            leaves = {name: getattr(seen, name).detach().requires_grad_() for name in ("weight", "text_weight")}
+            moments = self.terms.gathered(replace(seen, **leaves, **fixed))
             pairs = ((moments.total, of.of_total), (moments.sums, of.sums), (moments.weights, of.weights))
             linear = [(moment * slope).sum() for moment, slope in pairs if slope is not None and moment.requires_grad]
             if not linear:
-                return torch.zeros_like(seen.weight)
-            (slope,) = torch.autograd.grad(sum(linear[1:], linear[0]), leaf)
-        return seen.weight * slope * of.total
+                return torch.zeros_like(seen.weight), torch.zeros_like(seen.text_weight)[:, None]
+            found = torch.autograd.grad(sum(linear[1:], linear[0]), tuple(leaves.values()), materialize_grads=True)
+        return seen.weight * found[0] * of.total, (seen.text_weight * found[1] * of.total)[:, None]

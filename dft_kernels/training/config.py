@@ -52,7 +52,10 @@ class Job:
     )
     rollout_terms: list[str] | None = field(
         default=None,
-        metadata={"help": "the same of text that the model writes; reference_kl=WEIGHT keeps it near where it started"},
+        metadata={
+            "help": "the same of text that the model writes; reference_kl=WEIGHT keeps it near where it started, "
+            "text_mmd=WEIGHT draws whole texts, by their embeddings, to what people wrote in their place"
+        },
     )
     max_length: int = field(
         default=512, metadata={"help": "tokens a sequence at most; longer ones are cut", "aliases": ["--length"]}

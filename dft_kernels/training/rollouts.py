@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import hashlib
 from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import fail
-from ..generation.sampling import Rollouts, roll_out
+from ..generation.sampling import Rollouts, roll_out, text_after, without_end
 from ..models.heads import head_of, hidden_states, output_layer, projection
 from ..teachers.head import TeacherHead
 from ..terms import OnPolicy
@@ -51,11 +53,27 @@ class Reference:
         return TeacherHead(hidden, given["weight"].detach(), bias, self.head.logit_scale, self.head.softcap)
 
 
-class OwnText:
-    """Rollouts of a step and their gradient. args: a DFTConfig, of which the rollout_ fields are this one's."""
+def beginning(text: list[int], most: int) -> list[int]:
+    """The tokens of a text that a rollout goes on from: its first ones, at most half of it."""
+    return text[: max(1, min(most, len(text) // 2))]
 
-    def __init__(self, model: Any, terms: OnPolicy, args: Any, end: int | None) -> None:
-        self.terms, self.args, self.end = terms, args, end
+
+def texts_of(tokenizer: Any, prompts: list[list[int]], drawn: Rollouts, end: int | None) -> list[str]:
+    """What was written after each prompt, without the end of text."""
+    rows = [[token for token in row if token >= 0] for row in drawn.target.tolist()]
+    new = without_end(rows, () if end is None else (end,))
+    return [text_after(tokenizer, *each) for each in zip(prompts, new, strict=True)]
+
+
+class OwnText:
+    """Rollouts of a step and their gradient. args: a DFTConfig, of which the rollout_ fields are this one's;
+    tokenizer: for terms that read texts."""
+
+    def __init__(self, model: Any, terms: OnPolicy, args: Any, end: int | None, tokenizer: Any = None) -> None:
+        self.terms, self.args, self.end, self.tokenizer = terms, args, end, tokenizer
+        if terms.terms.reads is not None and not hasattr(tokenizer, "decode"):
+            remedy = "Pass processing_class=tokenizer"
+            fail("DFTTrainer", "processing_class", "be the tokenizer, for a TextMMD", type(tokenizer).__name__, remedy)
         self.reference = Reference(model, args.device) if terms.terms.divergence else None
         self.cosines: list[float] = []
         self.drawn = (-1, 0)  # the last step, and its batches so far
@@ -74,7 +92,7 @@ class OwnText:
             (row if mask is None or mask.ndim != 2 else row[mask[number] != 0]).tolist()
             for number, row in enumerate(inputs["input_ids"])
         ]
-        cut = [text[: max(1, min(self.args.rollout_prompt, len(text) // 2))] for text in texts]
+        cut = [beginning(text, self.args.rollout_prompt) for text in texts]
         return [prompt for prompt in cut for _ in range(self.args.rollout_samples)]
 
     def step(self, trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -90,20 +108,26 @@ class OwnText:
             drawn = roll_out(plain, prompts, self.args.rollout_length, self.end, self._seed(trainer), **sampling)
         values: list[Tensor] = []
 
-        def loss_of(half: Rollouts, apart: Any) -> Tensor:
+        def loss_of(rows: slice, apart: Any) -> Tensor:
+            half = drawn[rows]
+            terms: Any = self.terms
+            if terms.terms.reads is not None:
+                texts = texts_of(self.tokenizer, prompts[rows], half, self.end)
+                terms = SimpleNamespace(loss=partial(terms.loss, texts=texts))
             given = half.inputs(plain)
             teacher = None if self.reference is None else Held(self.reference(given))
             with trainer.compute_loss_context_manager(), apart:
-                loss = model(
-                    **given, shift_labels=half.target, teacher=teacher, distribution_terms=Held(self.terms)
-                ).loss
+                loss = model(**given, shift_labels=half.target, teacher=teacher, distribution_terms=Held(terms)).loss
             values.append(loss.detach())
             return loss / (2 * trainer.current_gradient_accumulation_steps)  # type: ignore[no-any-return]
 
         middle = len(prompts) // 2
         # the first half's gradient stays this process's, as the second's is when they are compared
         alone = trainer.accelerator.no_sync(model)
-        halves = (lambda: loss_of(drawn[:middle], alone), lambda: loss_of(drawn[middle:], nullcontext()))
+        halves = (
+            lambda: loss_of(slice(0, middle), alone),
+            lambda: loss_of(slice(middle, None), nullcontext()),
+        )
         cosine = split_half(plain.parameters(), halves, trainer.accelerator.backward)
         if cosine is not None:
             self.cosines.append(cosine)

@@ -28,6 +28,7 @@ from ..terms import (
     ReferenceKL,
     SentenceLength,
     TermSum,
+    TextMMD,
     TokenL2,
     UnigramKL,
     VocabularyMMD,
@@ -130,6 +131,7 @@ TERMS: dict[str, _OfModel] = {
 
 FLOOR = "floor"  # in place of a weight
 TIMES = "x"  # after a number, in place of a weight
+TEXT_MMD = "text_mmd"  # the term that is of people's texts, and not of the target
 _ROWS = 2048  # that gains are measured on
 
 
@@ -147,6 +149,11 @@ def asks_for_text(weights: Sequence[str]) -> bool:
     return any(given.endswith((f"={FLOOR}", TIMES)) for given in weights)
 
 
+def asks_for_texts(weights: Sequence[str]) -> bool:
+    """Whether `terms_of` needs what people have written, as a `TextMMD`."""
+    return any(given.startswith(f"{TEXT_MMD}=") for given in weights)
+
+
 class Asked(NamedTuple):
     """NAME=WEIGHT, read. how: FLOOR, whose weight is 1, TIMES for a weight relative to the gain, or ""."""
 
@@ -155,11 +162,24 @@ class Asked(NamedTuple):
     how: str
 
 
-def _known(own_text: bool) -> dict[str, _OfModel]:
+class Written(NamedTuple):
+    """A term of people's texts, and its gain, which the model's own are drawn for."""
+
+    term: TextMMD
+    gain: Callable[[], float]
+
+
+def _known(own_text: bool, written: Written | None = None) -> dict[str, _OfModel]:
     if not own_text:
         return TERMS
     known = {name: make for name, make in TERMS.items() if name != "calibration"}
-    return {**known, "reference_kl": _of(lambda target, vocab: ReferenceKL())}
+    return {**known, "reference_kl": _of(lambda target, vocab: ReferenceKL()), TEXT_MMD: lambda *_: _given(written)}
+
+
+def _given(written: Written | None) -> DistributionTerm:
+    if written is None:
+        raise ValueError(f"terms: written must be given for {TEXT_MMD}, got none. Pass a TextMMD of people's texts.")
+    return written.term
 
 
 def read_terms(weights: Sequence[str], own_text: bool = False) -> list[Asked]:
@@ -196,13 +216,14 @@ def terms_of(
     text: HumanText | None = None,
     own_text: bool = False,
     model: Any = None,
+    written: Written | None = None,
 ) -> TermSum:
     """NAME=WEIGHT, ... as a sum of terms for a head of `vocab` tokens. NAME=0.5x: at a weight of 0.5 / g, g its gain
     (`dft_kernels.terms.gains`) of `model` on `text`, so that it pulls half as hard as cross-entropy holds; NAME=floor:
-    a constraint (`AtMost`) at the `noise_floor` of `text`. own_text: for the model's own, where there is reference_kl,
-    and no calibration. model: whose embeddings, as they are now, vocabulary_mmd (256 random Fourier features of a
-    Gaussian kernel) and embedding_transport (debiased Sinkhorn) are over. ValueError for another name or weight, a
-    statistic that the target lacks, or a vocabulary smaller than its."""
+    a constraint (`AtMost`) at the `noise_floor` of `text`. own_text: for the model's own, where there are reference_kl
+    and text_mmd, which is `written`, and no calibration. model: whose embeddings, as they are now, vocabulary_mmd (256
+    random Fourier features of a Gaussian kernel) and embedding_transport (debiased Sinkhorn) are over. ValueError for
+    another name or weight, a statistic that the target lacks, or a vocabulary smaller than its."""
     if target.vocab_size is not None and target.vocab_size > vocab:
         raise ValueError(
             f"terms: the target must be of at most the model's {vocab} tokens, got {target.vocab_size}. Build it with "
@@ -210,7 +231,7 @@ def terms_of(
         )
     found: list[tuple[float, DistributionTerm]] = []
     relative: list[tuple[int, str]] = []
-    known = _known(own_text)
+    known = _known(own_text, written)
     for name, weight, how in read_terms(weights, own_text):
         if how == FLOOR:
             found.append((1.0, _at_floor(name, known[name](target, vocab, model), text)))
@@ -227,40 +248,50 @@ def terms_of(
                 "both, or a weight."
             )
         terms = [(name, found[at][1]) for at, name in relative]
-        for (at, _), gain in zip(relative, _gains(terms, text, model), strict=True):
+        for (at, _), gain in zip(relative, _gains(terms, text, model, written), strict=True):
             found[at] = (found[at][0] / gain, found[at][1])
     return TermSum(found)
 
 
-@torch.no_grad()
-def _gains(terms: list[tuple[str, DistributionTerm]], text: HumanText, model: Any) -> list[float]:
-    """Of the first sequences of `text`, whatever the model writes itself."""
-    found = [0.0] * len(terms)
-    if not any(term.divergence for _, term in terms):
-        count = int(torch.searchsorted((text.target != -100).sum(1).cumsum(0), _ROWS)) + 1
-        head, layer, training = head_of(model, adapted=True), output_layer(model), model.training
-        ids, labels = (some[:count].to(layer.weight.device) for some in text[:2])
-        model.eval()
-        try:
-            hidden = torch.cat([hidden_states(model, each) for each in ids.split(4)])
-        finally:
-            model.train(training)
-        given = {**projection(layer, hidden), "logit_scale": head.logit_scale, "softcap": head.softcap}
-        together = TermSum([(1.0, term) for _, term in terms])
-        found = list(gains(together, hidden, target=labels, input_ids=ids, **given).values())
-    for (name, term), gain in zip(terms, found, strict=True):
-        if term.divergence or not 0 < gain < math.inf:
-            got = "the divergence from where the model starts" if term.divergence else f"a gain of {gain:g}"
-            remedy = f"Give it a weight: {name}=0.02"
-            raise ValueError(
-                f"terms: {name}=0.5{TIMES} must be of a term that pulls at the start, got {got}. {remedy}."
-            )
+def _gains(
+    terms: list[tuple[str, DistributionTerm]], text: HumanText, model: Any, written: Written | None
+) -> list[float]:
+    """Of rows on the first sequences of `text`, whatever the model writes itself; of whole texts on what it writes."""
+    for name, term in terms:
+        if term.divergence:
+            raise _idle(name, "the divergence from where the model starts")
+    rows = [(1.0, term) for _, term in terms if term.reads is None]
+    known = iter(_gains_of_rows(TermSum(rows), text, model) if rows else ())
+    found = [next(known) if term.reads is None or written is None else written.gain() for _, term in terms]
+    for (name, _), gain in zip(terms, found, strict=True):
+        if not 0 < gain < math.inf:
+            raise _idle(name, f"a gain of {gain:g}")
     return found
+
+
+def _idle(name: str, got: str) -> ValueError:
+    return ValueError(
+        f"terms: {name}=0.5{TIMES} must be of a term that pulls at the start, got {got}. Give it a weight: {name}=0.02."
+    )
+
+
+@torch.no_grad()
+def _gains_of_rows(terms: TermSum, text: HumanText, model: Any) -> list[float]:
+    count = int(torch.searchsorted((text.target != -100).sum(1).cumsum(0), _ROWS)) + 1
+    head, layer, training = head_of(model, adapted=True), output_layer(model), model.training
+    ids, labels = (some[:count].to(layer.weight.device) for some in text[:2])
+    model.eval()
+    try:
+        hidden = torch.cat([hidden_states(model, each) for each in ids.split(4)])
+    finally:
+        model.train(training)
+    given = {**projection(layer, hidden), "logit_scale": head.logit_scale, "softcap": head.softcap}
+    return list(gains(terms, hidden, target=labels, input_ids=ids, **given).values())
 
 
 def _at_floor(name: str, term: DistributionTerm, text: HumanText | None) -> AtMost:
     bound = None if text is None else noise_floor(term, *text)[term.name]
     if bound is None or not 0 < bound < math.inf:  # KL from a text that lacks what the target has is infinite
-        got = "none: it is not of the text alone" if bound is None else f"{bound:g}"
+        got = "none: no token of a text tells it" if bound is None else f"{bound:g}"
         raise ValueError(f"terms: {name}={FLOOR} must have a finite noise floor above 0, got {got}. Give it a weight.")
     return AtMost(term, bound)

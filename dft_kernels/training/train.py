@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..evaluation.held_out import HeldOut, held_out
 from ..files import replace_text
 from ..loss.functional import shift_labels
+from ..materials.encoders import encoder
 from ..materials.models import read_texts
 from ..materials.records import Faults
 from ..materials.sources import ABOUT, check_model, documents_of, model_of, read_about, tokenizer_of
@@ -36,8 +37,9 @@ from .config import Job
 from .examples import Example, PackCollator, Packs, Sequences, check_packing, examples_of, shown
 from .progress import TERMS_FILE
 from .serving import naming
-from .target_terms import HumanText, asks_for_text, terms_of
+from .target_terms import HumanText, asks_for_text, asks_for_texts, terms_of
 from .teaching import asked
+from .text_features import written
 from .trainer import DFTConfig, DFTTrainer
 
 
@@ -270,7 +272,7 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
         check_positions(teacher, told + longest, "train", "teacher", "take", "Lower --max_length: longer ones are cut")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()  # the same when resumed
     training, kept = Subset(data, order[job.held_out :]), Subset(data, order[: job.held_out])
-    terms = {} if target is None else _terms(target, job, options, model, training)
+    terms = {} if target is None else _terms(target, job, options, model, training, tokenizer)
     trainer = CardTrainer(
         _adapted(model, job), options, teacher, **terms, train_dataset=training, data_collator=collate,
         processing_class=tokenizer, callbacks=[stop := StopOnInterrupt()],
@@ -287,7 +289,7 @@ def _stored(store: Store, number: int) -> Example:
     return Example(batch["input_ids"][0], counts)
 
 
-def _terms(target: Target, job: Job, options: DFTConfig, model: Any, training: Any) -> dict[str, Any]:
+def _terms(target: Target, job: Job, options: DFTConfig, model: Any, training: Any, tokenizer: Any) -> dict[str, Any]:
     """terms and rollout_terms of DFTTrainer. Noise floors are of as many rows as a running mean looks back on; gains
     are measured where the model is to be trained, if it fits there whole."""
     out = {}
@@ -296,7 +298,12 @@ def _terms(target: Target, job: Job, options: DFTConfig, model: Any, training: A
     for name, given, own in (("terms", job.terms, False), ("rollout_terms", job.rollout_terms, True)):
         if given is None:
             continue
-        text = None
+        text = people = None
+        if asks_for_texts(given):
+            reader = encoder("minilm", Path(job.cache))
+            reader.model.to(options.device)
+            ids = [list(training[number]["input_ids"]) for number in range(min(len(training), 1024))]
+            people = written(reader, model, tokenizer, ids, options)
         if asks_for_text(given):
             if options.place_model_on_device and not options.fsdp:
                 model.to(options.device)
@@ -306,7 +313,7 @@ def _terms(target: Target, job: Job, options: DFTConfig, model: Any, training: A
             rows = int((target_of != -100).sum())
             each = rows / len(some) if not own else options.rollout_samples * options.rollout_length
             text = HumanText(labels.clamp(min=0), target_of, max(1, min(rows // 2, int(batch * each * steps))))
-        out[name] = terms_of(target, given, output_layer(model).weight.shape[0], text, own, model)
+        out[name] = terms_of(target, given, output_layer(model).weight.shape[0], text, own, model, people)
     return out
 
 

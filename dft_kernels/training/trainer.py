@@ -112,9 +112,10 @@ class DFTTrainer(transformers.Trainer):
     statistics (args.terms_decay) over all processes and accumulated batches, kept in checkpoints, logged as term_NAME.
     rollout_terms: the same of text that the model writes: every args.rollout_every steps it goes on from the beginnings
     of each batch's texts, and the terms' gradient (`OnPolicy`, with its score term; a `ReferenceKL` among them is to
-    the model as it comes here) joins the step's; logged as rollout_NAME, with rollout_cosine, that of the gradients
-    of two halves of the rollouts (where a step has one batch): 0 says that they are too few. Dropout, which rollouts
-    are drawn without, makes them another model's. With stop_at_floor training ends once all `AtMost` terms hold.
+    the model as it comes here; a `TextMMD` reads texts by processing_class) joins the step's; logged as rollout_NAME,
+    with rollout_cosine, that of the gradients of two halves of the rollouts (where a step has one batch): 0 says that
+    they are too few. Dropout, which rollouts are drawn without, makes them another model's. With stop_at_floor training
+    ends once all `AtMost` terms hold.
     With `PrinciplesCollator` as data_collator a model sees its principles before each sequence.
     Everything else is Trainer's: accumulation (a step is divided by the tokens of all of its batches), checkpoints,
     `report_to`. Metrics of the loss's own pass (METRICS, means over all processes' tokens since the last log;
@@ -170,7 +171,8 @@ class DFTTrainer(transformers.Trainer):
         self.since: float | None = None
         check_options(Function("DFTTrainer"), args.terms, stand_in(teacher, args.device), args.device)
         check_fits(teacher, model)
-        own = None if rollout_terms is None else OwnText(model, rollout_terms, args, _end_of(model, more))
+        tokenizer = more.get("processing_class")
+        own = None if rollout_terms is None else OwnText(model, rollout_terms, args, _end_of(model, more), tokenizer)
         super().__init__(attach(model, **args.terms), args, **more)
         self.asked, self.own_text = asked(teacher, args.device), own
         if own is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):

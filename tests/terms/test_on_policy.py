@@ -19,6 +19,7 @@ from dft_kernels.terms import (
     PunctuationRate,
     ReferenceKL,
     SentenceLength,
+    TextMMD,
     TokenL2,
     UnigramKL,
     exact,
@@ -32,6 +33,19 @@ TEXTS = [list(text) for text in itertools.product(range(V), repeat=L)]
 P = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
 ENDS = torch.tensor([False, True, False])
 HAZARD = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
+
+
+def said(target: Tensor) -> list[str]:
+    """The texts of drawn tokens, as letters."""
+    return ["".join("abc"[token] for token in row if token >= 0) for row in target.tolist()]
+
+
+def letters(texts: Any) -> Tensor:
+    """phi of a text that no row and no sum of rows knows: its first and last letter together, and its length."""
+    pairs = [a + b for a in "abc" for b in "abc"]
+    return torch.tensor([[*(float(text[0] + text[-1] == pair) for pair in pairs), len(text) / 3] for text in texts])
+
+
 TERMS: dict[str, Any] = {
     "columns": lambda: 2.0 * TokenL2(P) + UnigramKL(P, "reverse"),
     "rates": lambda: PunctuationRate(torch.eye(V)[:, :2], torch.tensor([0.3, 0.1])),
@@ -41,11 +55,14 @@ TERMS: dict[str, Any] = {
     ),
     "entropy": lambda: Entropy(value=0.7),
     "reference": lambda: 0.5 * ReferenceKL(),
+    "whole texts": lambda: 2.0 * TextMMD(letters, ["abc", "ab", "cab"]),
     "all": lambda: (
         TokenL2(P, squared=True)
         + 3.0 * SentenceLength(ENDS, HAZARD, distance="cramer", starts=True)
         + Entropy(value=0.7)
+        + TextMMD(letters, ["abc", "ab", "cab"])
         + 0.3 * ReferenceKL()
+        + 0.5 * TextMMD(lambda texts: letters(texts)[:, -1:], ["ab", "c"])
     ),
 }
 
@@ -86,7 +103,8 @@ class Writer:
 
     def called(self, batch: dict[str, Any], terms: Any) -> dict[str, Any]:
         given = {name: value for name, value in batch.items() if name != "at"}
-        return {**given, "teacher": self.reference[batch["at"]] if terms.divergence else None}
+        more = {"texts": said(batch["target"])} if terms.reads else {}
+        return {**given, **more, "teacher": self.reference[batch["at"]] if terms.divergence else None}
 
 
 def moments_of_all(writer: Writer, own: OnPolicy, temperature: float = 1.0) -> Tensor:
@@ -103,7 +121,8 @@ def moments_of_all(writer: Writer, own: OnPolicy, temperature: float = 1.0) -> T
         log_r = (writer.reference[batch["at"]] / temperature).log_softmax(-1)
         seen = Statistics(
             batch["input_ids"], w, torch.einsum("bt,btv->v", w, q), features, -(q * log_q).sum(-1), None,
-            (q * (log_q - log_r)).sum(-1),
+            (q * (log_q - log_r)).sum(-1), own.terms.reads(said(batch["target"])) if own.terms.reads else None,
+            torch.ones(1, dtype=torch.float64),
         )  # fmt: skip
         total = total + p * own.terms.gathered(seen).flat()
     return total
@@ -148,7 +167,7 @@ def test_the_expected_gradient_is_that_of_all_it_could_write(name: str, ends: bo
 def test_without_its_score_the_gradient_is_biased() -> None:
     """The option's name says so."""
     writer = Writer(False)
-    biased = OnPolicy(TERMS["all"](), biased_without_score=True)
+    biased = OnPolicy(3.0 * TERMS["text"]() + Entropy(value=0.7), biased_without_score=True)
     whole = moments_of_all(writer, biased)
     want = gradients(sum(biased.terms.values(biased.terms.split(whole))), writer)
     biased.running = whole.detach()
@@ -196,7 +215,7 @@ def test_statistics_of_a_step_and_the_value() -> None:
 
 
 ERRORS: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "one text": (lambda: TokenL2(P), {"texts": [[0, 1, 1]]}, "two sequences or more"),
+    "one text": (lambda: TokenL2(P), {}, "two sequences or more"),
     "no reference": (ReferenceKL, {"teacher": None}, "be the reference of a ReferenceKL, got None"),
     "a reference": (lambda: TokenL2(P), {"teacher": torch.zeros(2, L, V)}, "be None without a ReferenceKL"),
     "calibration": (lambda: Entropy(calibration=True), {}, "be without calibration on the model's own text"),
@@ -204,27 +223,56 @@ ERRORS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "weight 0": (lambda: TokenL2(P), {"row_weight": torch.zeros(2, L, dtype=torch.float64)}, "be above 0 where"),
     "log_prob": (lambda: TokenL2(P), {"sampled_log_prob": torch.zeros(2)}, r"be a tensor \[2, 3\], got \[2\]"),
     "potential": (lambda: TokenL2(P), {"potential": P}, "be left out"),
+    "no texts": (lambda: TextMMD(letters, ["ab"]), {"texts": None}, "be what was drawn, for a TextMMD, got None"),
+    "texts": (lambda: TokenL2(P), {"texts": ["ab", "c"]}, "be None without a TextMMD, got 2 texts"),
+    "fewer texts": (lambda: TextMMD(letters, ["ab"]), {"texts": ["ab"]}, "one for each of 2 sequences, got 1 of them"),
+    "a text": (lambda: TextMMD(letters, ["ab"]), {"texts": "ab"}, "one for each of 2 sequences, got one text"),
 }
 
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors(name: str) -> None:
-    term, more, said = ERRORS[name]
+    term, more, message = ERRORS[name]
     writer, own = Writer(False), OnPolicy(term())
-    texts = more.pop("texts", [[0, 1, 1], [2, 0, 1]])
+    texts = [[0, 1, 1]] if name == "one text" else [[0, 1, 1], [2, 0, 1]]
     given = {**writer.called(writer.batch(texts), own.terms), **more}
-    with pytest.raises((ValueError, TypeError), match=f"OnPolicy: .*{said}"):
+    with pytest.raises((ValueError, TypeError), match=f"OnPolicy: .*{message}"):
         own.loss(**given)
     assert own.pending is None
+
+
+@pytest.mark.parametrize(("reads", "human", "message"), [
+    (letters, [], "human must be texts, one at least, got list of none"),
+    (letters, "ab", "human must be texts, one at least, got one text"),
+    (lambda texts: [1.0] * len(texts), ["a"], r"phi must be a floating tensor \[1, R\], got list"),
+    (lambda texts: torch.ones(len(texts), 2, dtype=torch.int64), ["a"], "got torch.int64"),
+    (lambda texts: torch.ones(1, 2), ["a", "b"], r"phi must have shape \[2, R\], got \[1, 2\]"),
+    (lambda texts: torch.ones(len(texts)), ["a"], r"phi must have shape \[1, R\], got \[1\]"),
+    (lambda texts: torch.full((len(texts), 2), float("nan")), ["a"], "phi must be finite"),
+])  # fmt: skip
+def test_errors_of_whole_texts(reads: Any, human: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=f"TextMMD: .*{message}"):
+        TextMMD(reads, human)
+
+
+def test_what_reads_texts_says_the_same_of_as_much() -> None:
+    term = TextMMD(lambda texts: torch.ones(len(texts), len(texts)), ["a", "b"])
+    with pytest.raises(ValueError, match=r"TextMMD: phi must have shape \[3, 2\], got \[3, 3\]"):
+        term.reads(["a", "b", "c"])
+    with pytest.raises(ValueError, match="biased_without_score must be False with a TextMMD, which is all score"):
+        OnPolicy(term, biased_without_score=True)
 
 
 def test_a_reference_is_of_own_text_alone() -> None:
     writer = Writer(False)
     batch = writer.batch([[0, 1, 1], [2, 0, 1]])
     given = {name: batch[name] for name in ("hidden", "weight", "target", "input_ids")}
-    for run in (lambda: exact(**given, term=ReferenceKL()), lambda: Delayed(ReferenceKL()).loss(**given)):
-        with pytest.raises(ValueError, match="be without a ReferenceKL, which is of the model's own text"):
-            run()
+    terms = {"ReferenceKL, which is of the model's own text": ReferenceKL(),
+             "TextMMD, which is of texts of the model's own": TextMMD(letters, ["ab"])}  # fmt: skip
+    for message, term in terms.items():
+        for run in (exact, lambda term, **given: Delayed(term).loss(**given)):
+            with pytest.raises(ValueError, match=f"be without a {message}"):
+                run(**given, term=term)
     with pytest.raises(ValueError, match="temperature must be a number above 0, got 0"):
         OnPolicy(TokenL2(P), temperature=0)
 
@@ -278,8 +326,9 @@ def test_noise_floor_is_what_samples_are_off_by() -> None:
     target = torch.multinomial(P, 4000 * 8, replacement=True, generator=draw).reshape(4000, 8)
     ids = torch.roll(target, 1, 1)
     terms = 3.0 * TokenL2(P, squared=True) + Entropy(value=1.0) + AtMost(TokenL2(P, squared=True), 0.5)
-    found = noise_floor(terms, ids, target, rows=400, draws=400)
-    assert list(found) == ["TokenL2_0", "Entropy", "TokenL2_2"]
+    found = noise_floor(terms + TextMMD(letters, ["ab"]), ids, target, rows=400, draws=400)
+    assert list(found) == ["TokenL2_0", "Entropy", "TokenL2_2", "TextMMD"]
+    assert found["TextMMD"] is None
     want = (1 - float(P.square().sum())) / 400
     assert found["TokenL2_0"] == pytest.approx(3 * want, rel=0.2)
     assert found["TokenL2_2"] == pytest.approx(want, rel=0.2)

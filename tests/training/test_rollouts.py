@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
-from tiny_models import tiny
+from tiny_models import WORDS as NAMES
+from tiny_models import tiny, word_tokenizer
 from training_runs import config, curve
 
 from dft_kernels.generation.sampling import roll_out
-from dft_kernels.terms import AtMost, Entropy, OnPolicy, PunctuationRate, ReferenceKL, TokenL2
+from dft_kernels.terms import AtMost, Entropy, OnPolicy, PunctuationRate, ReferenceKL, TextMMD, TokenL2
 from dft_kernels.training import rollouts
 from dft_kernels.training.attach import attach
 from dft_kernels.training.rollouts import Reference
@@ -21,6 +24,13 @@ from dft_kernels.training.trainer import DFTTrainer
 pytestmark = pytest.mark.filterwarnings("ignore")  # Trainer's own
 WORDS = (5 * torch.rand(64, generator=torch.Generator().manual_seed(9))).softmax(0)
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
+TOKENIZER = word_tokenizer(["<pad>", "<s>", "</s>", "<unk>", *NAMES[:60]])  # word1 is token 5
+
+
+def early(texts: Any) -> torch.Tensor:
+    """phi of a text: the share of its words that are among the first 15, squared, and whether it has any."""
+    share = [sum(word in NAMES[:16] for word in text.split()) / max(len(text.split()), 1) for text in texts]
+    return torch.tensor([[one * one, float(bool(text))] for one, text in zip(share, texts, strict=True)])
 
 
 def sharp(kind: str = "llama") -> Any:
@@ -77,7 +87,7 @@ def test_a_step_is_both_gradients(store: Any, tmp_path: Path) -> None:
     """SGD's step with rollouts: cross-entropy's and that of `OnPolicy.loss` on the same draws, halves averaged."""
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "optim": "sgd", "max_grad_norm": 0.0,
                "max_steps": 2, "learning_rate": 0.3, "rollout_length": 5, "rollout_samples": 2}  # fmt: skip
-    term = 4.0 * TokenL2(WORDS) + 0.5 * ReferenceKL()
+    term = 4.0 * TokenL2(WORDS) + 0.5 * ReferenceKL() + 3.0 * TextMMD(early, [NAMES[1]])
     batches: list[Any] = []
     draws: list[Any] = []
 
@@ -90,7 +100,7 @@ def test_a_step_is_both_gradients(store: Any, tmp_path: Path) -> None:
         return draws[-1]
 
     model = sharp()
-    data = {"train_dataset": store, "data_collator": collate, "rollout_terms": term}
+    data = {"train_dataset": store, "data_collator": collate, "rollout_terms": term, "processing_class": TOKENIZER}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollouts, "roll_out", kept)
         trainer = DFTTrainer(model, config(tmp_path, **options), None, **data)
@@ -108,8 +118,11 @@ def test_a_step_is_both_gradients(store: Any, tmp_path: Path) -> None:
             assert drawn.target.shape[0] == 4
             for half in (drawn[:2], drawn[2:]):
                 given = half.inputs(plain)
+                new = [[token for token in row.tolist() if token >= 0 and token != 2] for row in half.target]
+                texts = [TOKENIZER.decode(row, skip_special_tokens=True) for row in new]
+                named = SimpleNamespace(loss=functools.partial(own.loss, texts=texts))
                 found = plain(
-                    **given, shift_labels=half.target, teacher=reference(given), distribution_terms=own
+                    **given, shift_labels=half.target, teacher=reference(given), distribution_terms=named
                 ).loss  # fmt: skip
                 (found / 4).backward()
         with torch.no_grad():
@@ -121,6 +134,7 @@ def test_a_step_is_both_gradients(store: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
     assert curve(trainer, "rollout_TokenL2")
     assert curve(trainer, "rollout_ReferenceKL")
+    assert curve(trainer, "rollout_TextMMD")
 
 
 def test_it_closes_what_its_own_text_is_off_by(store: Any, tmp_path: Path) -> None:
@@ -151,6 +165,27 @@ def test_it_closes_what_its_own_text_is_off_by(store: Any, tmp_path: Path) -> No
     moved = [float(one.own_text.terms.terms.means(one.own_text.terms.terms.split(one.own_text.terms.running))[1][0])
              for one in (pulled, held)]  # fmt: skip
     assert moved[1] < 0.5 * moved[0]  # the mean KL
+
+
+def test_whole_texts_become_like_peoples(store: Any, tmp_path: Path) -> None:
+    """What no row knows, moved by the score alone; resumed or not."""
+    options = {"max_steps": 40, "learning_rate": 5e-3, "terms_decay": 0.5, "per_device_train_batch_size": 8,
+               "hard_weight": 0.0, "soft_weight": 0.0, "rollout_length": 6, "rollout_samples": 4,
+               "save_strategy": "steps", "save_steps": 30}  # fmt: skip
+
+    def train(checkpoint: str | None = None) -> list[float]:
+        data = {"train_dataset": store, "data_collator": plain, "processing_class": TOKENIZER}
+        term = 20.0 * TextMMD(early, NAMES[1:9])
+        trainer = DFTTrainer(sharp(), config(tmp_path, **options), None, rollout_terms=term, **data)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return curve(trainer, "rollout_TextMMD")
+
+    def plain(items: Any) -> Any:
+        return {name: store.collate(items)[name] for name in ("input_ids", "attention_mask", "labels")}
+
+    found = train()
+    assert sum(found[-5:]) < 0.5 * sum(found[:5])
+    assert train(str(tmp_path / "out/checkpoint-30"))[-5:] == pytest.approx(found[-5:], rel=1e-3)
 
 
 def test_stop_at_the_floor(store: Any, tmp_path: Path) -> None:
@@ -186,6 +221,8 @@ def test_adapters_are_their_own_reference() -> None:
     ({"rollout_length": 1}, Entropy(value=1.0), "rollout_length must be an int of at least 2, got 1"),
     ({"rollout_temperature": 0.0}, Entropy(value=1.0), "temperature must be a number above 0"),
     ({}, Entropy(calibration=True), "without calibration on the model's own text"),
+    ({}, TextMMD(early, ["word1"]), "processing_class must be the tokenizer, for a TextMMD, got NoneType"),
+    ({"rollout_biased_without_score": True}, TextMMD(early, ["word1"]), "be False with a TextMMD, which is all score"),
 ])  # fmt: skip
 def test_errors(options: Any, terms: Any, said: str, store: Any, tmp_path: Path) -> None:
     model = tiny()

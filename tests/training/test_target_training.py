@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import WORDS, far, tiny, word_tokenizer
+from tiny_models import WORDS, far, tiny, tiny_encoder, word_tokenizer
 from tokenizers import decoders, pre_tokenizers
 from training_runs import config, curve
 
@@ -21,9 +21,9 @@ from dft_kernels.loss.functional import shift_labels
 from dft_kernels.models.heads import hidden_states, output_layer
 from dft_kernels.targets import corpus, target_file
 from dft_kernels.targets.target import Target
-from dft_kernels.terms import Delayed, Entropy, TokenL2, gains
+from dft_kernels.terms import Delayed, Entropy, TextMMD, TokenL2, gains
 from dft_kernels.training.attach import attach
-from dft_kernels.training.target_terms import TERMS, HumanText, terms_of
+from dft_kernels.training.target_terms import TERMS, HumanText, Written, terms_of
 from dft_kernels.training.trainer import DFTTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Trainer's own
@@ -77,6 +77,8 @@ def test_every_name_is_a_term(target: Target) -> None:
             terms_of(target, names, vocab)
     with pytest.raises(ValueError, match="must be of at most the model's 50 tokens"):
         terms_of(target, ["token_l2=1"], 50)
+    with pytest.raises(ValueError, match="written must be given for text_mmd, got none"):
+        terms_of(target, ["text_mmd=1"], vocab, own_text=True)
 
 
 def test_a_weight_relative_to_cross_entropy_is_of_the_gain(target: Target) -> None:
@@ -92,6 +94,12 @@ def test_a_weight_relative_to_cross_entropy_is_of_the_gain(target: Target) -> No
     for (by, term), times in zip(found.parts, (0.5, None, 2.0, 3.0, 1.0), strict=True):
         (gain,) = gains(term, hidden, output_layer(model).weight, shift_labels(ids), input_ids=ids).values()
         assert by == pytest.approx(0.25 if times is None else times / gain, rel=1e-5)
+    term = TextMMD(lambda texts: torch.ones(len(texts), 1), ["a"])
+    whole = ["text_mmd=3x", "punctuation_rate=0.5x"]
+    of_texts = terms_of(target, whole, vocab, text, own_text=True, model=model, written=Written(term, lambda: 0.2))
+    assert [by for by, _ in of_texts.parts] == pytest.approx([15.0, found.parts[0][0]])
+    with pytest.raises(ValueError, match=r"text_mmd=0\.5x must be of a term that pulls at the start, got a gain of 0"):
+        terms_of(target, whole, vocab, text, own_text=True, model=model, written=Written(term, lambda: 0.0))
 
 
 def frequencies() -> torch.Tensor:
@@ -224,9 +232,11 @@ def test_the_command(target: Target, tokenizer: Any, tmp_path: Path, capsys: pyt
 
 @pytest.mark.parametrize("how", ["constrained", "weighed", "relative"])
 def test_train_towards_a_target(
-    how: str, target: Target, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    how: str, target: Target, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Terms of human text and of the model's own, weighed and at their floors."""
+    monkeypatch.setattr("dft_kernels.training.train.encoder", lambda name, cache: tiny_encoder(tokenizer))
     far().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     target_file.save(target, tmp_path / "tiny.safetensors")
@@ -237,11 +247,13 @@ def test_train_towards_a_target(
     run = ["--max_steps", "4", "--rollout_length", "6", "--rollout_prompt", "4", "--terms_decay", "0.5"]
     by = {"constrained": "floor", "weighed": "0.5", "relative": "0.5x"}[how]
     terms = ["--terms", f"token_l2={by}", "calibration=0.02"]
-    own = ["--rollout_terms", f"punctuation_rate={by}", "reference_kl=0.05"]
+    whole = "text_mmd=0.5x" if how == "relative" else "text_mmd=0.3"
+    own = ["--rollout_terms", f"punctuation_rate={by}", "reference_kl=0.05", whole]
     assert cli.main(["train", *fixed, *run, *terms, *own]) == 0
     logged = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     named = {name for entry in logged for name in entry if name.startswith(("term_", "rollout_"))}
-    want = {"term_TokenL2", "term_Entropy", "rollout_PunctuationRate", "rollout_ReferenceKL", "rollout_cosine"}
+    want = {"term_TokenL2", "term_Entropy", "rollout_PunctuationRate", "rollout_ReferenceKL", "rollout_TextMMD",
+            "rollout_cosine"}  # fmt: skip
     if how == "constrained":
         want |= {f"{name}_{what}" for name in ("term_TokenL2", "rollout_PunctuationRate")
                  for what in ("over_bound", "dual")}  # fmt: skip
@@ -253,6 +265,8 @@ def test_train_towards_a_target(
         (["--rollout_terms", "calibration=1"], "calibration must be one of token_l2, .* of the model's own text"),
         (["--terms", "token_l2=low"], "token_l2 must come as token_l2=WEIGHT, token_l2=0.5x or token_l2=floor"),
         (["--rollout_terms", "reference_kl=1x"], "reference_kl=0.5x must be of a term that pulls at the start"),
+        (["--rollout_terms", "text_mmd=floor"], "text_mmd=floor must have a finite noise floor above 0, got none"),
+        (["--terms", "text_mmd=1"], "text_mmd must be one of token_l2, .*, got another"),
         ([], "target must be given together with terms or rollout_terms"),
     ):
         assert cli.main(["train", *fixed, "--output_dir", str(tmp_path / "none"), *wrong]) in (1, 2)

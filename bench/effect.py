@@ -40,6 +40,7 @@ from effect_arms import (
     BEST,
     BY_NAME,
     COUNT,
+    HELD_OUT,
     LENGTH,
     NAMED,
     NOVELS,
@@ -54,6 +55,7 @@ from effect_arms import (
     bar,
 )
 from effect_records import FIRST, Record, Records, Shown, known
+from effect_witness import chosen
 
 from dft_kernels.benchmarks.runs import about
 from dft_kernels.benchmarks.tables import write_csv
@@ -88,8 +90,8 @@ class Study:
 
     def texts(self, part: str) -> list[str]:
         """Files, or a text of the package, of what is trained on, validated or tested with."""
-        if part == "lambada":
-            return [part]
+        if part in ("lambada", "witness"):
+            return [part if part == "lambada" else str(self.folder / "witness.jsonl")]
         return [str(self.folder / f"{name}.txt") for name, its in NOVELS.items() if its == part]
 
     def start(self, model: str) -> str:
@@ -127,7 +129,7 @@ class Study:
         command = [
             "train", "--model", self.start(arm.model), "--text", *self.texts(arm.text), "--output_dir", str(out),
             "--max_length", str(LENGTH), "--per_device_train_batch_size", str(BATCH), "--max_steps", str(steps),
-            "--learning_rate", rate, "--warmup_steps", str(WARMUP), "--held_out", "64",
+            "--learning_rate", rate, "--warmup_steps", str(WARMUP), "--held_out", str(HELD_OUT),
             "--use_cpu", "true", "--save_steps", "50", "--save_total_limit", "1", "--report_to", "none",
             "--seed", str(seed), *(flag.format(folder=self.folder) for flag in arm.flags), *more,
         ]  # fmt: skip
@@ -183,6 +185,11 @@ class Study:
                     one.save_pretrained(part)
                 part.rename(folder)
             self.target("gemma3")
+        if arm.witness is not None and not (out := Path(*self.texts("witness"))).exists():
+            texts, kept = [Path(file).read_text() for file in self.texts("train")], arm.steps * BATCH + HELD_OUT
+            model, tokenizer = model_of(self.model(BY_NAME[arm.witness], 0), self.cache, torch.float32)
+            found = chosen(texts, model, tokenizer, self.encoder(), LENGTH, PROMPT, COUNT, kept)
+            replace_text(out, "".join(json.dumps({"text": text}) + "\n" for text in found))
         beyond = self.folder / "beyond.safetensors"
         if arm.name == "beyond" and not beyond.exists():
             parts = (self.native(self.start("smollm2"), "native"), self.target())

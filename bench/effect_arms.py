@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 STEPS, BATCH, LENGTH, WARMUP = 300, 4, 128, 10
+HELD_OUT = 64  # sequences
 PROMPT, COUNT = 32, 200  # tokens; texts of an arm
 RATES, PILOT = ("5e-5", "1e-4", "2e-4", "4e-4"), 40
 RATE = "2e-4"  # by the pilot: 3.578, 3.530, 3.515, 3.589
@@ -31,6 +32,10 @@ _ROLLOUTS = (
     *_TOWARDS, "--rollout_terms", *(f"{name}=0.5x" for name in TERMS[:-1]), "reference_kl=0.02",
     "--rollout_every", "4", "--rollout_samples", "4",
 )  # fmt: skip
+_WHOLE_TEXTS = (
+    "--target", "{folder}/target.safetensors", "--rollout_terms", "text_mmd=0.5x", "reference_kl=0.02",
+    "--rollout_every", "4", "--rollout_samples", "4",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Arm:
     """flags: of dft-kernels train, beside those of all; None: not trained. text: what on; model: from what start.
     of: the arm whose models it takes; sampled: as validation found best; refined: towards the target, at inference;
     tested: False of what only others need. beside: the arm that it is compared with; tried: whether the comparison is
-    one of the study's family, and not of a start or a control."""
+    one of the study's family, and not of a start or a control. witness: the arm against whose texts those that it is
+    trained on are chosen."""
 
     name: str
     flags: tuple[str, ...] | None = ()
@@ -52,6 +58,7 @@ class Arm:
     tested: bool = True
     beside: str = BEST
     tried: bool = True
+    witness: str | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -62,7 +69,7 @@ class Arm:
     def takes(self) -> tuple[str, ...]:
         """Arms whose models it draws from, or is taught by."""
         words = " ".join(self.flags or ())
-        return tuple(name for name in BY_NAME if name == self.of or f"/models/{name}-" in words)
+        return tuple(name for name in BY_NAME if name in (self.of, self.witness) or f"/models/{name}-" in words)
 
 
 ARMS = (
@@ -83,6 +90,10 @@ ARMS = (
     Arm("Gemma: start", None, model="gemma3", beside="Gemma: SFT", tried=False),
     Arm("Gemma: SFT", model="gemma3", beside="Gemma: SFT", tried=False),
     Arm("Gemma: terms", _terms("0.5x", "{folder}/target-gemma3.safetensors"), model="gemma3", beside="Gemma: SFT"),
+    # mendings, a family of their own
+    Arm("mended: witness", text="witness", witness=SFT, beside=SFT),
+    Arm("mended: longer means", (*_ROLLOUTS, "--terms_decay", "0.97"), beside=SFT),
+    Arm("mended: whole texts", _WHOLE_TEXTS, beside=SFT),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import effect_arms
 import pytest
 from target_texts import WORDS, documents
 from test_results import PAGES, ROOT, load
-from tiny_models import far, word_tokenizer
+from tiny_models import far, tiny_encoder, word_tokenizer
 
 from dft_kernels.commands import main as cli
 from dft_kernels.evaluation.metrics import METRICS
@@ -24,8 +25,8 @@ def bench() -> Any:
 
 def test_the_page_registers_the_arms_and_the_metrics(bench: Any) -> None:
     page = PAGES["docs/effect.md"]
-    arms = page.partition("| arm |")[2].partition("\n\n")[0]
-    named = {line.split("|")[1].strip() for line in arms.splitlines()[2:]}
+    tables = [part.partition("\n\n")[0] for part in page.split("| arm |")[1:]]  # the study's, and the mendings'
+    named = {line.split("|")[1].strip() for table in tables for line in table.splitlines()[2:]}
     starred = {name.rstrip("*") for name in named if name.endswith("*")}
     groups: dict[str, list[str]] = {}
     for arm in bench.ARMS:
@@ -74,6 +75,40 @@ def test_no_arm_is_asked_what_it_was_trained_on(bench: Any) -> None:
     assert all("lambada" not in tasks for name, tasks in asked.items() if name.startswith("LAMBADA"))
     controls = {arm.beside for arm in bench.ARMS}
     assert not any(bench.BY_NAME[name].tried for name in controls)
+
+
+def test_mendings_are_a_family_of_their_own(bench: Any) -> None:
+    mended = [arm for arm in bench.ARMS if arm.name.startswith("mended: ")]
+    assert [arm.beside for arm in mended] == ["SFT"] * 3
+    assert not any(arm.beside == "SFT" for arm in bench.ARMS if arm not in mended)
+    assert bench.bar([{**row(arm.name, 1), "beside": arm.beside} for arm in mended], {}) == {}
+    (witness,) = (arm for arm in mended if arm.witness)
+    assert witness.takes == ("SFT",)
+
+
+def test_what_a_model_writes_too_little_of_is_chosen(bench: Any) -> None:
+    """Of two kinds of sequences, that which the model does not write; each once, in their order."""
+    import effect_witness
+
+    draw = random.Random(0)
+    kinds = {at: " ".join(f"word{draw.randrange(45) + 45 * (at % 2)}" for _ in range(12)) for at in range(80)}
+    tokenizer = word_tokenizer(["<pad>", "<s>", "</s>", "<unk>", *(f"word{n}" for n in range(90))])
+    model, encoder = far(), tiny_encoder(tokenizer)
+    low = [text for at, text in kinds.items() if at % 2 == 0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            effect_witness, "continuations", lambda model, tokenizer, prompts, length, seed: tokenizer(
+                low[: len(prompts)], add_special_tokens=False)["input_ids"],
+        )  # fmt: skip
+        found = effect_witness.chosen([" ".join(kinds.values())], model, tokenizer, encoder, 12, 4, 20, 30)
+    places = [list(kinds.values()).index(text) for text in found]
+    assert places == sorted(set(places))
+    assert len(places) == 30
+    assert sum(at % 2 for at in places) > 20
+    again = effect_witness.chosen([" ".join(kinds.values())], model, tokenizer, encoder, 12, 4, 20, 30)
+    assert len(again) == 30
+    with pytest.raises(ValueError, match="effect: texts must hold 90 sequences, got 80"):
+        effect_witness.chosen([" ".join(kinds.values())], model, tokenizer, encoder, 12, 4, 20, 90)
 
 
 def test_seeds_come_one_after_another(bench: Any) -> None:

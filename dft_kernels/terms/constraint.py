@@ -10,6 +10,8 @@ from torch import Tensor
 from ..errors import fail
 from .base import DistributionTerm, Statistics
 
+_DECLARED = ("columns", "text", "entropy", "log_prob", "divergence", "reads", "linear", "size", "vocab", "features")
+
 
 class AtMost(DistributionTerm):
     """min loss subject to J <= bound: the term lambda (J / bound - 1), whose dual weight lambda rises while J is above
@@ -41,18 +43,7 @@ class AtMost(DistributionTerm):
                 fail("AtMost", name, f"be a number {least}", repr(value), "See noise_floor for a bound")
         self.term, self.bound, self.rate, self.dual = term, float(bound), float(rate), float(start)
         self.ratio: float | None = None  # J / bound, of the last step
-        for name in (
-            "columns",
-            "text",
-            "entropy",
-            "log_prob",
-            "divergence",
-            "reads",
-            "linear",
-            "size",
-            "vocab",
-            "features",
-        ):
+        for name in _DECLARED:
             setattr(self, name, getattr(term, name))
 
     @property

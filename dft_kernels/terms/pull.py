@@ -61,11 +61,8 @@ def checked(
         remedy = "On human text pass the reference as teacher, with soft_weight"
         fail(function, "term", "be without a ReferenceKL, which is of the model's own text", "one", remedy)
     if terms.reads is not None and not own_text:
-        relation, remedy = (
-            "be without a TextMMD, which is of texts of the model's own",
-            "Roll out, and give it OnPolicy",
-        )
-        fail(function, "term", relation, "one", remedy)
+        remedy = "Draw texts, and give it to OnPolicy"
+        fail(function, "term", "be without a TextMMD, which is of texts of the model's own", "one", remedy)
     if terms.log_prob and own_text:
         remedy = "Take Entropy(value=h), h the model's cross-entropy on human text"
         fail(function, "term", "be without calibration on the model's own text", "Entropy(calibration=True)", remedy)

@@ -23,7 +23,7 @@ class TextMMD(DistributionTerm):
     rewarded. J of a running mean is larger than it is by about (1 - ‖t‖²) / (texts that it looks back on), for phi of
     norm 1.
 
-    reads: from texts (a list of str) to phi [B, R], finite and floating, one row for each whatever it is read with:
+    reads: from texts (a list of str) to phi [B, R], finite and floating, a row for each text that depends on no other:
     embeddings and `random_fourier_features` of them, counts of words, a judge's marks. human: what people wrote, as
     long as what the model is to write, after the same prompts where it has any. Memory: R numbers, and phi.
     """

@@ -113,7 +113,7 @@ class OwnText:
             terms: Any = self.terms
             if terms.terms.reads is not None:
                 texts = texts_of(self.tokenizer, prompts[rows], half, self.end)
-                terms = SimpleNamespace(loss=partial(terms.loss, texts=texts))
+                terms = SimpleNamespace(loss=partial(terms.loss, texts=texts))  # models take no texts
             given = half.inputs(plain)
             teacher = None if self.reference is None else Held(self.reference(given))
             with trainer.compute_loss_context_manager(), apart:

@@ -17,7 +17,7 @@ from .rollouts import beginning, texts_of
 from .target_terms import Written
 from .trainer import DFTConfig
 
-DRAWN = 64  # texts, for the gain of a term of texts
+DRAWN = 64  # texts, for bandwidths and gains
 
 
 class TextFeatures:
@@ -63,7 +63,7 @@ def written(
             "terms: text must hold two different texts behind where rollouts begin at least, for text_mmd, got "
             f"{len(set(human))}. Give more text."
         )
-    term = TextMMD(TextFeatures(encoder, human), human)
+    term = TextMMD(TextFeatures(encoder, human[:DRAWN]), human)
 
     def gain() -> float:
         some = prompts[:DRAWN]

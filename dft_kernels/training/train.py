@@ -302,8 +302,8 @@ def _terms(target: Target, job: Job, options: DFTConfig, model: Any, training: A
         if asks_for_texts(given):
             reader = encoder("minilm", Path(job.cache))
             reader.model.to(options.device)
-            ids = [list(training[number]["input_ids"]) for number in range(min(len(training), 1024))]
-            people = written(reader, model, tokenizer, ids, options)
+            texts = [torch.as_tensor(training[at]["input_ids"]).tolist() for at in range(min(len(training), 1024))]
+            people = written(reader, model, tokenizer, texts, options)
         if asks_for_text(given):
             if options.place_model_on_device and not options.fsdp:
                 model.to(options.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pty
 import re
@@ -10,6 +9,8 @@ import sys
 import threading
 
 import pytest
+
+END = b"\0"  # which nothing else writes
 
 
 class Terminal:
@@ -27,12 +28,13 @@ class Terminal:
             monkeypatch.setattr(sys, name, self.file)
 
     def read(self) -> None:
-        with contextlib.suppress(OSError):  # EIO: the other end is closed
-            while part := os.read(self.reader, 1 << 16):
-                self.parts.append(part)
+        """Up to END: the other end may stay open, in what multiprocessing started while it was stderr."""
+        while not self.parts or not self.parts[-1].endswith(END):
+            self.parts.append(os.read(self.reader, 1 << 16))
 
     def said(self) -> str:
+        self.file.write(END.decode())
         self.file.close()
         self.thread.join()
         os.close(self.reader)
-        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", b"".join(self.parts).decode())
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", b"".join(self.parts).removesuffix(END).decode())

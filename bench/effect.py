@@ -90,8 +90,9 @@ class Study:
 
     def texts(self, part: str) -> list[str]:
         """Files, or a text of the package, of what is trained on, validated or tested with."""
-        if part in ("lambada", "witness"):
-            return [part if part == "lambada" else str(self.folder / "witness.jsonl")]
+        named = {"lambada": "lambada", "witness": str(self.folder / "witness.jsonl")}
+        if part in named:
+            return [named[part]]
         return [str(self.folder / f"{name}.txt") for name, its in NOVELS.items() if its == part]
 
     def start(self, model: str) -> str:

@@ -20,7 +20,7 @@ class Terminal:
         self.reader, writer = pty.openpty()
         self.file = os.fdopen(writer, "w", buffering=1)
         self.parts: list[bytes] = []
-        self.thread = threading.Thread(target=self.read)
+        self.thread = threading.Thread(target=self.read, daemon=True)  # a test that fails ends all the same
         self.thread.start()
         for name, value in {"TERM": "xterm", "COLUMNS": "160"}.items():
             monkeypatch.setenv(name, value)

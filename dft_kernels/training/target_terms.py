@@ -178,7 +178,7 @@ def _known(own_text: bool, written: Written | None = None) -> dict[str, _OfModel
 
 def _given(written: Written | None) -> DistributionTerm:
     if written is None:
-        raise ValueError(f"terms: written must be given for {TEXT_MMD}, got none. Pass a TextMMD of people's texts.")
+        raise ValueError(f"terms: written must be given for {TEXT_MMD}, got none. Pass a Written of people's texts.")
     return written.term
 
 

@@ -55,7 +55,10 @@ TERMS: dict[str, Any] = {
     ),
     "entropy": lambda: Entropy(value=0.7),
     "reference": lambda: 0.5 * ReferenceKL(),
-    "whole texts": lambda: 2.0 * TextMMD(letters, ["abc", "ab", "cab"]),
+    "whole texts": lambda: (
+        2.0 * TextMMD(letters, ["abc", "ab", "cab"])
+        + AtMost(TextMMD(lambda texts: letters(texts)[:, :4], ["cc", "ab"]), bound=0.1, start=0.3)
+    ),
     "all": lambda: (
         TokenL2(P, squared=True)
         + 3.0 * SentenceLength(ENDS, HAZARD, distance="cramer", starts=True)

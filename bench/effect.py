@@ -18,8 +18,6 @@ dft-kernels report build/effect/test/* shows what there is.
 from __future__ import annotations
 
 import argparse
-import ast
-import csv
 import json
 import shutil
 import statistics
@@ -54,7 +52,8 @@ from effect_arms import (
     Arm,
     bar,
 )
-from effect_records import FIRST, Record, Records, Shown, known
+from effect_expected import expected
+from effect_records import FIRST, Record, Records, Shown, known, logged, losses
 from effect_witness import chosen
 
 from dft_kernels.benchmarks.runs import about
@@ -105,10 +104,14 @@ class Study:
             return self.model(BY_NAME[arm.of], seed)
         return self.start(arm.model) if arm.flags is None else str(self.folder / "models" / f"{arm.name}-{seed}")
 
+    def log(self, name: str) -> Path:
+        """Where a command says what it does."""
+        return self.folder / "logs" / f"{name}.log"
+
     def command(self, *arguments: str, log: str) -> None:
         """Run dft-kernels; what it says goes into a log."""
-        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-        with (self.folder / "logs" / f"{log}.log").open("a") as out:
+        self.log(log).parent.mkdir(parents=True, exist_ok=True)
+        with self.log(log).open("a") as out:
             words = [sys.executable, "-m", "dft_kernels.commands.main", *arguments]
             subprocess.run(words, check=True, stdout=out, stderr=subprocess.STDOUT)
 
@@ -159,24 +162,6 @@ class Study:
         """Cross-entropy on held-out sequences after training."""
         return float(json.loads((out / ABOUT).read_text())["held_out"]["after"]["cross_entropy"])
 
-    def logged(self, log: str) -> list[dict[str, str]]:
-        """What Trainer printed at each log of the training loss."""
-        lines = (self.folder / "logs" / f"{log}.log").read_text().splitlines()
-        return [ast.literal_eval(line) for line in lines if line.startswith("{'loss'")]
-
-    def costs(self) -> dict[str, float]:
-        """Seconds of a step over SFT's, median over rounds, of the arms that `cost` has measured."""
-        file = self.kept / "cost.csv"
-        if not file.exists():
-            return {}
-        with file.open(newline="") as opened:
-            rows = list(csv.DictReader(opened))
-        by = {(row["arm"], row["round"]): float(row["step_s"]) for row in rows}
-        return {
-            arm: statistics.median(by[arm, turn] / by[SFT, turn] for name, turn in by if name == arm)
-            for arm in dict.fromkeys(name for name, _ in by)
-        }
-
     def needed(self, arm: Arm) -> None:
         """Targets that an arm takes besides."""
         if arm.model == "gemma3":
@@ -220,6 +205,12 @@ class Study:
     def tokenizer(self) -> Any:
         """By whose tokens texts are cut and counted."""
         return tokenizer_of(self.start("smollm2"), self.cache)
+
+    def expected(self, arm: Arm, model: str) -> dict[str, float]:
+        """Of a model, on the validation novel."""
+        (text,) = (Path(file).read_text() for file in self.texts("validation"))
+        of = model_of(model, self.cache, torch.float32)
+        return expected(*of, Path(self.target(arm.model)), text, LENGTH, COUNT)
 
     def encoder(self) -> Any:
         """Of MMD."""
@@ -303,7 +294,7 @@ def test(study: Study, names: list[str]) -> None:
         same = None if arm.of is None else study.records.run(BY_NAME[arm.of], seed)
         if same is not None and same.how == how(settings):  # validation may choose what its models draw by anyway
             its = {name: getattr(same, name) for name in ("how", "texts", "values", "cost")}
-            study.records.keep(arm, seed, held_out=None, right={}, **its)
+            study.records.keep(arm, seed, held_out=None, trained=[], expected={}, right={}, **its)
             print(f"{name}: as {arm.of}", flush=True)
             continue
         found = study.written("test", name, model, settings, tasks=arm.tasks, questions=QUESTIONS)
@@ -311,8 +302,11 @@ def test(study: Study, names: list[str]) -> None:
         marks: dict[str, dict[int, bool]] = {}
         for file in (folder / "answers").glob("*.jsonl"):
             marks |= right(arm.tasks, study.cache, file, QUESTIONS)
+        trained = arm.flags is not None
         study.records.keep(
-            arm, seed, how=how(settings), held_out=None if arm.flags is None else study.held_out(Path(model)),
+            arm, seed, how=how(settings), held_out=study.held_out(Path(model)) if trained else None,
+            trained=losses(logged(study.log(name))) if trained else [],
+            expected=study.expected(arm, model) if arm.of is None and seed == 0 else {},
             texts=[cut(text, tokenizer, LENGTH) for text in samples.read(texts).texts],
             right={task: "".join(str(int(mark)) for mark in its.values()) for task, its in marks.items()},
             values=found.values, cost=found.cost,
@@ -355,7 +349,7 @@ def compare(study: Study) -> None:
                     **knows, **about("cpu"),
                 })  # fmt: skip
     write_csv(study.kept.parent / "effect-cpu.csv", out)
-    print(json.dumps(bar(out, study.costs()), indent=1))
+    print(json.dumps(bar(out, study.records.costs()), indent=1))
 
 
 def cost(study: Study) -> None:
@@ -367,11 +361,11 @@ def cost(study: Study) -> None:
             arm = replace(BY_NAME[name], steps=12)
             log, more = f"cost-{out.name}", ("--logging_steps", "1", "--save_strategy", "no")
             study.train(arm, 0, out, RATE, arm.steps, *more, log=log)
-            logs = study.logged(log)[-arm.steps + 2 :]
+            logs = logged(study.log(log))[-arm.steps + 2 :]
             rows.append({
                 "arm": name, "round": turn,
-                "step_s": statistics.median(BATCH * LENGTH / float(one["tokens_per_second"]) for one in logs),
-                "peak_gb": max(float(one["peak_memory_gb"]) for one in logs), **about("cpu"),
+                "step_s": statistics.median(BATCH * LENGTH / one["tokens_per_second"] for one in logs),
+                "peak_gb": max(one["peak_memory_gb"] for one in logs), **about("cpu"),
             })  # fmt: skip
             print(rows[-1], flush=True)
             write_csv(study.kept / "cost.csv", rows)

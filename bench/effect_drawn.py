@@ -1,4 +1,5 @@
-"""What is kept of the study of docs/effect.md before all of it is there to be compared: distances, and texts."""
+"""What is kept of the study of docs/effect.md before all of it is there to be compared: distances, what the
+terms come to on people's text and came to on a model's own, and texts."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from effect_records import FIRST, Record, Records, known
 from markdown_tables import where
 
 KEPT = Records(Path(__file__).parent / "results" / "effect")
+COSINE = "cosine"  # in a training's logs
 Table = tuple[list[str], list[list[str]], str]
 
 
@@ -39,6 +41,50 @@ def distances() -> Table:
     return head, lines, f"{said}answers in %; {where(made)}"
 
 
+def read() -> Table:
+    """What the terms come to on people's text: a row an arm."""
+    of = {arm.name: found[0].expected for arm, found in drawn() if found[0].expected}
+    terms = list(dict.fromkeys(term for its in of.values() for term in its))
+    lines = [[name, *(f"{its[term]:.2f}" for term in terms)] for name, its in of.items()]
+    said = "J of each term, of what the model expects on people's text, over what as much of that text itself comes to"
+    return ["model", *(f"`{term}`" for term in terms)], lines, f"{said}: the validation novel, the first seed's models"
+
+
+def own() -> Table:
+    """What the terms came to on the text that an arm wrote while it was trained: a row an arm."""
+    of = {arm.name: [_after("rollout_", record.trained) for record in found] for arm, found in drawn()}
+    of = {name: runs for name, runs in of.items() if any(any(logs) for logs in runs)}
+    first, last, whole = (
+        {name: _means([one for logs in runs for one in logs[part]]) for name, runs in of.items()}
+        for part in (slice(3), slice(-3, None), slice(None))
+    )
+    terms = [term for term in dict.fromkeys(term for its in first.values() for term in its) if term != COSINE]
+    lines = []
+    for name, its in whole.items():
+        cells = (
+            f"{1000 * first[name][term]:.3g} → {1000 * last[name][term]:.3g}" if term in its else "" for term in terms
+        )
+        lines.append([name, *cells, f"{its[COSINE]:.2f}" if COSINE in its else ""])
+    said = (
+        "J in thousandths, means of the first thirty steps and of the last thirty, over the seeds; cosine: between the "
+        "gradients of two halves of a step's texts, mean over all steps"
+    )
+    return ["trained", *(f"`{term}`" for term in terms), "cosine of halves"], lines, said
+
+
+def _after(prefix: str, logs: list[dict[str, float]]) -> list[dict[str, float]]:
+    """What is logged under a prefix."""
+    return [
+        {name.removeprefix(prefix): value for name, value in one.items() if name.startswith(prefix)} for one in logs
+    ]
+
+
+def _means(logs: list[dict[str, float]]) -> dict[str, float]:
+    """Of every number, over the logs that have it."""
+    names = dict.fromkeys(name for one in logs for name in one)
+    return {name: float(np.mean([one[name] for one in logs if name in one])) for name in names}
+
+
 def texts() -> Table:
     """The first texts of every arm's first seed, and what was written by the author; a row a text."""
     shown = KEPT.shown()
@@ -59,4 +105,4 @@ def _plain(text: str) -> str:
     return "<br>".join(text.strip().splitlines())
 
 
-TABLES = {"distances": distances, "texts": texts}
+TABLES = {"distances": distances, "read": read, "own": own, "texts": texts}

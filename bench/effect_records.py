@@ -6,8 +6,11 @@ so that the study adds up over machines, and anyone can compare again what was d
 
 from __future__ import annotations
 
+import ast
+import csv
 import json
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,14 +31,18 @@ FIRST = 10  # prompts, the first, whose texts the page shows
 @dataclass(frozen=True)
 class Record:
     """A run. registered: its arm and the study's sizes, as they were; how: temperature, top_p, min_p and steps at
-    inference; held_out: cross-entropy of held-out training text, of what was trained; texts: after the test's prompts,
-    cut to the length of the human ones; right: by task, a digit a question, 1 for a right answer; values: of all
-    metrics; cost: of the drawing, as `results.Evaluated` has it; made: date, commit, machine, versions."""
+    inference; texts: after the test's prompts, cut to the length of the human ones; right: by task, a digit a question,
+    1 for a right answer; values: of all metrics; cost: of the drawing, as `results.Evaluated` has it; made: date,
+    commit, machine, versions. Of a trained model, held_out: cross-entropy of held-out training text; trained: its
+    losses, as Trainer logged them every tenth step; of an arm's first, expected: `effect_expected` on the validation
+    novel."""
 
     registered: dict[str, Any]
     seed: int
     how: dict[str, Any]
     held_out: float | None
+    trained: list[dict[str, float]]
+    expected: dict[str, float]
     texts: list[str]
     right: dict[str, str]
     values: list[Value]
@@ -100,6 +107,19 @@ class Records:
         """Write these."""
         self._write("shown", one)
 
+    def costs(self) -> dict[str, float]:
+        """Seconds of a step over SFT's, median over rounds, of the arms that `cost` has measured."""
+        file = self.folder / "cost.csv"
+        if not file.exists():
+            return {}
+        with file.open(newline="") as opened:
+            rows = list(csv.DictReader(opened))
+        by = {(row["arm"], row["round"]): float(row["step_s"]) for row in rows}
+        return {
+            arm: statistics.median(by[arm, turn] / by[SFT, turn] for name, turn in by if name == arm)
+            for arm in dict.fromkeys(name for name, _ in by)
+        }
+
     def _read(self, kind: type[Kept], name: str, arm: Arm) -> Kept | None:
         file = self.folder / f"{name}.json"
         if not file.exists():
@@ -114,6 +134,19 @@ class Records:
     def _write(self, name: str, one: Record | Validation | Shown) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.folder / f"{name}.json", json.dumps(asdict(one), indent=1, ensure_ascii=False) + "\n")
+
+
+def logged(file: Path) -> list[dict[str, float]]:
+    """All that Trainer printed at each log of the training loss; where a stopped run took steps again, the last."""
+    lines = [ast.literal_eval(line) for line in file.read_text().splitlines() if line.startswith("{'loss'")]
+    numbers = [{name: float(value) for name, value in line.items()} for line in lines]
+    return list({one["epoch"]: one for one in numbers}.values())
+
+
+def losses(logs: list[dict[str, float]]) -> list[dict[str, float]]:
+    """What a record keeps of these: nothing of the machine's, nor of the schedule's."""
+    kept = re.compile(r"(hard_loss|grad_norm|entropy|term_.*|rollout_.*)")
+    return [{name: value for name, value in one.items() if kept.fullmatch(name)} for one in logs]
 
 
 def known(records: Sequence[Record], sft: Sequence[Record]) -> dict[str, Any]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import effect_arms
 import pytest
+import torch
 from target_texts import WORDS, documents
 from test_results import PAGES, ROOT, load
 from tiny_models import far, tiny_encoder, word_tokenizer
 
 from dft_kernels.commands import main as cli
 from dft_kernels.evaluation.metrics import METRICS
+from dft_kernels.targets import target_file
+from dft_kernels.terms import TokenL2, noise_floor
 
 
 @pytest.fixture
@@ -111,6 +116,67 @@ def test_what_a_model_writes_too_little_of_is_chosen(bench: Any) -> None:
         effect_witness.chosen([" ".join(kinds.values())], model, tokenizer, encoder, 12, 4, 20, 90)
 
 
+def test_what_a_model_expects_is_of_its_own_distributions(tmp_path: Path) -> None:
+    """Their mean's distance to a target, over that of as many of the text's own tokens."""
+    import effect_expected
+
+    text, length, count = "\n\n".join(documents(60, 1)), 24, 12
+    (tmp_path / "target.txt").write_text("\n\n".join(documents(60, 2)))
+    tokenizer, out = word_tokenizer(WORDS), tmp_path / "target.safetensors"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    words = ("target", "build", "--text", tmp_path / "target.txt", "--tokenizer", tmp_path / "tokenizer", "--out", out)
+    assert cli.main([*map(str, words)]) == 0
+    model = far(vocab_size=len(WORDS))
+    found = effect_expected.expected(model, tokenizer, out, text, length, count)
+    assert set(found) == {"TokenL2", "SentenceLength", "PunctuationRate", "PunctuationGap", "NGrams"}
+
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    ids = ids[: len(ids) // length * length].view(-1, length)
+    assert len(ids) > count
+    some = ids[torch.linspace(0, len(ids) - 1, count).long()]
+    with torch.no_grad():
+        mean = model(some).logits[:, :-1].double().softmax(-1).mean((0, 1))
+    unigram = target_file.load(out)["unigram"].double()
+    labels = torch.cat([ids[:, 1:], torch.full((len(ids), 1), -100)], 1)
+    term = TokenL2(unigram.float(), squared=True)
+    floor = noise_floor(term, ids, labels, count * (length - 1))["TokenL2"]
+    assert floor is not None
+    assert found["TokenL2"] == pytest.approx(float((mean - unigram).square().sum()) / floor, rel=1e-4)
+
+
+def test_tables_of_what_the_terms_came_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    effect_drawn = load("effect_drawn")
+
+    def run(shift: float, **expected: float) -> Any:
+        logs = [{"hard_loss": 3.0, "rollout_A": step + shift, "rollout_cosine": 0.1 * shift} for step in range(10)]
+        return SimpleNamespace(trained=logs, expected=expected)
+
+    both = [run(1.0, A=0.5, B=1.0), run(2.0)]
+    plain = SimpleNamespace(trained=[{"hard_loss": 3.0, "term_A": 1.0}], expected={"A": 3.0, "B": 4.0})
+    refined = SimpleNamespace(trained=[], expected={})
+    named = (("rollouts", both), ("SFT", [plain]), ("refined", [refined]))
+    monkeypatch.setattr(effect_drawn, "drawn", lambda: [(SimpleNamespace(name=name), its) for name, its in named])
+    head, lines, _ = effect_drawn.read()
+    assert head == ["model", "`A`", "`B`"]
+    assert lines == [["rollouts", "0.50", "1.00"], ["SFT", "3.00", "4.00"]]
+    head, lines, _ = effect_drawn.own()
+    assert head == ["trained", "`A`", "cosine of halves"]
+    assert lines == [["rollouts", "2.5e+03 → 9.5e+03", "0.15"]]
+
+
+def test_logs_of_a_training_that_was_stopped(tmp_path: Path) -> None:
+    """Of a step that was taken again, the last."""
+    import effect_records
+
+    lines = [
+        "chatter", *(f"{{'loss': '{loss}', 'hard_loss': '{loss}', 'learning_rate': '1e-4', 'epoch': '{epoch}'}}"
+        for loss, epoch in ((3.0, 0.1), (2.5, 0.2), (2.0, 0.3), (2.4, 0.2), (2.1, 0.3), (1.9, 0.4))),
+    ]  # fmt: skip
+    (tmp_path / "a.log").write_text("\n".join(lines))
+    logs = effect_records.logged(tmp_path / "a.log")
+    assert effect_records.losses(logs) == [{"hard_loss": loss} for loss in (3.0, 2.4, 2.1, 1.9)]
+
+
 def test_seeds_come_one_after_another(bench: Any) -> None:
     runs = [(arm.name, seed) for arm, seed in bench.seeds_first(["terms", "SFT", "refined"])]
     assert runs == [("SFT", 0), ("terms", 0), ("refined", 0), ("SFT", 1), ("terms", 1), ("SFT", 2), ("terms", 2)]
@@ -142,7 +208,10 @@ def test_a_study_of_four_arms(bench: Any, tmp_path: Path, monkeypatch: pytest.Mo
 
     def command(self: Any, *arguments: str, log: str) -> None:
         ran.append(arguments[0])
-        assert cli.main([*arguments]) == 0
+        often = ("--logging_steps", "1") if arguments[0] == "train" else ()
+        self.log(log).parent.mkdir(parents=True, exist_ok=True)
+        with self.log(log).open("a") as out, contextlib.redirect_stdout(out):
+            assert cli.main([*arguments, *often]) == 0
 
     monkeypatch.setattr(bench.Study, "command", command)
     study = bench.Study(tmp_path / "study", tmp_path / "cache", tmp_path / "results/effect")
@@ -168,6 +237,14 @@ def test_a_study_of_four_arms(bench: Any, tmp_path: Path, monkeypatch: pytest.Mo
         rows = list(csv.DictReader(file))
     assert {row["arm"] for row in rows} == {arm.name for arm in arms}
     assert {row["metric"] for row in rows} <= set(bench.NAMED)
+    for arm in arms:
+        run = study.records.run(arm, 0)
+        assert (run.held_out is not None) == (arm.name in ("SFT", "terms"))
+        assert len(run.trained) == (4 if arm.name in ("SFT", "terms") else 0)
+        assert all(("term_TokenL2" in one) == (arm.name == "terms") for one in run.trained)
+        assert set(run.expected) == ({"TokenL2", "SentenceLength", "PunctuationRate", "PunctuationGap", "NGrams"}
+                                     if arm.of is None else set())  # fmt: skip
+    assert study.records.run(arms[1], 1).expected == {}
     with pytest.raises(ValueError, match=r"(?s)^effect: .*-0 must be made by .*1e-9.*, got .*Name another --folder\.$"):
         study.train(arms[1], 0, out, "1e-9", 4)
     (out / bench.MADE).unlink()

@@ -33,7 +33,7 @@ def distances() -> Table:
         floors = (np.mean([abs(its[name].value / its[name].floor) for its in of]) for name in NAMED)
         its = known(found, [])
         trained, *right = (its[name] for name in ("held_out", *TASKS))
-        numbers = [trained and f"{trained:.3f}", *(share and f"{share:.1f}" for share in right)]
+        numbers = [trained and f"{trained:.3f}", *("" if share == "" else f"{share:.1f}" for share in right)]
         lines.append([arm.name, str(len(found)), *(f"{mean:.2f}" for mean in floors), *numbers])
         made += [one.made for one in found]
     head = ["drawn", "seeds", *NAMED, "cross-entropy, nats", *TASKS]

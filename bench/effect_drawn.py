@@ -1,5 +1,5 @@
 """What is kept of the study of docs/effect.md before all of it is there to be compared: distances, what the
-terms come to on people's text and came to on a model's own, and texts."""
+terms come to on people's text and on a model's own, and texts."""
 
 from __future__ import annotations
 

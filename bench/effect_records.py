@@ -152,8 +152,8 @@ def losses(logs: list[dict[str, float]]) -> list[dict[str, float]]:
 def known(records: Sequence[Record], sft: Sequence[Record]) -> dict[str, Any]:
     """Of an arm's runs, held-out cross-entropy and the percentages of right answers, means over seeds; retention:
     points of the mean over tasks that it lies above SFT, and the standard error of that, of the questions in pairs."""
-    losses = [one.held_out for one in records if one.held_out is not None]
-    out: dict[str, Any] = {"held_out": float(np.mean(losses)) if losses else ""}
+    held_out = [one.held_out for one in records if one.held_out is not None]
+    out: dict[str, Any] = {"held_out": float(np.mean(held_out)) if held_out else ""}
     mine, theirs = _answers(records), _answers(sft)
     apart = [mine[task] - theirs[task] for task in mine if task in theirs]
     out |= {task: 100 * float(mine[task].mean()) if task in mine else "" for task in TASKS}

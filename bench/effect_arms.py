@@ -94,6 +94,7 @@ ARMS = (
     Arm("mended: witness", text="witness", witness=SFT, beside=SFT),
     Arm("mended: longer means", (*_ROLLOUTS, "--terms_decay", "0.97"), beside=SFT),
     Arm("mended: whole texts", _WHOLE_TEXTS, beside=SFT),
+    Arm("mended: constraint", _terms("floor"), beside=SFT),  # by an AtMost that does not wind up
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
 

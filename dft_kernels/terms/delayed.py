@@ -198,7 +198,12 @@ class Delayed:
             means = self.terms.means(self.terms.split(self.running))
             for (_, term), of in zip(self.terms.parts, means, strict=True):
                 if isinstance(term, AtMost):
-                    term.rise(*of)
+                    term.rise(*of, settled=self.settled)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the running means are of as many steps as they look back on, 1 / (1 - decay) of them or more."""
+        return self.steps * (1 - self.decay) >= 1
 
     @property
     def bounded(self) -> dict[str, AtMost]:
@@ -246,7 +251,7 @@ class Delayed:
                 fail("Delayed.load_state_dict", "state", f"be of a vocabulary of {self.terms.vocab}", vocab, remedy)
             running = running.clone()
         for term, dual in zip(self.bounded.values(), duals, strict=True):
-            term.dual = dual
+            term.dual = min(dual, term.most)
         self.running, self.steps, self.pending, self._slopes = running, steps, None, None
 
     def _seen(self, rows: Statistics, found: Metrics | DistributionStatistics) -> Statistics:

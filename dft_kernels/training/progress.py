@@ -81,7 +81,7 @@ class TermsCallback(transformers.TrainerCallback):  # type: ignore[misc]
                 delayed.update()
         bounded = [term for delayed in self.terms.values() for term in delayed.bounded.values()]
         # every term was seen, and no running mean is of fewer steps than it looks back on
-        old = all(delayed.steps * (1 - delayed.decay) >= 1 for delayed in self.terms.values() if delayed.bounded)
+        old = all(delayed.settled for delayed in self.terms.values() if delayed.bounded)
         if (
             getattr(args, "stop_at_floor", False)
             and old

@@ -230,48 +230,51 @@ def terms_of(
             "the model's tokenizer."
         )
     found: list[tuple[float, DistributionTerm]] = []
-    relative: list[tuple[int, str]] = []
+    measured: list[int] = []
     known = _known(own_text, written)
-    for name, weight, how in read_terms(weights, own_text):
-        if how == FLOOR:
-            found.append((1.0, _at_floor(name, known[name](target, vocab, model), text)))
-            continue
-        if how == TIMES:
-            relative.append((len(found), name))
+    asked = read_terms(weights, own_text)
+    for at, (name, weight, how) in enumerate(asked):
         found.append((weight, known[name](target, vocab, model)))
+        if how:
+            measured.append(at)
     if not found:
         raise ValueError(f"terms: one term at least must be named, got none. There are {', '.join(known)}.")
-    if relative:
+    if measured:
         if text is None or model is None:
             raise ValueError(
-                f"terms: text and model must be given for {relative[0][1]}=0.5{TIMES}, got neither or one. Pass "
-                "both, or a weight."
+                f"terms: text and model must be given for {weights[measured[0]]}, got neither or one. Pass both, or a "
+                "weight."
             )
-        terms = [(name, found[at][1]) for at, name in relative]
-        for (at, _), gain in zip(relative, _gains(terms, text, model, written), strict=True):
-            found[at] = (found[at][0] / gain, found[at][1])
+        # floors first: what has none is told before a model reads
+        floors = {at: _floor(asked[at].name, found[at][1], text) for at in measured if asked[at].how == FLOOR}
+        of_gains = [(weights[at], found[at][1]) for at in measured]
+        for at, gain in zip(measured, _gains(of_gains, text, model, written), strict=True):
+            weight, term = found[at]
+            found[at] = (1.0, AtMost(term, floors[at], gain)) if at in floors else (weight / gain, term)
     return TermSum(found)
 
 
 def _gains(
     terms: list[tuple[str, DistributionTerm]], text: HumanText, model: Any, written: Written | None
 ) -> list[float]:
-    """Of rows on the first sequences of `text`, whatever the model writes itself; of whole texts on what it writes."""
-    for name, term in terms:
+    """Of terms as they were given, NAME=WEIGHT: of rows on the first sequences of `text`, whatever the model writes
+    itself; of whole texts on what it writes."""
+    for given, term in terms:
         if term.divergence:
-            raise _idle(name, "the divergence from where the model starts")
+            raise _idle(given, "the divergence from where the model starts")
     rows = [(1.0, term) for _, term in terms if term.reads is None]
     known = iter(_gains_of_rows(TermSum(rows), text, model) if rows else ())
     found = [next(known) if term.reads is None or written is None else written.gain() for _, term in terms]
-    for (name, _), gain in zip(terms, found, strict=True):
+    for (given, _), gain in zip(terms, found, strict=True):
         if not 0 < gain < math.inf:
-            raise _idle(name, f"a gain of {gain:g}")
+            raise _idle(given, f"a gain of {gain:g}")
     return found
 
 
-def _idle(name: str, got: str) -> ValueError:
+def _idle(given: str, got: str) -> ValueError:
+    name = given.partition("=")[0]
     return ValueError(
-        f"terms: {name}=0.5{TIMES} must be of a term that pulls at the start, got {got}. Give it a weight: {name}=0.02."
+        f"terms: {given} must be of a term that pulls at the start, got {got}. Give it a weight: {name}=0.02."
     )
 
 
@@ -289,9 +292,9 @@ def _gains_of_rows(terms: TermSum, text: HumanText, model: Any) -> list[float]:
     return list(gains(terms, hidden, target=labels, input_ids=ids, **given).values())
 
 
-def _at_floor(name: str, term: DistributionTerm, text: HumanText | None) -> AtMost:
-    bound = None if text is None else noise_floor(term, *text)[term.name]
+def _floor(name: str, term: DistributionTerm, text: HumanText) -> float:
+    bound = noise_floor(term, *text)[term.name]
     if bound is None or not 0 < bound < math.inf:  # KL from a text that lacks what the target has is infinite
         got = "none: no token of a text tells it" if bound is None else f"{bound:g}"
         raise ValueError(f"terms: {name}={FLOOR} must have a finite noise floor above 0, got {got}. Give it a weight.")
-    return AtMost(term, bound)
+    return bound

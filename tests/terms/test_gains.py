@@ -20,7 +20,7 @@ def test_gain(name: str) -> None:
     (slope,) = torch.autograd.grad(value, rows.z)
     per_row = (slope.square() / rows.q.detach()).sum(-1) / torch.where(rows.w == 0, 1.0, rows.w)
     want = float(rows.w.sum() * per_row.sum() / (2 * value.detach()))
-    both = gains(**of_loss(given), term=3.0 * AtMost(term, 0.1) + TokenL2(P), chunk_size=17)
+    both = gains(**of_loss(given), term=3.0 * AtMost(term, 0.1, 1.0) + TokenL2(P), chunk_size=17)
     assert next(iter(both.values())) == pytest.approx(want, rel=1e-9)
     assert len(both) == 2
 

@@ -192,13 +192,15 @@ def test_stop_at_the_floor(store: Any, tmp_path: Path) -> None:
     far = TokenL2(torch.eye(64)[40])
     options = {"max_steps": 200, "learning_rate": 2e-2, "terms_decay": 0.5, "stop_at_floor": True, "soft_weight": 0.0,
                "hard_weight": 0.0}  # fmt: skip
-    trainer = DFTTrainer(tiny(), config(tmp_path, **options), store, terms=AtMost(far, bound=0.4, rate=0.5))
+    bounded = AtMost(far, bound=0.4, gain=0.4, rate=0.5, most=100.0)
+    trainer = DFTTrainer(tiny(), config(tmp_path, **options), store, terms=bounded)
     trainer.train()
     ratios, duals = curve(trainer, "term_TokenL2_over_bound"), curve(trainer, "term_TokenL2_dual")
     assert 2 < trainer.state.global_step < 200
     assert ratios[0] > 1
     assert ratios[-1] <= 1
-    assert duals[0] > 0
+    assert duals[0] == 0  # of fewer steps than the means look back on
+    assert duals[1] > 0
     with pytest.raises(ValueError, match="stop_at_floor must come with AtMost among the terms, got none"):
         DFTTrainer(tiny(), config(tmp_path, **options), store, terms=far)
 

@@ -21,7 +21,7 @@ from dft_kernels.loss.functional import shift_labels
 from dft_kernels.models.heads import hidden_states, output_layer
 from dft_kernels.targets import corpus, target_file
 from dft_kernels.targets.target import Target
-from dft_kernels.terms import Delayed, Entropy, TextMMD, TokenL2, gains
+from dft_kernels.terms import AtMost, Delayed, Entropy, TextMMD, TokenL2, gains, noise_floor
 from dft_kernels.training.attach import attach
 from dft_kernels.training.target_terms import TERMS, HumanText, Written, terms_of
 from dft_kernels.training.trainer import DFTTrainer
@@ -98,8 +98,22 @@ def test_a_weight_relative_to_cross_entropy_is_of_the_gain(target: Target) -> No
     whole = ["text_mmd=3x", "punctuation_rate=0.5x"]
     of_texts = terms_of(target, whole, vocab, text, own_text=True, model=model, written=Written(term, lambda: 0.2))
     assert [by for by, _ in of_texts.parts] == pytest.approx([15.0, found.parts[0][0]])
-    with pytest.raises(ValueError, match=r"text_mmd=0\.5x must be of a term that pulls at the start, got a gain of 0"):
+    with pytest.raises(ValueError, match=r"text_mmd=3x must be of a term that pulls at the start, got a gain of 0"):
         terms_of(target, whole, vocab, text, own_text=True, model=model, written=Written(term, lambda: 0.0))
+
+
+def test_a_constraint_is_at_the_floor_in_units_of_the_gain(target: Target) -> None:
+    model, draw = far(), torch.Generator().manual_seed(2)
+    vocab = model.get_output_embeddings().weight.shape[0]
+    ids = torch.randint(0, vocab, (6, 20), generator=draw)
+    text = HumanText(ids, shift_labels(ids), 40)
+    (weight, bounded), (_, gap) = terms_of(target, ["token_l2=floor", "token_l2=3x"], vocab, text, model=model).parts
+    assert isinstance(bounded, AtMost)
+    assert weight == 1.0
+    assert bounded.bound == noise_floor(gap, *text)["TokenL2"]
+    assert terms_of(target, ["token_l2=3x"], vocab, text, model=model).parts[0][0] == 3 / bounded.gain
+    with pytest.raises(ValueError, match="text and model must be given for token_l2=floor, got neither or one"):
+        terms_of(target, ["token_l2=floor"], vocab, text)
 
 
 def frequencies() -> torch.Tensor:
@@ -264,7 +278,7 @@ def test_train_towards_a_target(
         (["--terms", "unigram_kl=floor"], "unigram_kl=floor must have a finite noise floor above 0, got inf"),
         (["--rollout_terms", "calibration=1"], "calibration must be one of token_l2, .* of the model's own text"),
         (["--terms", "token_l2=low"], "token_l2 must come as token_l2=WEIGHT, token_l2=0.5x or token_l2=floor"),
-        (["--rollout_terms", "reference_kl=1x"], "reference_kl=0.5x must be of a term that pulls at the start"),
+        (["--rollout_terms", "reference_kl=1x"], "reference_kl=1x must be of a term that pulls at the start"),
         (["--rollout_terms", "text_mmd=floor"], "text_mmd=floor must have a finite noise floor above 0, got none"),
         (["--terms", "text_mmd=1"], "text_mmd must be one of token_l2, .*, got another"),
         ([], "target must be given together with terms or rollout_terms"),

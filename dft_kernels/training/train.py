@@ -194,6 +194,11 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
             "train: push_to_hub must be false with correction_rank, got true, which would push the whole model. Upload "
             f"{options.output_dir} when it is done."
         )
+    if options.rollout_biased_without_score and asks_for_texts(job.rollout_terms or ()):
+        raise ValueError(
+            "train: rollout_biased_without_score must be false with text_mmd, which is all score, got true. Leave one of "
+            "them out."
+        )
     check_model(job.model)
     teacher: Any = None
     if job.stored:

@@ -273,6 +273,7 @@ def test_train_towards_a_target(
                  for what in ("over_bound", "dual")}  # fmt: skip
     assert named == want
     capsys.readouterr()
+    biased = ["--rollout_biased_without_score", "true", "--model", str(tmp_path / "gone")]  # told before it is missed
     for wrong, message in (
         (["--terms", "calibration=floor"], "calibration=floor must have a finite noise floor above 0, got none"),
         (["--terms", "unigram_kl=floor"], "unigram_kl=floor must have a finite noise floor above 0, got inf"),
@@ -280,6 +281,7 @@ def test_train_towards_a_target(
         (["--terms", "token_l2=low"], "token_l2 must come as token_l2=WEIGHT, token_l2=0.5x or token_l2=floor"),
         (["--rollout_terms", "reference_kl=1x"], "reference_kl=1x must be of a term that pulls at the start"),
         (["--rollout_terms", "text_mmd=floor"], "text_mmd=floor must have a finite noise floor above 0, got none"),
+        (["--rollout_terms", "text_mmd=1", *biased], "rollout_biased_without_score must be false with text_mmd"),
         (["--terms", "text_mmd=1"], "text_mmd must be one of token_l2, .*, got another"),
         ([], "target must be given together with terms or rollout_terms"),
     ):

@@ -196,8 +196,8 @@ def prepare(job: Job, options: DFTConfig, command: Sequence[str] = ()) -> Run:
         )
     if options.rollout_biased_without_score and asks_for_texts(job.rollout_terms or ()):
         raise ValueError(
-            "train: rollout_biased_without_score must be false with text_mmd, which is all score, got true. Leave one of "
-            "them out."
+            "train: rollout_biased_without_score must be false with text_mmd, which is all score, got true. Leave one "
+            "of them out."
         )
     check_model(job.model)
     teacher: Any = None

@@ -20,7 +20,7 @@ class AtMost(DistributionTerm):
         lambda <- lambda + rate min(1, J / bound - 1),   J of the running means, once a step (`Delayed.update`)
 
     Dual ascent on the Lagrangian (Boyd and Vandenberghe, Convex Optimization, 2004, section 5), with steps and a weight
-    that are bounded. lambda is of a weight in 1 / gain: at 1 the term pulls as hard as cross-entropy holds, whatever J's
+    that are bounded. lambda is a weight in 1 / gain: at 1 the term pulls as hard as cross-entropy holds, whatever J's
     units are, and 0 at the end says that the constraint does not bind. Running means are late: a weight far above 1
     makes a model swing about the target, which is a J above the bound again, and a weight that follows it would wind
     up without end. So a bound out of reach is met as nearly as a weight of `most` takes the model to it. lambda stands

@@ -19,8 +19,6 @@ PY := .venv/bin/python
 endif
 OLDEST_PYTHON ?= python3.12
 OLDEST := torch==2.11.0 'transformers==5.17.*' 'triton==3.6.*' 'numpy<2.4'
-# of 180 packages Python compiles what it imports
-PIP := -q --no-compile
 PYTEST := -m pytest -n auto --dist worksteal -p no:benchmark
 COPY := tar -c --exclude=./build --exclude=./.venv --exclude=./.git --exclude='*.so' --exclude=_build.json . | tar -x -C
 STAMP := build/installed-$(subst /,_,$(subst =,_,$(PY)-$(TORCH)))
@@ -116,10 +114,10 @@ served: $(STAMP)
 	python3 -m venv .venv || { echo "make: python3 needs its venv module (Debian: apt-get install python3-venv)"; exit 1; }
 
 $(STAMP): setup.py pyproject.toml $(wildcard csrc/*/*) | $(if $(PYTHON),,.venv/bin/python)
-	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install $(PIP) '$(TORCH)'
-	$(PY) -m pip install $(PIP) setuptools wheel ninja
-	$(PY) -m pip install $(PIP) --no-deps --upgrade --target build/cutlass 'nvidia-cutlass>=4.2,<5'
-	DFT_KERNELS_CUTLASS=build/cutlass/cutlass_library/source $(PY) -m pip install $(PIP) --no-build-isolation -e '.[dev]'
+	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install -q '$(TORCH)'
+	$(PY) -m pip install -q setuptools wheel ninja
+	$(PY) -m pip install -q --no-deps --upgrade --target build/cutlass 'nvidia-cutlass>=4.2,<5'
+	DFT_KERNELS_CUTLASS=build/cutlass/cutlass_library/source $(PY) -m pip install -q --no-build-isolation -e '.[dev]'
 	mkdir -p build && touch $@
 
 clean:

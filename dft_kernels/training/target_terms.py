@@ -229,14 +229,9 @@ def terms_of(
             f"terms: the target must be of at most the model's {vocab} tokens, got {target.vocab_size}. Build it with "
             "the model's tokenizer."
         )
-    found: list[tuple[float, DistributionTerm]] = []
-    measured: list[int] = []
-    known = _known(own_text, written)
-    asked = read_terms(weights, own_text)
-    for at, (name, weight, how) in enumerate(asked):
-        found.append((weight, known[name](target, vocab, model)))
-        if how:
-            measured.append(at)
+    known, asked = _known(own_text, written), read_terms(weights, own_text)
+    found = [(one.weight, known[one.name](target, vocab, model)) for one in asked]
+    measured = [at for at, one in enumerate(asked) if one.how]
     if not found:
         raise ValueError(f"terms: one term at least must be named, got none. There are {', '.join(known)}.")
     if measured:

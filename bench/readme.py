@@ -5,7 +5,7 @@ A table stands between two comments, of which the first names its source:
     <!-- table: bench/results/cpu.csv 4096,576,49152 bfloat16 -->     a shape, and dtypes, of `dft-kernels bench --csv`
     <!-- table: bench/results/demo-cpu.csv -->                        summary.csv of `dft-kernels demo`
     <!-- table: bench/results/NAME.csv KIND -->                       KIND: of summaries.KINDS, by what wrote the CSV
-    <!-- table: bench/scale.py NAME -->                               one of its TABLES, computed anew
+    <!-- table: bench/scale_tables.py NAME -->                        one of its TABLES, computed anew
     <!-- end -->
 """
 

@@ -1,18 +1,17 @@
-"""The vocabulary-parallel loss on paper: what it sends, and what that costs on H100s. python bench/scale.py prints it.
+"""The vocabulary-parallel loss on paper: what it sends, and what that costs on H100s.
 
     collectives(...)   what each rank sends in a call: formulas, which a hook over torch.distributed can count
     call(...)          the time of a call, from products measured on one GPU and published figures of networks
     gradient(...)      the head's gradient summed over replicas
 
-docs/scale.md has the tables of `TABLES`; bench/readme.py writes them there. Nothing here was measured on more than one
-GPU. Times are in ms, bandwidths in bytes a ms.
+bench/scale_tables.py makes tables of it. Nothing here was measured on more than one GPU. Times are in ms, bandwidths in
+bytes a ms.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 NODE = 8  # GPUs of a node, on NVLink
@@ -36,8 +35,6 @@ BACKBONE_TFLOPS = 400  # of a GPU, backward
 SMALL = 3e-3  # ms, of a small kernel that is queued behind others
 BUDGET, MOST_ROWS, EVEN_ROWS = 1536 << 20, 4096, 1024  # of the planner, for CUDA
 
-NCCL, TESTS = "https://github.com/NVIDIA/nccl", "https://github.com/NVIDIA/nccl-tests/issues"
-PEER = "https://github.com/linkedin/Liger-Kernel/pull/1422"
 PEER_EFFICIENCY = {2: 0.978, 4: 0.937, 8: 0.840, 16: 0.545}  # its backward at M 8192, H 4096, V 131072, on H200s
 PEER_TFLOPS, PEER_V = 762.8, 131072  # of one GPU
 
@@ -267,162 +264,3 @@ def gradient(ranks: int, gpus: int, itemsize: int) -> float:
     size = V / ranks * H * itemsize
     ms = BASE + (inside - 1) * STEP + (nodes - 1) * NET_STEP
     return ms + size * (inside - 1) / inside / NVLINK + size / inside * (nodes - 1) / nodes / INFINIBAND
-
-
-# ---- tables: (head, lines, caption)
-
-Table = tuple[list[str], list[list[str]], str]
-SHAPE = f"N {N}, H {H}, V {V}, bfloat16"
-PREDICTED = "predicted, not measured"
-
-
-def percent(value: float) -> str:
-    """A share."""
-    return f"{100 * value:.0f} %"
-
-
-def ways() -> list[tuple[int, bool]]:
-    """Ranks, and whether sums are hierarchical, of the rows of tables."""
-    return [*((ranks, False) for ranks in RANKS), (16, True)]
-
-
-def named(ranks: int, hierarchical: bool) -> str:
-    """A row's name."""
-    return f"TP {ranks}{', hierarchical' if hierarchical else ', flat' if ranks > NODE else ''}"
-
-
-def efficiency_table() -> Table:
-    """By overlap, a row for each loss and number of ranks."""
-    head = ["", "rows a chunk", "nothing overlapped", "overlapped", "overlapped, dweight too",
-            "and merging in one kernel", "overlapped, with the peer's difference"]  # fmt: skip
-    lines = []
-    for loss in LOSSES:
-        for ranks, by_node in ways():
-            found = [efficiency(loss, ranks, Way(overlap, by_node)) for overlap in OVERLAPS]
-            found.append(efficiency(loss._replace(merging=1), ranks, Way("dweight", by_node)))
-            found.append(efficiency(loss, ranks, Way("next", by_node), max(0.0, peer(ranks)[1])))
-            name = f"{loss.name}, {named(ranks, by_node)}"
-            lines.append([name, str(planned(loss, ranks)), *map(percent, found)])
-    return head, lines, f"{SHAPE}; {PREDICTED}"
-
-
-def parts_table() -> Table:
-    """Where the time of a rank goes, overlapped."""
-    head = ["ms of a rank", "products", "rows", "merging", "statistics", "waiting for dhidden", "lost beside it", "all"]
-    lines = []
-    for loss in LOSSES:
-        whole, products = alone(loss), sum(loss.products.values())
-        numbers = [f"{products:.1f}", f"{whole - products:.1f}", *[""] * 4, f"{whole:.1f}"]
-        lines.append([f"{loss.name}, one GPU", *numbers])
-        for ranks, by_node in ways():
-            found = call(loss, ranks, Way("next", by_node))
-            lines.append([f"{loss.name}, {named(ranks, by_node)}", *(f"{ms:.2f}" for ms in (*found, found.ms))])
-    return head, lines, f"{SHAPE}; {PREDICTED}, but for the products and row kernels of one GPU"
-
-
-def volume_table() -> Table:
-    """What a rank sends, formulas and an example."""
-    lines = []
-    for name, sequence in (("", False), ("sequence parallel: ", True)):
-        for one in collectives(8, N, H, MOST_ROWS, HEAD_KL.statistics, sequence=sequence):
-            once = one.what == "hidden" or (sequence and one.what.startswith("dhidden"))
-            when = "once" if once else "each chunk"
-            size = f"{one.leaves / 1e6:.1f} MB"
-            lines.append([f"{name}{one.what}", f"`{one.operation}`", when, FORMULAS[one.what], size])
-    head = ["what", "collective", "when", "bytes that leave a rank, a call", "TP 8, forward KL"]
-    return head, lines, f"n ranks, b bytes a number, k numbers a row; {SHAPE}, k {HEAD_KL.statistics[0]}"
-
-
-def sum_table() -> Table:
-    """The ways to sum dhidden: of all rows, in two chunks, not overlapped."""
-    head = ["sum of dhidden, ms a call", "bf16 parts", "fp32 parts", "sequence parallel, bf16"]
-    lines = []
-    for ranks, by_node in ways():
-        blocks = chunks(N, MOST_ROWS)
-        found = [sum(dhidden(size, ranks, Way("none", by_node, part)) for size in blocks) for part in (2, 4)]
-        found.append(sum(exchange(size * H * 2, ranks, by_node) for size in blocks))
-        lines.append([named(ranks, by_node), *(f"{ms:.2f}" for ms in found)])
-    return head, lines, f"{SHAPE}, chunks of {MOST_ROWS} rows; {PREDICTED}"
-
-
-def peer_table() -> Table:
-    """What the peer published, and this model of it."""
-    lines = []
-    for ranks in RANKS:
-        modelled, more = peer(ranks)
-        lines.append(
-            [f"TP {ranks}", f"{100 * PEER_EFFICIENCY[ranks]:.1f} %", f"{100 * modelled:.1f} %", f"{more:.2f} ms"]
-        )
-    about = "its backward of a fused cross-entropy: M 8192, H 4096, V 131072, H200, 763 TFLOP/s on one GPU"
-    return ["", f"[Liger-Kernel #1422]({PEER})", "this model of it", "the difference, a rank"], lines, about
-
-
-def data_table() -> Table:
-    """The head's gradient over replicas."""
-    head = ["GPUs", "replicas x TP", "loss, cross-entropy, ms", "gradient, bf16, ms", "gradient, fp32, ms",
-            "weight gathered, bf16, ms", "efficiency if none of it is hidden"]  # fmt: skip
-    lines = []
-    for gpus in (8, 64, 256, 1024):
-        for ranks in (1, 8):
-            if gpus // ranks < 2:
-                continue
-            loss = alone(CROSS_ENTROPY) if ranks == 1 else call(CROSS_ENTROPY, ranks, Way()).ms
-            narrow, wide = gradient(ranks, gpus, 2), gradient(ranks, gpus, 4)
-            numbers = (f"{ms:.2f}" for ms in (loss, narrow, wide, narrow))
-            lines.append([str(gpus), f"{gpus // ranks} x {ranks}", *numbers, percent(loss / (loss + 2 * narrow))])
-    backbone = 4 * 1e9 * N / (BACKBONE_TFLOPS * 1e9)
-    about = f"a backbone runs backward in {backbone:.0f} ms / TP for each billion of its parameters"
-    about += f" (4 FLOP a parameter and token, {BACKBONE_TFLOPS} TFLOP/s)"
-    return head, lines, f"{SHAPE}, N rows a replica; gradient and weight sharded over replicas; {about}; {PREDICTED}"
-
-
-def inputs_table() -> Table:
-    """Every number that the model starts from, and where it is from."""
-    ring = f"[NVIDIA]({TESTS}/212); [365 to 370 on 2 to 8 H100s]({NCCL}/issues/1455)"
-    tuning = (
-        f"[NCCL's own model]({NCCL}/blob/01afd20a77b5804e0ecf1042509dd9d20ebf9e93/src/graph/tuning.cc), ring, Simple"
-    )
-    channels = f"[NVLS]({NCCL}/blob/178b6b759074597777ce13438efb0e0ba625e429/src/transport/nvls.cc)"
-    reported = f"reported: [6 on two H100s]({NCCL}/issues/1259), [47 on 2 x 8 H20s]({NCCL}/issues/1244)"
-    small = f"{CROSS_ENTROPY.merging} or {HEAD_KL.merging} kernels of {SMALL * 1e3:.0f} us"
-    steps = ", ".join(f"{ms * 1e3:.1f}" for ms in (BASE, STEP, NET_STEP))
-    products = f"{LOGITS}, {TEACHER_LOGITS}, {DHIDDEN}, {DWEIGHT} ms"
-    log = "measured on one H100: bench/LOG.md"
-    lines = [
-        ["products on one GPU: logits, teacher's logits, dhidden, dweight", products, log],
-        ["row kernels", f"{ROW_BYTES / 1e9:.1f} TB/s", log],
-        ["NVLink 4, each way, for a ring", f"{NVLINK / 1e6:.0f} GB/s of 450", ring],
-        ["all-reduce in the switches, 8 GPUs", f"{NVLS / 1e6:.0f} GB/s (bus bandwidth)", "the same two"],
-        ["InfiniBand NDR, a GPU", f"{INFINIBAND / 1e6:.0f} GB/s", f"400 Gb/s; [46 to 48 GB/s an adapter]({TESTS}/290)"],
-        ["latency of a collective: once, a step in a node, between nodes", f"{steps} us", tuning],
-        ["which gives for 2 and 16 GPUs", f"{latency(2) * 1e3:.0f}, {latency(16) * 1e3:.0f} us", reported],
-        ["SMs that NCCL takes", f"{COMM_SMS} of {SMS}", f"{channels} has 16 channels, [an SM each]({NCCL}/issues/689)"],
-        ["a product's tile", f"{TILE[0]} x {TILE[1]}", f"assumed: the fastest that was {log}"],
-        ["merging of statistics, a chunk", small, "operators of the merging, counted on a CPU; the time assumed"],
-        ["a backbone's backward", f"{BACKBONE_TFLOPS} TFLOP/s a GPU", "assumed"],
-        ["launches", "none is waited for", "assumed: the host is ahead, or the step is a CUDA graph"],
-    ]
-    return ["input", "value", "source"], lines, "H100 SXM, 8 to a node, each with an adapter"
-
-
-TABLES: dict[str, Callable[[], Table]] = {
-    "inputs": inputs_table,
-    "volume": volume_table,
-    "efficiency": efficiency_table,
-    "parts": parts_table,
-    "sums": sum_table,
-    "peer": peer_table,
-    "data": data_table,
-}
-
-
-def main() -> int:
-    """Print every table."""
-    for name, made in TABLES.items():
-        head, lines, caption = made()
-        print(f"\n{name}: {caption}", *(" | ".join(line) for line in (head, *lines)), sep="\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""bench/scale.py: the formulas of its tables (scale_tables.py) are what it counts, and its times are those of their parts."""
+"""bench/scale.py: the formulas of its tables are what it counts, and its times are those of their parts."""
 
 from __future__ import annotations
 

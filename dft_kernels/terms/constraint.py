@@ -46,7 +46,7 @@ class AtMost(DistributionTerm):
             got = "a sum" if parts is not None else type(term).__name__
             fail("AtMost", "term", "be one DistributionTerm, without a weight", got, "Bound each of them", TypeError)
         given = {"bound": bound, "gain": gain, "rate": rate, "most": most, "start": start}
-        remedies = {"bound": "See noise_floor", "gain": "See gains", "start": "Start lower, or raise most"}
+        remedies = {"bound": "See noise_floor", "gain": "See gains", "start": "Leave it out, or raise most"}
         for name, value in given.items():
             known: Any = value
             number = isinstance(known, (int, float)) and not isinstance(known, bool) and math.isfinite(known)

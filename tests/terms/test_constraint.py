@@ -97,7 +97,7 @@ def test_constraints_at_noisy_means_do_not_wind_up() -> None:
     (lambda: AtMost(TokenL2(P), float("nan"), 1.0), "bound must be a finite number above 0, got nan"),
     (lambda: AtMost(TokenL2(P), 0.1, 0.0), "gain must be a finite number above 0, got 0"),
     (lambda: AtMost(TokenL2(P), 0.1, 1.0, most=float("inf")), "most must be a finite number above 0, got inf"),
-    (lambda: AtMost(TokenL2(P), 0.1, 1.0, start=-1.0), "start must lie in 0..0.5, got -1"),
+    (lambda: AtMost(TokenL2(P), 0.1, 1.0, start=-1.0), "start must lie in 0..0.5, got -1.0. Leave it out"),
     (lambda: AtMost(TokenL2(P), 0.1, 1.0, start=0.6), "start must lie in 0..0.5, got 0.6"),
     (lambda: AtMost(AtMost(TokenL2(P), 0.1, 1.0), 0.1, 1.0), "got AtMost"),
 ])  # fmt: skip

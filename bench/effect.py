@@ -353,7 +353,8 @@ def compare(study: Study) -> None:
 
 
 def cost(study: Study) -> None:
-    """Seconds and bytes of a step, the arms in turn, three rounds."""
+    """Seconds and bytes of a step, the arms in turn, three rounds: step_s, the median, is of a step without rollouts;
+    mean_s is of all of two rounds of four."""
     rows = []
     for turn in range(3):
         for name in (SFT, "terms", "constraint", "distilled", "rollouts"):
@@ -361,10 +362,10 @@ def cost(study: Study) -> None:
             arm = replace(BY_NAME[name], steps=12)
             log, more = f"cost-{out.name}", ("--logging_steps", "1", "--save_strategy", "no")
             study.train(arm, 0, out, RATE, arm.steps, *more, log=log)
-            logs = logged(study.log(log))[-arm.steps + 2 :]
+            logs = logged(study.log(log))[-8:]
+            seconds = [BATCH * LENGTH / one["tokens_per_second"] for one in logs]
             rows.append({
-                "arm": name, "round": turn,
-                "step_s": statistics.median(BATCH * LENGTH / one["tokens_per_second"] for one in logs),
+                "arm": name, "round": turn, "step_s": statistics.median(seconds), "mean_s": statistics.fmean(seconds),
                 "peak_gb": max(one["peak_memory_gb"] for one in logs), **about("cpu"),
             })  # fmt: skip
             print(rows[-1], flush=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from effect_arms import ARMS, NAMED, TASKS, Arm
+from effect_arms import ARMS, NAMED, SFT, TASKS, Arm
 from effect_records import FIRST, Record, Records, known
 from markdown_tables import where
 
@@ -85,6 +85,18 @@ def _means(logs: list[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([one[name] for one in logs if name in one])) for name in names}
 
 
+def cost() -> Table:
+    """Time and memory of a step: a row an arm."""
+    rows = KEPT.measured_costs()
+    of = [KEPT.costs(column) for column in ("step_s", "mean_s", "peak_gb")]
+    lines = [[arm, *(f"{its[arm]:.2f}" for its in of)] for arm in of[0]]
+    head = ["arm", "a step without rollouts", "all steps", "peak memory"]
+    first = [row for row in rows if row["arm"] == SFT]
+    seconds, gigabytes = (np.median([float(row[column]) for row in first]) for column in ("step_s", "peak_gb"))
+    said = f"Over SFT's, {seconds:.2f} s and {gigabytes:.2f} GB; of each round, medians of {len(first)}"
+    return head, lines, f"{said}; {where(rows)}"
+
+
 def texts() -> Table:
     """The first texts of every arm's first seed, and what was written by the author; a row a text."""
     shown = KEPT.shown()
@@ -105,4 +117,4 @@ def _plain(text: str) -> str:
     return "<br>".join(text.strip().splitlines())
 
 
-TABLES = {"distances": distances, "read": read, "own": own, "texts": texts}
+TABLES = {"distances": distances, "read": read, "own": own, "cost": cost, "texts": texts}

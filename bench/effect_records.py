@@ -107,14 +107,17 @@ class Records:
         """Write these."""
         self._write("shown", one)
 
-    def costs(self) -> dict[str, float]:
-        """Seconds of a step over SFT's, median over rounds, of the arms that `cost` has measured."""
+    def measured_costs(self) -> list[dict[str, str]]:
+        """The rows that `cost` has written."""
         file = self.folder / "cost.csv"
         if not file.exists():
-            return {}
+            return []
         with file.open(newline="") as opened:
-            rows = list(csv.DictReader(opened))
-        by = {(row["arm"], row["round"]): float(row["step_s"]) for row in rows}
+            return list(csv.DictReader(opened))
+
+    def costs(self, column: str = "step_s") -> dict[str, float]:
+        """A column of these over SFT's, median over rounds; an entry an arm."""
+        by = {(row["arm"], row["round"]): float(row[column]) for row in self.measured_costs()}
         return {
             arm: statistics.median(by[arm, turn] / by[SFT, turn] for name, turn in by if name == arm)
             for arm in dict.fromkeys(name for name, _ in by)

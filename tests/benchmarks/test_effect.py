@@ -74,6 +74,34 @@ def test_the_bar(bench: Any) -> None:
     assert bench.bar([{**one, "beside": "LAMBADA: SFT"} for one in rows], {}) == {}
 
 
+def test_the_cost_of_rollouts_is_of_all_steps(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They come every fourth step: the median of steps does not see them, the mean does."""
+
+    def train(study: Any, arm: Any, *_: Any, log: str) -> None:
+        study.log(log).parent.mkdir(parents=True, exist_ok=True)
+        seconds = [{"SFT": 2.0, "terms": 3.0}.get(arm.name, 2.0)] * 12
+        seconds[:2] = [50.0, 50.0]
+        seconds[3::4] = [18.0 if arm.name == "rollouts" else seconds[-1]] * 3
+        logs = [
+            {"loss": "1", "epoch": at, "tokens_per_second": bench.BATCH * bench.LENGTH / one, "peak_memory_gb": "4"}
+            for at, one in enumerate(seconds)
+        ]
+        study.log(log).write_text("".join(f"{one}\n" for one in logs))
+
+    monkeypatch.setattr(bench.Study, "train", train)
+    study = bench.Study(tmp_path / "study", tmp_path / "cache", tmp_path / "kept")
+    assert study.records.costs() == {}
+    study.kept.mkdir()
+    bench.cost(study)
+    assert study.records.costs() == {"SFT": 1, "terms": 1.5, "constraint": 1, "distilled": 1, "rollouts": 1}
+    assert study.records.costs("mean_s") == {"SFT": 1, "terms": 1.5, "constraint": 1, "distilled": 1, "rollouts": 3}
+    drawn = load("effect_drawn")
+    monkeypatch.setattr(drawn, "KEPT", study.records)
+    _, lines, said = drawn.cost()
+    assert lines[-1] == ["rollouts", "1.00", "3.00", "1.00"]
+    assert said.startswith("Over SFT's, 2.00 s and 4.00 GB; of each round, medians of 3; ")
+
+
 def test_no_arm_is_asked_what_it_was_trained_on(bench: Any) -> None:
     asked = {arm.name: arm.tasks for arm in bench.ARMS}
     assert asked["SFT"] == asked["terms"] == effect_arms.TASKS

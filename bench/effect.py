@@ -340,7 +340,7 @@ def compare(study: Study) -> None:
         tried = {arm.name: paired(of[control], of[arm.name], seeds) for arm in arms}
         family = iter(holm([one for arm in arms if arm.tried for one in tried[arm.name]]))
         for arm in arms:
-            knows = known(records[arm.name], records.get(SFT, []))
+            knows = known(records[arm.name], records.get(BY_NAME[control].of or control, []))
             for one in tried[arm.name]:
                 one = next(family) if arm.tried else one
                 out.append({

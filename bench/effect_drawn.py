@@ -1,5 +1,5 @@
-"""What is kept of the study of docs/effect.md before all of it is there to be compared: distances, what the
-terms come to on people's text and on a model's own, and texts."""
+"""What the study of docs/effect.md shows beside its comparisons: what the terms come to on people's text and on a
+model's own, what a step costs, and texts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from effect_arms import ARMS, NAMED, SFT, TASKS, Arm
-from effect_records import FIRST, Record, Records, known
+from effect_arms import ARMS, SFT, Arm
+from effect_records import FIRST, Record, Records
 from markdown_tables import where
 
 KEPT = Records(Path(__file__).parent / "results" / "effect")
@@ -23,22 +23,6 @@ def drawn() -> Iterator[tuple[Arm, list[Record]]]:
         found = [one for seed in range(arm.seeds) if (one := KEPT.run(arm, seed)) is not None]
         if arm.tested and found:
             yield arm, found
-
-
-def distances() -> Table:
-    """A row an arm."""
-    lines, made = [], []
-    for arm, found in drawn():
-        of = [{value.metric: value for value in one.values} for one in found]
-        floors = (np.mean([abs(its[name].value / its[name].floor) for its in of]) for name in NAMED)
-        its = known(found, [])
-        trained, *right = (its[name] for name in ("held_out", *TASKS))
-        numbers = [trained and f"{trained:.3f}", *("" if share == "" else f"{share:.1f}" for share in right)]
-        lines.append([arm.name, str(len(found)), *(f"{mean:.2f}" for mean in floors), *numbers])
-        made += [one.made for one in found]
-    head = ["drawn", "seeds", *NAMED, "cross-entropy, nats", *TASKS]
-    said = "Distances in floors, means over the seeds that are drawn; cross-entropy of held-out training text; right "
-    return head, lines, f"{said}answers in %; {where(made)}"
 
 
 def read() -> Table:
@@ -117,4 +101,4 @@ def _plain(text: str) -> str:
     return "<br>".join(text.strip().splitlines())
 
 
-TABLES = {"distances": distances, "read": read, "own": own, "cost": cost, "texts": texts}
+TABLES = {"read": read, "own": own, "cost": cost, "texts": texts}

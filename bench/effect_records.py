@@ -152,12 +152,13 @@ def losses(logs: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in one.items() if kept.fullmatch(name)} for one in logs]
 
 
-def known(records: Sequence[Record], sft: Sequence[Record]) -> dict[str, Any]:
+def known(records: Sequence[Record], control: Sequence[Record]) -> dict[str, Any]:
     """Of an arm's runs, held-out cross-entropy and the percentages of right answers, means over seeds; retention:
-    points of the mean over tasks that it lies above SFT, and the standard error of that, of the questions in pairs."""
+    points of the mean over tasks that it lies above the control's models, and the standard error of that, of the
+    questions in pairs."""
     held_out = [one.held_out for one in records if one.held_out is not None]
     out: dict[str, Any] = {"held_out": float(np.mean(held_out)) if held_out else ""}
-    mine, theirs = _answers(records), _answers(sft)
+    mine, theirs = _answers(records), _answers(control)
     apart = [mine[task] - theirs[task] for task in mine if task in theirs]
     out |= {task: 100 * float(mine[task].mean()) if task in mine else "" for task in TASKS}
     out["retention"] = 100 * float(np.mean([one.mean() for one in apart])) if apart else ""

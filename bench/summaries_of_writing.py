@@ -81,7 +81,7 @@ def effect_table(rows: Rows) -> str:
         "Distances in floors; bold: closer than its control (SFT's best sampling, or SFT on LAMBADA or of Gemma), "
         "Holm-corrected at 5 % over the arms of a control; halved: metrics on which it is closer, at most half as far, "
         "where the control is beyond a floor; cross-entropy of held-out training text; right answers in %; retention: "
-        "their mean less SFT's, with its standard error"
+        "their mean less the control's, with its standard error"
     )
     return markdown(head, map(line, arms), f"{said}; {where(rows)}")
 

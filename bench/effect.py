@@ -334,6 +334,8 @@ def compare(study: Study) -> None:
     found = measured({f"{name}-{seed}": Sample(documents, at) for (name, seed), at in rows.items()}, metrics=metrics)
     of = {arm: [found[f"{arm}-{seed}"] for name, seed in rows if name == arm] for arm, _ in rows}
     seeds = between_seeds(list(of.values()))
+    noises = {one.metric.name: np.abs(one.noise) for one in next(iter(found.values()))}  # of people from people
+    people = {name: float(np.median(noise)) if len(noise) else "" for name, noise in noises.items()}
     out = []
     for control in dict.fromkeys(arm.beside for arm in ARMS if arm.beside in of):
         arms = [arm for arm in ARMS if arm.beside == control and arm.name in of]
@@ -346,6 +348,7 @@ def compare(study: Study) -> None:
                 out.append({
                     "arm": arm.name, "seeds": len(of[arm.name]), "beside": control, "tried": int(arm.tried),
                     **vars(one), "closer": int(arm.tried and one.closer), "halved": int(arm.tried and one.halved),
+                    "people": people[one.metric],
                     **knows, **about("cpu"),
                 })  # fmt: skip
     write_csv(study.kept.parent / "effect-cpu.csv", out)

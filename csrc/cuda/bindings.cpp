@@ -221,7 +221,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The CUDA row kernels of dft_kernels.";
   m.attr("DIVERGENCES") = kNames;
   m.attr("STATISTICS") = int(kRows);
-  py::class_<Rows>(m, "Rows").def(
+  py::class_<Rows>(m, "Rows", py::module_local()).def(
       py::init([](at::Tensor logits, double scale, std::optional<double> cap, Optional label, Optional group,
                   Optional potential, Optional target, double target_scale, std::optional<double> target_cap,
                   std::string divergence, double parameter, double temperature, double target_temperature,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import shutil
@@ -15,6 +14,7 @@ import pytest
 import setuptools
 import torch
 from cases import CASES, compare
+from cuda_build import build, compiled_for
 
 import dft_kernels as dk
 from dft_kernels import divergences
@@ -129,32 +129,15 @@ ENTRIES = {
 }  # kernels of a source; of rows.cu one for each divergence
 
 
-def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
-    for name in ("csrc", "dft_kernels"):
-        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    merged = {**os.environ, "DFT_KERNELS_CUDA": "1", **environment}
-    return subprocess.run(command, cwd=folder, env=merged, capture_output=True, text=True)
-
-
 @compiles
 @pytest.mark.kept(where=lambda architectures: architectures == "9.0a")  # that with clusters, and on CUTLASS
 @pytest.mark.parametrize("architectures", ["9.0a", "8.0+PTX", "7.5 10.0"])
-def test_the_extension_builds_without_warnings_and_spills_links_and_loads(architectures: str, tmp_path: Path) -> None:
+def test_the_extension_builds_without_warnings_and_spills_links_and_loads(architectures: str) -> None:
     """The CUDA kernels alone, on any machine with nvcc, GPU or not, CUDA in torch or not."""
-    cutlass = ROOT / "build" / "cutlass" / "cutlass_library" / "source"  # where make puts it
-    assert cutlass.is_dir()
-    done = build(
-        tmp_path, TORCH_CUDA_ARCH_LIST=architectures, DFT_KERNELS_CPU="0", DFT_KERNELS_CUTLASS=str(cutlass),
-        NVCC_APPEND_FLAGS="-Xptxas -v,-Werror -Werror all-warnings",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    folder, output = compiled_for(architectures)
     names = architectures.split()
     said = dict(
-        re.findall(r"^dft_kernels: nvcc of csrc/cuda/(\w+)\.cu said\n((?:(?!dft_kernels: ).*\n)*)", done.stdout, re.M)
+        re.findall(r"^dft_kernels: nvcc of csrc/cuda/(\w+)\.cu said\n((?:(?!dft_kernels: ).*\n)*)", output, re.M)
     )
     assert len(said) == len(list((ROOT / "csrc" / "cuda").glob("*.cu")))
     for source, lines in said.items():
@@ -172,7 +155,7 @@ def test_the_extension_builds_without_warnings_and_spills_links_and_loads(archit
         "print(BACKENDS['cuda'].unavailable(torch.device('cpu'), torch.float32))\n"
         "print(e.MODULE, e.REASON)\n"
     )
-    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert f"{list(divergences.TABLE)} {names}" in ran.stdout
     assert "its kernels run on NVIDIA GPUs, not on cpu" in ran.stdout

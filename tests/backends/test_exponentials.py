@@ -1,5 +1,5 @@
 """Cross-entropy by exponentials, on the CPU: its product in plain loops (cuda_on_host/exponentials.cpp), all else as on
-a GPU."""
+a GPU. The product itself: test_ptx.py."""
 
 from __future__ import annotations
 

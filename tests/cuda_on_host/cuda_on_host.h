@@ -63,10 +63,10 @@ struct Barrier {
   uint64_t opened = 0;
 };
 
-// An mbarrier of one arrival. A phase ends when that has come and no announced byte is missing.
+// An mbarrier. A phase ends when `count` have arrived and no announced byte is missing.
 struct Counter {
   int32_t missing;
-  uint16_t arrived, phase;
+  uint16_t count, awaited : 15, phase : 1;
 };
 
 // A copy or store under way: from memory, or of `kept` bytes that were given
@@ -92,6 +92,7 @@ struct Machine {
   Barrier cluster;
   std::vector<Write> writes;
   std::vector<Counter*> waited;  // those that somebody waits for, since the last round
+  std::exception_ptr thrown;     // by the thread that ran last
   uint64_t events = 0;  // of any kind: a round without one is a deadlock
 };
 
@@ -107,7 +108,11 @@ inline void wait() {
 
 inline void enter() {
   Machine& m = machine();
-  m.body();
+  try {
+    m.body();
+  } catch (...) {
+    m.thrown = std::current_exception();
+  }
   m.fibres[m.current].done = true;
   m.events++;
   wait();
@@ -116,7 +121,10 @@ inline void enter() {
 inline void run_until_it_waits(unsigned thread) {
   Machine& m = machine();
   m.current = thread;
-  if (_setjmp(m.home)) return;
+  if (_setjmp(m.home)) {
+    if (m.thrown) std::rethrow_exception(std::exchange(m.thrown, nullptr));
+    return;
+  }
   Fibre& fibre = m.fibres[thread];
   if (fibre.entered) _longjmp(fibre.at, 1);
   fibre.entered = true;
@@ -124,10 +132,26 @@ inline void run_until_it_waits(unsigned thread) {
 }
 
 inline void check(Counter* c) {
-  if (!c->arrived || c->missing > 0) return;
+  machine().events++;
+  if (c->awaited || c->missing > 0) return;
   if (c->missing < 0) throw std::runtime_error("an mbarrier was sent more bytes than were announced");
-  c->arrived = 0;
+  c->awaited = c->count;
   c->phase ^= 1;
+}
+
+inline void arrive(Counter* c, uint32_t announced) {
+  if (!c->awaited) throw std::runtime_error("an mbarrier was arrived at more often in a phase than it awaits");
+  c->missing += int32_t(announced);
+  c->awaited--;
+  check(c);
+}
+
+// Whether the phase of this parity has ended; where not, after the others have had their turn
+inline bool ended(Counter* c, uint32_t parity) {
+  if (c->phase != parity) return true;
+  machine().waited.push_back(c);
+  wait();
+  return false;
 }
 
 inline void start(const Write& write) {
@@ -136,23 +160,25 @@ inline void start(const Write& write) {
   machine().events++;
 }
 
+inline void start_copy(void* to, const void* from, uint32_t bytes, Counter* counter) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)
+    throw std::runtime_error("a bulk copy that is not in units of 16 bytes");
+  start({to, from, bytes, counter, {}});
+}
+
 // Ends the writes to one of the mbarriers that are waited for
 inline void finish_writes() {
   Machine& m = machine();
   if (m.reversed) std::reverse(m.waited.begin(), m.waited.end());
   for (Counter* counter : m.waited) {
-    std::vector<Write> others;
+    const auto counted = [&](const Write& write) { return write.counter == counter; };
+    if (std::none_of(m.writes.begin(), m.writes.end(), counted)) continue;
     for (const Write& write : m.writes) {
-      if (write.counter != counter) {
-        others.push_back(write);
-        continue;
-      }
+      if (!counted(write)) continue;
       std::memcpy(write.to, write.from ? write.from : write.kept, write.bytes);
       counter->missing -= int32_t(write.bytes);
-      m.events++;
     }
-    if (others.size() == m.writes.size()) continue;
-    m.writes = others;
+    std::erase_if(m.writes, counted);
     check(counter);
     break;
   }
@@ -340,24 +366,14 @@ inline char* arena() { return arena_of(on_host::rank()); }
 struct alignas(8) Arrival {
   on_host::Counter counter;
 };
-inline void arrival_init(Arrival* a) { a->counter = {}; }
-inline void arrival_expect(Arrival* a, uint32_t bytes) {
-  if (a->counter.arrived) throw std::runtime_error("an mbarrier was arrived at twice in a phase");
-  a->counter.missing += int32_t(bytes);
-  a->counter.arrived = 1;
-  on_host::machine().events++;
-  on_host::check(&a->counter);
-}
+inline void arrival_init(Arrival* a) { a->counter = {0, 1, 1, 0}; }
+inline void arrival_expect(Arrival* a, uint32_t bytes) { on_host::arrive(&a->counter, bytes); }
 inline void arrival_wait(Arrival* a, uint32_t parity) {
-  while (a->counter.phase == parity) {
-    on_host::machine().waited.push_back(&a->counter);
-    on_host::wait();
+  while (!on_host::ended(&a->counter, parity)) {
   }
 }
 inline void bulk_load(void* to, const void* from, uint32_t bytes, Arrival* a) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)
-    throw std::runtime_error("a bulk copy that is not in units of 16 bytes");
-  on_host::start({to, from, bytes, &a->counter, {}});
+  on_host::start_copy(to, from, bytes, &a->counter);
 }
 inline unsigned cluster_rank() { return on_host::rank(); }
 inline unsigned cluster_size() { return on_host::machine().blocks; }

@@ -1,0 +1,59 @@
+"""The CUDA extension as nvcc compiles it for sm_90a, on the CPU: its own objects, host code and all, linked with a
+stand-in for CUDA's runtime (runtime.cpp), which runs the kernels' PTX, as C++ (translate.py), on the threads of
+cuda_on_host. What ptxas makes of that PTX, and how fast it is, is for a GPU to show."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from cuda_build import ROOT, compiled_for, made_once
+from torch.utils import cpp_extension
+
+from .translate import entries_of
+
+HERE = Path(__file__).parent
+MACHINE = HERE.parent / "cuda_on_host"
+FLAGS = ["-std=c++20", "-fPIC", "-fwrapv", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-DDFT_CUDA_ON_HOST"]
+FLAGS += [f"-I{path}" for path in (ROOT / "csrc", HERE, MACHINE)]
+
+
+def build() -> Path:
+    """The module; a kernel's C++ is compiled when it is first launched."""
+    extension, _ = compiled_for("9.0a")
+    with made_once(extension / "on_host", HERE, MACHINE) as (folder, empty):
+        if empty:
+            _fill(folder, extension)
+    return folder / "_cuda.so"
+
+
+def _fill(folder: Path, extension: Path) -> None:
+    with (folder / "index").open("w") as index:
+        for ptx in sorted((extension / "ptx").glob("*.ptx")):
+            for i, entry in enumerate(entries_of(ptx.read_text())):
+                source = folder / f"{ptx.stem}_{i}.cpp"
+                source.write_text(entry.source)
+                index.write(f"{entry.name} {source.with_suffix('')}\n")
+    compiler = shlex.join(["g++", "-O1", "-shared", *FLAGS])
+    named = [f'-DPTX_INDEX="{folder / "index"}"', f'-DPTX_COMPILE="{compiler}"']
+    made = [folder / f"{name}.o" for name in ("launch", "runtime")]
+    subprocess.run(["g++", "-O2", *FLAGS, *named, "-c", HERE / "launch.cpp", "-o", made[0]], check=True)
+    subprocess.run(["nvcc", "-std=c++17", "-Xcompiler", "-fPIC", "-c", HERE / "runtime.cpp", "-o", made[1]], check=True)
+    libraries = [f"-L{cpp_extension.library_paths()[0]}", "-lc10", "-ltorch_cpu", "-ltorch_python", "-ldl"]
+    objects = (extension / "build").rglob("*.o")
+    subprocess.run(["g++", "-shared", "-o", folder / "_cuda.so", *objects, *made, *libraries], check=True)
+
+
+@functools.cache
+def load() -> Any:
+    """What dft_kernels.backends.extension has as CUDA."""
+    spec = importlib.util.spec_from_file_location("_cuda", build())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

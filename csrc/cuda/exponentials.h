@@ -9,8 +9,8 @@ namespace dft::cuda {
 
 // The product's tile: rows and columns of the logits that a block finishes at a time
 constexpr int64_t kExponentialRows = 128, kExponentialColumns = 256;
-// What an exponential is cut off at: a row whose sum reaches kBadTotal is to be computed again from its logits
-constexpr float kMostExponential = 1e30f, kBadTotal = 1e20f;
+// A row whose sum reaches this, or is no number, is to be computed again from its logits
+constexpr float kBadTotal = 1e20f;
 
 // With z = cap tanh(scale (hidden weight.T + bias) / cap), as Finish says, and the columns t of a tile:
 //

@@ -48,7 +48,7 @@ def product_tile(left: Tensor, gathers: bool) -> dict[str, Any]:
         **(PRODUCT if large else PRODUCT_SMALL),
         "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         "WIDE": left.device.type == "cpu",  # Triton's interpreter takes bf16 for integers
-        "options": {"num_warps": 8, "num_stages": stages},
+        "options": {"num_warps": 8, "num_stages": stages, "enable_fp_fusion": True},
     }
 
 

@@ -40,8 +40,9 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 def made_once(folder: Path, *inputs: Path) -> Iterator[tuple[Path, bool]]:
     """The folder's own for the files of these inputs, torch and nvcc as they are, and whether it is still to be filled:
     of the processes of one test run the first does, while the others wait."""
-    digest = hashlib.sha256(subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout)
-    digest.update(torch.__version__.encode())
+    digest = hashlib.sha256(torch.__version__.encode())
+    if shutil.which("nvcc") is not None:
+        digest.update(subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout)
     for path in inputs:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file() and "__pycache__" not in file.parts:

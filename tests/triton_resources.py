@@ -15,7 +15,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,6 +28,7 @@ import triton_ops.active
 import triton_ops.columns
 import triton_ops.launch
 import triton_ops.rows
+import triton_ops.scaling
 from dft_kernels import linear_distribution_loss, linear_distribution_statistics
 from dft_kernels.backends.triton import TritonBackend
 from triton_ops.launch import OPTIONS
@@ -42,35 +43,52 @@ NOT_SPECIALISED = ("statistics_stride", "cotangents_stride")
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"
 
 
-def record(into: dict[str, Any]) -> Any:
-    """A stand-in for `launch.launch` that keeps what Triton would have compiled, specialised as Triton does."""
+class Specialised(NamedTuple):
+    """What Triton compiles for a launch. options: of the launch."""
+
+    kernel: Any
+    signature: dict[str, str]
+    fixed: dict[str, Any]
+    hints: dict[tuple[int], Any]
+    options: Any
+
+    def compiled(self, architecture: int) -> Any:
+        source = ASTSource(self.kernel, self.signature, self.fixed, self.hints)
+        return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(self.options))
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        return {name: getattr(value, "__name__", value) for name, value in self.fixed.items()}
+
+
+def specialised(kernel: Any, arguments: tuple[Any, ...], options: Any, more: dict[str, Any]) -> Specialised:
+    """As Triton does it."""
+    signature, fixed, hints = {}, dict(more), {}
+    for place, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        aligned = False
+        free = isinstance(value, int) and name in NOT_SPECIALISED
+        if value is None or (isinstance(value, int) and value == 1 and not free):
+            signature[name], fixed[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], aligned = POINTERS[value.dtype], value.data_ptr() % 16 == 0
+        elif isinstance(value, int):
+            signature[name], aligned = "i32", value % 16 == 0 and not free
+        else:
+            signature[name] = "fp32"
+        if aligned:
+            hints[(place,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(more, "constexpr")
+    return Specialised(kernel, signature, fixed, hints, options)
+
+
+def record(into: dict[str, Specialised]) -> Any:
+    """A stand-in for `launch.launch` that keeps what Triton would have compiled."""
 
     def launch(
-        kernel: Any,
-        grid: tuple[int, ...],
-        where: torch.Tensor,
-        *arguments: Any,
-        options: Any = OPTIONS,
-        **more: Any,
+        kernel: Any, grid: tuple[int, ...], where: torch.Tensor, *arguments: Any, options: Any = OPTIONS, **more: Any
     ) -> None:
-        signature, fixed, hints = {}, dict(more), {}
-        for place, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
-            aligned = False
-            free = isinstance(value, int) and name in NOT_SPECIALISED
-            if value is None or (isinstance(value, int) and value == 1 and not free):
-                signature[name], fixed[name] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[name], aligned = POINTERS[value.dtype], value.data_ptr() % 16 == 0
-            elif isinstance(value, int):
-                signature[name], aligned = "i32", value % 16 == 0 and not free
-            else:
-                signature[name] = "fp32"
-            if aligned:
-                hints[(place,)] = [["tt.divisibility", 16]]
-        signature |= dict.fromkeys(more, "constexpr")
-        shown = {name: getattr(value, "__name__", value) for name, value in fixed.items()}
-        key = json.dumps([kernel.__name__, signature, shown, sorted(map(str, hints))])
-        into.setdefault(key, (kernel, signature, fixed, hints, shown, options))
+        one = specialised(kernel, arguments, options, more)
+        into.setdefault(json.dumps([kernel.__name__, one.signature, one.shown, sorted(map(str, one.hints))]), one)
 
     return launch
 
@@ -80,13 +98,19 @@ def tile(left: torch.Tensor, gathers: bool) -> dict[str, Any]:
     return {**triton_ops.launch.product_tile(left, gathers), "WIDE": False}
 
 
-def specialisations() -> list[Any]:
-    """What the table of cases launches, in shapes as models have them: V divisible by 16, and not."""
-    found: dict[str, Any] = {}
-    triton_ops.rows.launch = triton_ops.columns.launch = triton_ops.active.launch = record(found)
+def stand_in(launch: Any) -> None:
+    """This one in the place of Triton's launches, and the backend as on a GPU with much memory."""
+    for module in (triton_ops.rows, triton_ops.columns, triton_ops.active, triton_ops.scaling):
+        module.launch = launch
     triton_ops.active.product_tile, dft_kernels.backends.active.PREPARES = tile, 0
     triton_ops.launch.roomy = lambda left: left.element_size() == 2
     TritonBackend.unavailable = lambda self, device, dtype: None
+
+
+def specialisations() -> list[Specialised]:
+    """What the table of cases launches, in shapes as models have them: V divisible by 16, and not."""
+    found: dict[str, Specialised] = {}
+    stand_in(record(found))
     for case in CASES.values():
         for vocab in (8192, 8193):
             for dtype in (torch.bfloat16, torch.float32) if vocab % 16 == 0 else (torch.bfloat16,):
@@ -104,10 +128,9 @@ def specialisations() -> list[Any]:
     return list(found.values())
 
 
-def resources(job: tuple[Any, int]) -> str:
-    (kernel, signature, fixed, hints, shown, options), architecture = job
-    target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(ASTSource(kernel, signature, fixed, hints), target=target, options=dict(options))
+def resources(job: tuple[Specialised, int]) -> str:
+    one, architecture = job
+    compiled = one.compiled(architecture)
     name = f"sm_{architecture}a" if architecture >= 90 else f"sm_{architecture}"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
@@ -119,23 +142,23 @@ def resources(job: tuple[Any, int]) -> str:
     assert frame is not None
     assert used is not None
     result = {
-        "kernel": kernel.__name__,
+        "kernel": one.kernel.__name__,
         "architecture": name,
         "registers": int(used[1]),
         "spilled": sum(map(int, frame.groups())),
         "shared": compiled.metadata.shared,
         "products": len(re.findall(r"(?:wgmma|tcgen05)\.mma|mma\.sync", compiled.asm["ptx"])),
         "copies": compiled.asm["ptx"].count("cp.async.cg"),
-        "constants": {k: v for k, v in shown.items() if not str(k).startswith("_")},
-        "types": signature,
-        "even": (list(signature).index("logits_reach" if "logits_reach" in signature else "V"),) in hints,
+        "constants": {k: v for k, v in one.shown.items() if not str(k).startswith("_")},
+        "types": one.signature,
+        "even": (list(one.signature).index("logits_reach" if "logits_reach" in one.signature else "V"),) in one.hints,
         "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", compiled.asm["ptx"])),
     }
     return json.dumps(result)
 
 
 if __name__ == "__main__":
-    jobs = [(specialised, int(sys.argv[1])) for specialised in specialisations()]
+    jobs = [(one, int(sys.argv[1])) for one in specialisations()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for line in pool.map(resources, jobs):
             print(line)

@@ -46,21 +46,22 @@ def test_exponentials(case: Case, reverse: bool, source: Any) -> None:
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("rows", [1, 300])
 def test_each_tile_of_the_product(rows: int, cap: float | None, source: Any) -> None:
-    """Tiles that the matrix fills in part, several a block: what csrc/cuda/exponentials.h promises of each, and nothing
-    beside them."""
+    """Tiles that the matrix fills in part, several a block: what csrc/cuda/exponentials.h promises of each, of a row
+    beyond the range too, and nothing beside them."""
     vocab, width = 1032, 136
     g = torch.Generator().manual_seed(rows)
     hidden, weight = (torch.randn(n, width, generator=g).to(NARROW) for n in (rows, vocab))
     weight /= width**0.5
     label = torch.randint(-1, vocab, (rows,), generator=g)
+    shift = torch.randn(rows, generator=g)
+    shift[-1] = -200.0
     outs = [torch.full((rows, vocab + 8), 7.0, dtype=NARROW) for _ in range(2)]
     ours, theirs = (
-        kernels.exponentials(
-            hidden, weight, None, torch.zeros(rows), label.float(), 0.7, cap, cap is not None, out[:, :vocab]
-        )
+        kernels.exponentials(hidden, weight, None, shift, label.float(), 0.7, cap, cap is not None, out[:, :vocab])
         for kernels, out in zip((extension.CUDA, source), outs, strict=True)
     )
     torch.testing.assert_close(outs[0], outs[1], rtol=8e-3, atol=0)
+    assert (ours[0].sum(0) >= extension.CUDA.BAD_TOTAL).nonzero().flatten().tolist() == [rows - 1]
     assert (outs[0][label >= 0, label[label >= 0]] == 0).all()
     for got, expected in zip(ours, theirs, strict=True):
         assert (got is None) == (expected is None) == (cap is None and got is not ours[0])

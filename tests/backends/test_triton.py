@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import PRESENT
+from cases import CASES, PRESENT
 
 import dft_kernels as dk
 from dft_kernels import divergences
@@ -147,3 +147,23 @@ def test_what_kernels_compile_to(architecture: int) -> None:
     assert len(even) > 70
     for entry in even:
         assert entry["wide_loads"] > 0, entry
+
+
+KERNELS = {
+    "row_kernel", "probability_kernel", "column_kernel", "scale_kernel", "spread_kernel", "gather_kernel",
+    "dhidden_kernel", "dweight_kernel",
+}  # fmt: skip
+FEW = ["everything", "every_statistic", "active", "scaled", "columns"]
+
+
+@pytest.mark.kept(where=lambda cases: cases == FEW)
+@pytest.mark.parametrize("cases", [FEW, list(CASES)], ids=["few", "table"])
+def test_compiled_kernels(cases: list[str]) -> None:
+    """What Triton compiles for sm_90, executed on the CPU: within the gate of the table of cases."""
+    done = without_interpreter([str(TESTS / "triton_on_host.py"), *cases])
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(said) == 2 * len(cases)
+    assert [line for line in said if line["wrong"]] == []
+    if cases == FEW:
+        assert set().union(*(line["launched"] for line in said)) == KERNELS

@@ -22,8 +22,18 @@ FLAGS = ["-std=c++20", "-fPIC", "-fwrapv", "-ffp-contract=off", "-U_FORTIFY_SOUR
 FLAGS += [f"-I{path}" for path in (ROOT / "csrc", HERE, MACHINE)]
 
 
+def machine() -> Path:
+    """The library that runs a translated kernel, by ptx_launch; its C++ is compiled when it is first launched."""
+    with made_once(ROOT / "build" / "ptx_on_host", HERE, MACHINE) as (folder, empty):
+        if empty:
+            compiler = shlex.join(["g++", "-O1", "-shared", *FLAGS])
+            command = ["g++", "-O2", "-shared", *FLAGS, f'-DPTX_COMPILE="{compiler}"', HERE / "launch.cpp", "-ldl"]
+            subprocess.run([*command, "-o", folder / "machine.so"], check=True)
+    return folder / "machine.so"
+
+
 def build() -> Path:
-    """The module; a kernel's C++ is compiled when it is first launched."""
+    """The extension module."""
     extension, _ = compiled_for("9.0a")
     with made_once(extension / "on_host", HERE, MACHINE) as (folder, empty):
         if empty:
@@ -38,14 +48,12 @@ def _fill(folder: Path, extension: Path) -> None:
                 source = folder / f"{ptx.stem}_{i}.cpp"
                 source.write_text(entry.source)
                 index.write(f"{entry.name} {source.with_suffix('')}\n")
-    compiler = shlex.join(["g++", "-O1", "-shared", *FLAGS])
-    named = [f'-DPTX_INDEX="{folder / "index"}"', f'-DPTX_COMPILE="{compiler}"']
-    made = [folder / f"{name}.o" for name in ("launch", "runtime")]
-    subprocess.run(["g++", "-O2", *FLAGS, *named, "-c", HERE / "launch.cpp", "-o", made[0]], check=True)
-    subprocess.run(["nvcc", "-std=c++17", "-Xcompiler", "-fPIC", "-c", HERE / "runtime.cpp", "-o", made[1]], check=True)
-    libraries = [f"-L{cpp_extension.library_paths()[0]}", "-lc10", "-ltorch_cpu", "-ltorch_python", "-ldl"]
-    objects = (extension / "build").rglob("*.o")
-    subprocess.run(["g++", "-shared", "-o", folder / "_cuda.so", *objects, *made, *libraries], check=True)
+    runtime, library = folder / "runtime.o", machine()
+    command = ["nvcc", "-std=c++17", "-Xcompiler", "-fPIC", f'-DPTX_INDEX="{folder / "index"}"', "-c"]
+    subprocess.run([*command, HERE / "runtime.cpp", "-o", runtime], check=True)
+    libraries = [f"-L{cpp_extension.library_paths()[0]}", "-lc10", "-ltorch_cpu", "-ltorch_python"]
+    objects = [*(extension / "build").rglob("*.o"), runtime, library, f"-Wl,-rpath,{library.parent}"]
+    subprocess.run(["g++", "-shared", "-o", folder / "_cuda.so", *objects, *libraries], check=True)
 
 
 @functools.cache

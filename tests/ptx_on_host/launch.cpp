@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include <cstdlib>
-#include <fstream>
 #include <map>
 
 #include "ptx.h"
@@ -19,13 +18,7 @@ struct Kernel {
   uint32_t first_dynamic;
 };
 
-// PTX_INDEX: lines of a name and of the path of its source, without the ending; PTX_COMPILE: a command without files
-Kernel load(const std::string& name) {
-  std::ifstream index(PTX_INDEX);
-  std::string found, path;
-  while (index >> found >> std::ws && std::getline(index, path) && found != name) {
-  }
-  if (found != name) throw std::runtime_error("no kernel " + name);
+Kernel load(const std::string& path) {
   const int lock = open((path + ".lock").c_str(), O_CREAT | O_RDWR, 0666);
   flock(lock, LOCK_EX);  // of the processes of one test run the first compiles
   if (access((path + ".so").c_str(), R_OK)) {
@@ -42,15 +35,25 @@ Kernel load(const std::string& name) {
 
 }  // namespace
 
-void launch(const char* name, const unsigned (&grid)[3], unsigned cluster, unsigned threads, size_t dynamic_bytes,
-            void* const* parameters) {
+void launch(const std::string& path, const unsigned (&grid)[3], unsigned cluster, unsigned threads,
+            size_t dynamic_bytes, void* const* parameters) {
   static std::map<std::string, Kernel> known;
-  if (!known.count(name)) known[name] = load(name);
-  const Kernel kernel = known[name];
-  barriers().named.assign(16 * cluster, {});
-  barriers().passing.assign(threads * cluster, 0);
-  on_host::run_grid(dim3(grid[0], grid[1], grid[2]), cluster, int(threads), kernel.first_dynamic + dynamic_bytes,
-                    [=] { kernel.run(parameters); });
+  if (!known.count(path)) known[path] = load(path);
+  const Kernel kernel = known[path];
+  state().named.assign(16 * cluster, {});
+  state().threads.resize(threads * cluster);
+  on_host::run_grid(dim3(grid[0], grid[1], grid[2]), cluster, int(threads), kernel.first_dynamic + dynamic_bytes, [=] {
+    this_thread() = {};
+    kernel.run(parameters);
+    if (this_thread().groups.size() > 1 || !this_thread().groups[0].empty())
+      throw std::runtime_error("a thread has not waited for its copies");
+  });
 }
 
 }  // namespace ptx
+
+// The same for Python; what went wrong, or null
+extern "C" const char* ptx_launch(const char* path, unsigned x, unsigned y, unsigned z, unsigned threads,
+                                  size_t dynamic_bytes, void* const* parameters) {
+  return on_host::reported([&] { ptx::launch(path, {x, y, z}, 1, threads, dynamic_bytes, parameters); });
+}

@@ -1,8 +1,9 @@
-// What the stand-in for CUDA's runtime (runtime.cpp) and the machine (launch.cpp) have in common.
+// What the machine (launch.cpp) and the stand-in for CUDA's runtime (runtime.cpp) have in common.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace ptx {
 
@@ -17,8 +18,8 @@ struct TensorMap {
 };
 static_assert(sizeof(TensorMap) <= 128);
 
-// Runs a kernel by its name, along x in clusters; throws what goes wrong in it
-void launch(const char* name, const unsigned (&grid)[3], unsigned cluster, unsigned threads, size_t dynamic_bytes,
-            void* const* parameters);
+// Runs the kernel whose C++ is `path`.cpp, along x in clusters; throws what goes wrong in it
+void launch(const std::string& path, const unsigned (&grid)[3], unsigned cluster, unsigned threads,
+            size_t dynamic_bytes, void* const* parameters);
 
 }  // namespace ptx

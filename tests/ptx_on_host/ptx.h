@@ -45,6 +45,11 @@ template <class R, class X>
 void put(R& to, X x) {
   to = as<R>(x);
 }
+template <class R>
+R& unread() {  // a result that nobody asked for
+  static R r;
+  return r;
+}
 template <class To, class Part>
 void pack(To& to, Part low, Part high) {
   const uint64_t a = sizeof low == 2 ? as<uint16_t>(low) : as<uint32_t>(low);
@@ -80,6 +85,12 @@ X shr_of(X x, X by) {
   if (std::make_unsigned_t<X>(by) < 8 * sizeof(X)) return X(x >> by);
   return x < 0 ? X(-1) : X(0);
 }
+template <class X>
+X bfe_of(X x, X at, X count) {
+  using U = std::make_unsigned_t<X>;
+  const U all = 8 * sizeof(X), left = all - std::min(all, U(at + count));
+  return count == 0 ? X(0) : shr_of(shl_of(x, X(left)), X(std::min(all, U(left + at))));
+}
 inline uint32_t bfi_of(uint32_t part, uint32_t whole, uint32_t at, uint32_t count) {
   const uint32_t ones = (count < 32 ? (1u << count) - 1 : ~0u) << at;
   return (whole & ~ones) | (part << at & ones);
@@ -112,14 +123,19 @@ inline char* shared(uint32_t address) {
   return dft::cuda::arena_of(rank ? rank - 1 : on_host::rank()) + place;
 }
 
+template <class T, class Place>
+T* aligned(Place place, size_t numbers) {
+  if (uintptr_t(place) % (sizeof(T) * numbers)) throw std::runtime_error("an address that is not aligned");
+  return reinterpret_cast<T*>(place);
+}
 template <class T, class Place, class... R>
 void ld_of(Place place, R&... to) {
-  const T* from = reinterpret_cast<const T*>(place);
+  const T* from = aligned<const T>(place, sizeof...(to));
   (put(to, *from++), ...);
 }
 template <class T, class Place, class... X>
 void st_of(Place place, X... x) {
-  T* to = reinterpret_cast<T*>(place);
+  T* to = aligned<T>(place, sizeof...(x));
   ((*to++ = as<T>(x)), ...);
 }
 
@@ -138,6 +154,11 @@ inline void shuffle_down(uint32_t& to, uint8_t& valid, uint32_t x, uint32_t by, 
 inline void shuffle_bfly(uint32_t& to, uint8_t& valid, uint32_t x, uint32_t mask, uint32_t, uint32_t) {
   shuffle(to, valid, x, lane() ^ mask);
 }
+inline void reduce_min(uint32_t& to, uint32_t x, uint32_t) {
+  int32_t least = int32_t(x);
+  for (unsigned from = 0; from < on_host::kWarp; from++) least = std::min(least, int32_t(on_host::exchange(x, from)));
+  to = uint32_t(least);
+}
 inline void elect(uint32_t& leader, uint8_t& chosen, uint32_t mask) {
   leader = uint32_t(std::countr_zero(mask)), chosen = lane() == leader;
 }
@@ -151,25 +172,46 @@ inline void barrier_ended(uint8_t& done, uint32_t address, uint32_t parity, uint
   done = on_host::ended(counter(address), parity);
 }
 
-struct Barriers {
-  std::vector<on_host::Barrier> named;  // 16 a block
-  std::vector<uint64_t> passing;        // of each thread: how often the cluster's had opened when it arrived
+// What a thread knows of itself
+struct Thread {
+  uint64_t passing = 0;  // how often the cluster's barrier had opened when it arrived
+  std::vector<std::vector<on_host::Write>> groups{{}};  // copies under way, the last group not committed yet
 };
-inline Barriers& barriers() {
-  static Barriers b;
-  return b;
+struct State {
+  std::vector<on_host::Barrier> named;  // barriers, 16 a block
+  std::vector<Thread> threads;
+};
+inline State& state() {
+  static State s;
+  return s;
 }
+inline Thread& this_thread() { return state().threads[on_host::machine().current]; }
+
 inline void named_barrier(uint32_t id, uint32_t threads = on_host::machine().threads) {
-  on_host::meet(barriers().named[on_host::rank() * 16 + id], threads);
+  on_host::meet(state().named[on_host::rank() * 16 + id], threads);
 }
 inline void cluster_arrive() {
   on_host::Machine& m = on_host::machine();
-  barriers().passing[m.current] = m.cluster.opened;
+  this_thread().passing = m.cluster.opened;
   m.events++;
   if (++m.cluster.arrived == m.threads * m.blocks) m.cluster.arrived = 0, m.cluster.opened++;
 }
 inline void cluster_wait() {
-  while (on_host::machine().cluster.opened == barriers().passing[on_host::machine().current]) on_host::wait();
+  while (on_host::machine().cluster.opened == this_thread().passing) on_host::wait();
+}
+
+// Copies of this thread, of `given` bytes and zeros after them, which come when it waits for them
+inline void copy_grouped(uint32_t to, uint64_t from, uint32_t bytes, uint32_t given) {
+  on_host::Write write = {shared(to), nullptr, bytes, nullptr, {}};
+  std::memcpy(write.kept, reinterpret_cast<const void*>(from), std::min(given, bytes));
+  std::memset(write.to, 0xff, bytes);
+  this_thread().groups.back().push_back(write);
+}
+inline void commit_group() { this_thread().groups.emplace_back(); }
+inline void wait_group(size_t left) {
+  auto& groups = this_thread().groups;
+  for (; groups.size() > left + 1; groups.erase(groups.begin()))
+    for (const on_host::Write& write : groups.front()) std::memcpy(write.to, write.kept, write.bytes);
 }
 
 inline void copy_async(uint32_t to, uint64_t from, uint32_t bytes, uint32_t arrival) {
@@ -190,32 +232,56 @@ inline void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
   }
 }
 
+template <class... R>
+void load_matrices(uint32_t address, R&... to) {
+  unsigned j = 0;
+  (std::memcpy(&to, shared(on_host::exchange(address, 8 * j++ + lane() / 4) + lane() % 4 * 4), 4), ...);
+}
+template <class... R>
+void load_transposed(uint32_t address, R&... to) {
+  unsigned j = 0;
+  const auto load = [&](uint32_t& to) {
+    uint16_t numbers[2];
+    for (unsigned i = 0; i < 2; i++) {
+      const uint32_t row = on_host::exchange(address, 8 * j + lane() % 4 * 2 + i);
+      std::memcpy(&numbers[i], shared(row + lane() / 4 * 2), 2);
+    }
+    std::memcpy(&to, numbers, 4), j++;
+  };
+  (load(to), ...);
+}
+
 // Units of 16 bytes of shared memory change places by the bits above them
 constexpr uint32_t kUnit = 16;
 inline uint32_t swizzled(uint32_t address, uint32_t bits) {
   return address ^ ((address >> 7 & ((1u << bits) - 1)) << 4);
 }
 
-// An operand of a product: rows of 128 swizzled bytes along k, groups of 8 rows `stride` apart
+// An operand of a product, in units of 128 swizzled bytes: along k, groups of 8 rows `stride` apart; or transposed, 64
+// rows of each k, the next 64 rows `leading` apart and the next 8 of k `stride`
 struct Operand {
-  uint32_t start, stride;
-  explicit Operand(uint64_t descriptor) : start((descriptor & 0x3fff) << 4), stride((descriptor >> 32 & 0x3fff) << 4) {
+  uint32_t start, leading, stride;
+  bool transposed;
+  Operand(uint64_t descriptor, bool transposed) : start(field(descriptor)), leading(field(descriptor >> 16)),
+                                                  stride(field(descriptor >> 32)), transposed(transposed) {
     if (descriptor >> 62 != 1 || (descriptor >> 49 & 7))
       throw std::runtime_error("a matrix descriptor of an unknown layout");
   }
+  static uint32_t field(uint64_t bits) { return uint32_t(bits & 0x3fff) << 4; }
   void row(uint32_t i, float (&out)[16]) const {
-    const uint32_t first = start + i / 8 * stride + i % 8 * 128;
-    for (uint32_t unit = 0; unit < 2; unit++) {
-      uint16_t numbers[8];
-      std::memcpy(numbers, shared(swizzled(first + unit * kUnit, 3)), kUnit);
-      for (int k = 0; k < 8; k++) out[unit * 8 + k] = dft::cuda::from_bf16(numbers[k]);
+    for (uint32_t k = 0; k < 16; k++) {
+      const uint32_t along = start + i / 8 * stride + i % 8 * 128 + k * 2;
+      const uint32_t across = start + i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * 128;
+      uint16_t number;
+      std::memcpy(&number, shared(swizzled(transposed ? across : along, 3)), sizeof number);
+      out[k] = dft::cuda::from_bf16(number);
     }
   }
 };
 // d[64, N] (+)= a[64, 16] b[N, 16].T of a warpgroup, this thread's share of it
-template <int N>
-void multiply(float* const (&d)[N / 2], uint64_t a, uint64_t b, uint8_t adds) {
-  const Operand left(a), right(b);
+template <int N, class R>
+void multiply(R* const (&d)[N / 2], uint64_t a, uint64_t b, uint8_t adds, bool a_transposed, bool b_transposed) {
+  const Operand left(a, a_transposed), right(b, b_transposed);
   const uint32_t first = on_host::machine().current / 32 % 4 * 16 + lane() / 4;
   float rows[2][16], column[16];
   left.row(first, rows[0]), left.row(first + 8, rows[1]);
@@ -223,9 +289,10 @@ void multiply(float* const (&d)[N / 2], uint64_t a, uint64_t b, uint8_t adds) {
     for (int c = 0; c < 2; c++) {
       right.row(j * 8 + lane() % 4 * 2 + c, column);
       for (int r = 0; r < 2; r++) {
-        float total = 0, &sum = *d[4 * j + 2 * r + c];
+        float total = 0;
         for (int k = 0; k < 16; k++) total += rows[r][k] * column[k];
-        sum = adds ? sum + total : total;
+        R& sum = *d[4 * j + 2 * r + c];
+        put(sum, adds ? as<float>(sum) + total : total);
       }
     }
 }

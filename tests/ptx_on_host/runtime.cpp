@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstring>
+#include <fstream>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -22,6 +23,16 @@ struct Kernel {
 std::map<const void*, Kernel>& kernels() {  // by the host's stand-ins for them
   static std::map<const void*, Kernel> k;
   return k;
+}
+
+// PTX_INDEX: lines of a kernel's name and the path of its C++, without the ending
+const std::string& path_of(const std::string& name) {
+  static std::map<std::string, std::string> paths;
+  if (paths.empty()) {
+    std::ifstream index(PTX_INDEX);
+    for (std::string found, path; index >> found >> std::ws && std::getline(index, path);) paths[found] = path;
+  }
+  return paths.at(name);
 }
 
 unsigned cluster_of(const cudaLaunchConfig_t& launch) {
@@ -118,7 +129,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* launch, const void* ho
   const Kernel& kernel = kernels().at(host);
   if (const cudaError_t error = error_of(*launch, kernel)) return error;
   const dim3 grid = launch->gridDim;
-  ptx::launch(kernel.name.c_str(), {grid.x, grid.y, grid.z}, cluster_of(*launch), launch->blockDim.x,
+  ptx::launch(path_of(kernel.name), {grid.x, grid.y, grid.z}, cluster_of(*launch), launch->blockDim.x,
               launch->dynamicSmemBytes, parameters);
   return cudaSuccess;
 }

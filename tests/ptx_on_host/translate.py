@@ -1,6 +1,6 @@
 """PTX as C++: each entry a function that a thread of ptx.h runs, each instruction a statement of it.
 
-It knows the instructions that csrc/cuda compiles to, and refuses any other by its name.
+It knows the instructions that csrc/cuda and triton_ops compile to for sm_90, and refuses any other by its name.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ REGISTERS = {  # by the type that they are declared with
 TYPES = {
     **REGISTERS,
     "pred": "bool",
+    "b8": "uint8_t",
     **{f"{letter}{bits}": f"{sign}int{bits}_t" for bits in (8, 16, 32, 64) for letter, sign in (("s", ""), ("u", "u"))},
     "bf16": "Bf16",
     "f16": "F16",
@@ -31,6 +32,8 @@ SPECIAL = {
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 UNORDERED = {"neu": "==", "ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}  # each the contrary of what is here
 
+FUNCTIONS = ("not", "min", "max", "shl", "shr", "bfe", "bfi", "prmt", "ex2", "lg2", "rcp")
+
 PLAIN: dict[str, Callable[..., str]] = {  # the result, of operands that have the instruction's type
     "mov": lambda a: a,
     "cvta": lambda a: a,
@@ -47,12 +50,18 @@ PLAIN: dict[str, Callable[..., str]] = {  # the result, of operands that have th
     "neg": lambda a: f"-{a}",
     "abs": lambda a: f"std::fabs({a})",
     "copysign": lambda sign, of: f"std::copysign({of}, {sign})",
-    **{
-        name: lambda *of, name=name: f"{name}_of({', '.join(of)})"
-        for name in ("not", "min", "max", "shl", "shr", "bfi")
-    },
-    **{name: lambda *of, name=name: f"{name}_of({', '.join(of)})" for name in ("prmt", "ex2", "lg2", "rcp")},
+    **{name: lambda *of, name=name: f"{name}_of({', '.join(of)})" for name in FUNCTIONS},
 }
+WAYS = {
+    "lo",
+    "rn",
+    "approx",
+    "full",
+    "ftz",
+    "to",
+    "global",
+    "param",
+}  # of these, which change nothing here (but for numbers below the normal ones)
 CALLS = {  # what is of several threads, or goes on beside them: a function of the operands in their order
     "elect.sync": "elect",
     "mapa.shared::cluster.u32": "map_to",
@@ -70,6 +79,13 @@ CALLS = {  # what is of several threads, or goes on beside them: a function of t
     "shfl.sync.idx.b32": "shuffle_idx",
     "shfl.sync.down.b32": "shuffle_down",
     "shfl.sync.bfly.b32": "shuffle_bfly",
+    "redux.sync.min.s32": "reduce_min",
+    **{f"ldmatrix.sync.aligned.m8n8.x{n}.shared.b16": "load_matrices" for n in (1, 2, 4)},
+    **{f"ldmatrix.sync.aligned.m8n8.x{n}.trans.shared.b16": "load_transposed" for n in (1, 2, 4)},
+    "cp.async.ca.shared.global": "copy_grouped",
+    "cp.async.cg.shared.global": "copy_grouped",
+    "cp.async.commit_group": "commit_group",
+    "cp.async.wait_group": "wait_group",
     "stmatrix.sync.aligned.x4.m8n8.shared.b16": "store_matrices",
     "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64": "store_async",
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes": "copy_async",
@@ -92,19 +108,19 @@ class UnknownPtxError(Exception):
 
 def entries_of(ptx: str) -> Iterator[Entry]:
     """The kernels of a module."""
-    ptx = re.sub(r"//[^\n]*", "", ptx)
+    ptx = re.sub(r"//[^\n]*|^\s*\.loc\s[^\n]*", "", ptx, flags=re.M)
     dynamic = set(re.findall(r"\.extern\s+\.shared\s+[^;]*?(\w+)\[\]", ptx))
     for name, parameters, body in re.findall(r"\.entry\s+(\w+)\s*\(([^)]*)\)(.*?)(?=\.entry|\Z)", ptx, re.S):
         yield Entry(name, parameters, body, dynamic)
 
 
 class Entry:
-    """A kernel. source: its C++, a function `kernel(parameters)` beside the bytes of its static shared memory."""
+    """A kernel. source: its C++, a function `kernel(parameters)`, and where its dynamic shared memory begins."""
 
     def __init__(self, name: str, parameters: str, body: str, dynamic: set[str]) -> None:
         self.name = name
         self.names = dict.fromkeys(dynamic, "kDynamic")  # what C++ calls what has no number
-        for i, found in enumerate(re.findall(r"\.param\s+(?:\.align\s+\d+\s+)?\.\w+\s+(\w+)", parameters)):
+        for i, found in enumerate(re.findall(r"(\w+)\s*(?:\[\d+\]\s*)?(?:,|$)", parameters.strip())):
             self.names[found] = f"uint64_t(parameters[{i}])"
         self.files: dict[str, tuple[str, int]] = {}  # registers with a number: their type, how many
         self.scopes: list[dict[str, str]] = []
@@ -189,7 +205,7 @@ class Entry:
             return f"std::bit_cast<float>(0x{found[1]}u)"
         if found := re.fullmatch(r"0[dD]([0-9A-Fa-f]{16})", text):
             return f"std::bit_cast<double>(0x{found[1]}ull)"
-        if found := re.fullmatch(r"\[([^+,]+?)(?:\s*\+\s*(-?\d+))?\]", text):
+        if found := re.fullmatch(r"\[\s*([^+,\s]+)\s*(?:\+\s*(-?\d+))?\s*\]", text):
             return f"({self.operand(found[1])} + {found[2] or 0})"
         return self.named(text)
 
@@ -205,7 +221,7 @@ class Entry:
         if name in ("ld", "st"):
             return self.memory(name, how, given, kind)
         if name == "mov" and any(part[0] == "{" for part in given):
-            return f"{'unpack' if given[0][0] == '{' else 'pack'}({', '.join(self.all(given))})"
+            return self.packed(given)
 
         def value(i: int) -> str:
             return f"as<{kind}>({self.operand(given[i])})"
@@ -222,14 +238,29 @@ class Entry:
         if name == "cvt" and how[-2] in TYPES and set(how[:-2]) <= {"rn", "rni"}:
             x = f"std::nearbyint({value(1)})" if "rni" in how else value(1)
             return f"put({to}, {TYPES[how[-2]]}({x}))"
-        if name == "mul" and how[0] == "wide":
+        if name in ("mul", "mad") and how[0] == "wide":
             twice = kind.replace("32", "64")
-            return f"put({to}, {twice}({value(1)}) * {twice}({value(2)}))"
+            added = f" + as<{twice}>({self.operand(given[3])})" if name == "mad" else ""
+            return f"put({to}, {twice}({value(1)}) * {twice}({value(2)}){added})"
         if name == "mul" and how == ["hi", "u64"]:
             return f"put({to}, uint64_t((unsigned __int128)({value(1)}) * {value(2)} >> 64))"
-        if name in PLAIN and kind and not set(how[:-1]) - {"lo", "rn", "approx", "ftz", "to", "global", "param"}:
+        if (
+            name in PLAIN
+            and kind
+            and not set(how[:-1]) - {"lo", "rn", "approx", "full", "ftz", "to", "global", "param"}
+        ):
             return f"put({to}, {PLAIN[name](*(value(i) for i in range(1, len(given))))})"
         raise UnknownPtxError(f"{opcode} {', '.join(given)}")
+
+    def packed(self, given: list[str]) -> str:
+        """A move between a register and two of half its size."""
+        if given[0][0] != "{":
+            return f"pack({', '.join(self.all(given))})"
+        halves = listed(given[0])
+        kept = self.operand(next(part for part in halves if part != "_"))
+        unread = f"unread<std::decay_t<decltype({kept})>>()"
+        low, high = (unread if part == "_" else self.operand(part) for part in halves)
+        return f"unpack({low}, {high}, {self.operand(given[1])})"
 
     def memory(self, name: str, how: list[str], given: list[str], kind: str) -> str:
         """A load or store, of a vector too."""
@@ -247,12 +278,17 @@ class Entry:
 
     def call(self, opcode: str, given: list[str]) -> str:
         if opcode.startswith("wgmma"):
-            sums, a, b, adds, *signs = given
-            if signs != ["1", "1", "0", "0"]:
-                raise UnknownPtxError(f"{opcode} with {signs}")
+            sums, a, b, adds, *how = given  # signs, and of the operands whether their rows lie along k or across
+            if how[:2] != ["1", "1"]:
+                raise UnknownPtxError(f"{opcode} with {how}")
             held = ", ".join(f"&{self.operand(part)}" for part in listed(sums))
-            return f"{CALLS[opcode]}({{{held}}}, {', '.join(self.all([a, b, adds]))})"
-        return f"{CALLS[opcode]}({', '.join(self.all(given))})"
+            return f"{CALLS[opcode]}({{{held}}}, {', '.join(self.all([a, b, adds, *how[2:]]))})"
+        if opcode.startswith("ldmatrix"):
+            given = given[::-1]
+        taken = self.all(given)
+        if opcode.startswith("shfl") and "|" not in given[0]:
+            taken.insert(1, "unread<uint8_t>()")
+        return f"{CALLS[opcode]}({', '.join(taken)})"
 
 
 def operands_of(text: str) -> list[str]:

@@ -15,6 +15,7 @@ from test_exponentials import ADDED, aligned
 from test_lean import LEAN, steps
 
 from dft_kernels.backends import BACKENDS, extension
+from dft_kernels.backends.contract import Row
 from dft_kernels.backends.cuda import CudaBackend
 
 pytestmark = [
@@ -98,6 +99,26 @@ def test_rows_of_real_vocabularies(name: str | None, vocab: int, blocks: tuple[i
         torch.testing.assert_close(ours[0], exact[0], rtol=3e-5, atol=3e-6, equal_nan=True)
         rounding = 1e-3 if dtypes[2] == HALF else 8e-3
         torch.testing.assert_close(ours[1], exact[1], rtol=rounding, atol=rounding / 100, equal_nan=True)
+
+
+def test_columns_and_scaling(source: Any) -> None:
+    """In rows 2^31 numbers apart, of which only the pages that are touched exist; gradients of any dtype."""
+    apart, vocab = 2**31, 700
+    logits = torch.empty(apart + vocab, dtype=NARROW).as_strided((2, vocab), (apart, 1))
+    logits.copy_(torch.randn(2, vocab))
+    exact = logits.float().softmax(-1)
+    statistics = source.row_statistics(source.Rows(logits=logits), 1 << Row.LSE, 0)
+    rows = extension.CUDA.Rows(logits=logits)
+    torch.testing.assert_close(extension.CUDA.probabilities(rows, statistics), exact)
+    columns = torch.zeros(1, vocab)
+    extension.CUDA.accumulate_columns(rows, statistics, None, columns)
+    torch.testing.assert_close(columns[0], exact.sum(0))
+    for dtype in (WIDE, NARROW, HALF, torch.float64):
+        x = torch.randn(70, 100).to(dtype)
+        ours = x.clone()
+        for factor in (1.0, 3.0):
+            extension.CUDA.scale(ours, torch.tensor([factor], dtype=torch.promote_types(dtype, WIDE)))
+        assert torch.equal(ours, 3.0 * x)
 
 
 @pytest.mark.parametrize(

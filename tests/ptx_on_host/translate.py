@@ -52,16 +52,8 @@ PLAIN: dict[str, Callable[..., str]] = {  # the result, of operands that have th
     "copysign": lambda sign, of: f"std::copysign({of}, {sign})",
     **{name: lambda *of, name=name: f"{name}_of({', '.join(of)})" for name in FUNCTIONS},
 }
-WAYS = {
-    "lo",
-    "rn",
-    "approx",
-    "full",
-    "ftz",
-    "to",
-    "global",
-    "param",
-}  # of these, which change nothing here (but for numbers below the normal ones)
+# Of these, which change nothing here but for numbers below the normal ones
+WAYS = {"lo", "rn", "approx", "full", "ftz", "to", "global", "param"}
 CALLS = {  # what is of several threads, or goes on beside them: a function of the operands in their order
     "elect.sync": "elect",
     "mapa.shared::cluster.u32": "map_to",
@@ -244,11 +236,7 @@ class Entry:
             return f"put({to}, {twice}({value(1)}) * {twice}({value(2)}){added})"
         if name == "mul" and how == ["hi", "u64"]:
             return f"put({to}, uint64_t((unsigned __int128)({value(1)}) * {value(2)} >> 64))"
-        if (
-            name in PLAIN
-            and kind
-            and not set(how[:-1]) - {"lo", "rn", "approx", "full", "ftz", "to", "global", "param"}
-        ):
+        if name in PLAIN and kind and set(how[:-1]) <= WAYS:
             return f"put({to}, {PLAIN[name](*(value(i) for i in range(1, len(given))))})"
         raise UnknownPtxError(f"{opcode} {', '.join(given)}")
 

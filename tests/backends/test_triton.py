@@ -141,7 +141,7 @@ def test_what_kernels_compile_to(architecture: int) -> None:
         if entry not in products:
             assert entry["spilled"] == 0, entry
             assert entry["registers"] <= 96, entry
-            assert entry["shared"] <= 4096, entry
+            assert entry["shared"] <= 8192, entry  # 28 programs a multiprocessor
     few = ("probability_kernel", "gather_kernel")
     even = [entry for entry in compiled if entry["even"] and entry["kernel"] not in few]
     assert len(even) > 70

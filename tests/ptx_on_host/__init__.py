@@ -49,7 +49,8 @@ def _fill(folder: Path, extension: Path) -> None:
                 source.write_text(entry.source)
                 index.write(f"{entry.name} {source.with_suffix('')}\n")
     runtime, library = folder / "runtime.o", machine()
-    command = ["nvcc", "-std=c++17", "-Xcompiler", "-fPIC", f'-DPTX_INDEX="{folder / "index"}"', "-c"]
+    hidden = "-fPIC,-fvisibility=hidden"  # from torch, which may have CUDA's own runtime in this process
+    command = ["nvcc", "-std=c++17", "-Xcompiler", hidden, f'-DPTX_INDEX="{folder / "index"}"', "-c"]
     subprocess.run([*command, HERE / "runtime.cpp", "-o", runtime], check=True)
     libraries = [f"-L{cpp_extension.library_paths()[0]}", "-lc10", "-ltorch_cpu", "-ltorch_python"]
     objects = [*(extension / "build").rglob("*.o"), runtime, library, f"-Wl,-rpath,{library.parent}"]

@@ -19,7 +19,8 @@ struct TensorMap {
 static_assert(sizeof(TensorMap) <= 128);
 
 // Runs the kernel whose C++ is `path`.cpp, along x in clusters; throws what goes wrong in it
-void launch(const std::string& path, const unsigned (&grid)[3], unsigned cluster, unsigned threads,
-            size_t dynamic_bytes, void* const* parameters);
+__attribute__((visibility("default"))) void launch(const std::string& path, const unsigned (&grid)[3],
+                                                   unsigned cluster, unsigned threads, size_t dynamic_bytes,
+                                                   void* const* parameters);
 
 }  // namespace ptx

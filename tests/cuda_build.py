@@ -1,16 +1,18 @@
-"""Builds of the CUDA extension, beside the checkout."""
+"""Builds of the CUDA extension, beside the one that is installed."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,6 +55,16 @@ def made_once(folder: Path, *inputs: Path) -> Iterator[tuple[Path, bool]]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield folder, not (folder / "made").exists()
         (folder / "made").touch()
+
+
+def imported(name: str, path: Path) -> Any:
+    """An extension module that is no part of the package."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def compiled_for(architectures: str) -> tuple[Path, str]:

@@ -3,44 +3,35 @@ CUDA's threads (cuda_on_host.h), as the backend "cuda" of this test run."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import importlib.util
 import subprocess
 import sysconfig
 from pathlib import Path
 from typing import Any
 
-import torch
+from cuda_build import ROOT, imported, made_once
 from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 SOURCES = [HERE / "control.cpp", HERE / "exponentials.cpp", *sorted(CUDA.glob("*.cu")), *sorted(CUDA.glob("*.cpp"))]
 NAME = "_cuda_on_host"
 
 
 def build() -> Path:
-    """Compile the module, once for each state of its sources."""
-    inputs = sorted([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *HERE.glob("*.h"), *SOURCES])
-    digest = hashlib.sha256(torch.__version__.encode() + b"".join(path.read_bytes() for path in inputs)).hexdigest()
-    folder = ROOT / "build" / "cuda_on_host"
-    module = folder / f"{digest[:16]}.so"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:  # of the processes of one test run the first compiles
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not module.exists():
-            _compile(folder, module, digest)
+    """The module, compiled once for each state of its sources."""
+    with made_once(ROOT / "build" / "cuda_on_host", ROOT / "csrc" / "common", CUDA, HERE) as (folder, empty):
+        module = folder / f"{NAME}.so"
+        if empty:
+            _compile(folder, module)
     return module
 
 
-def _compile(folder: Path, module: Path, digest: str) -> None:
+def _compile(folder: Path, module: Path) -> None:
     paths = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
     # longjmp from fibre to fibre is what fortified libraries refuse
     flags = ["-std=c++20", "-O2", "-fPIC", "-U_FORTIFY_SOURCE", f"-DTORCH_EXTENSION_NAME={NAME}", "-DDFT_CUDA_ON_HOST"]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{HERE}", *(f"-isystem{path}" for path in paths)]
-    objects = [folder / f"{digest[:16]}-{source.name}.o" for source in SOURCES]
+    objects = [folder / f"{source.name}.o" for source in SOURCES]
     compilers = [
         subprocess.Popen(["g++", *flags, "-x", "c++", "-c", source, "-o", made], stderr=subprocess.PIPE, text=True)
         for source, made in zip(SOURCES, objects, strict=True)
@@ -52,8 +43,7 @@ def _compile(folder: Path, module: Path, digest: str) -> None:
         f"-L{cpp_extension.library_paths()[0]}",
         *(f"-l{name}" for name in ("c10", "torch_cpu", "torch_python")),
     ]
-    subprocess.run(["g++", "-shared", "-o", f"{module}.part", *objects, *libraries], check=True)
-    Path(f"{module}.part").rename(module)
+    subprocess.run(["g++", "-shared", "-o", module, *objects, *libraries], check=True)
 
 
 def alone(csrc: Path, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -65,12 +55,7 @@ def alone(csrc: Path, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def load() -> Any:
-    spec = importlib.util.spec_from_file_location(NAME, build())
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return imported(NAME, build())
 
 
 def install() -> None:

@@ -5,13 +5,12 @@ cuda_on_host. What ptxas makes of that PTX, and how fast it is, is for a GPU to 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from cuda_build import ROOT, compiled_for, made_once
+from cuda_build import ROOT, compiled_for, imported, made_once
 from torch.utils import cpp_extension
 
 from .translate import entries_of
@@ -60,9 +59,4 @@ def _fill(folder: Path, extension: Path) -> None:
 @functools.cache
 def load() -> Any:
     """What dft_kernels.backends.extension has as CUDA."""
-    spec = importlib.util.spec_from_file_location("_cuda", build())
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return imported("_cuda", build())

@@ -71,7 +71,7 @@ def compiled_for(architectures: str) -> tuple[Path, str]:
     """The folder of the extension for these, on CUTLASS, with the PTX of its kernels in the folder ptx, and what its
     build said."""
     assert CUTLASS.is_dir()
-    inputs = (ROOT / name for name in ("csrc", "setup.py", "pyproject.toml"))
+    inputs = (ROOT / "csrc", ROOT / "setup.py", ROOT / "pyproject.toml", CUTLASS / "include" / "cutlass" / "version.h")
     with made_once(ROOT / "build" / "compiled" / architectures.replace(" ", "_"), *inputs) as (folder, empty):
         ptx, said = folder / "ptx", folder / "said"
         if empty:

@@ -248,10 +248,12 @@ def test_rows_that_the_lean_kernels_do_not_take() -> None:
     dk.distribution_loss(torch.randn(2, 101), torch.tensor([1, 2]), backend="cuda")  # takes the other design
 
 
-PLANTED = {  # what is left out of lean.cuh: a wait or a barrier
+ANNOUNCED = "arrival_expect(full, uint32_t(columns * (size + target_size)));"
+PLANTED = {  # what is wrong in lean.cuh: a wait, a barrier or an arrival
     "stage": ("arrival_wait(&shared.full[stage], parity);", ""),
     "meeting": ("arrival_wait(&shared.met[turn], meetings / 2 & 1);", ""),
     "refill": ("    __syncthreads();\n    then();", "    then();\n    __syncthreads();"),
+    "twice": (ANNOUNCED, f"{ANNOUNCED} {ANNOUNCED}"),
     "announced": ("plan.blocks * sizeof(X)", "plan.blocks * sizeof(X) + 8"),
     "unannounced": ("plan.blocks * sizeof(X)", "plan.blocks * sizeof(X) - 8"),
 }
@@ -267,7 +269,8 @@ def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
     assert text.count(right) == 1
     source.write_text(text.replace(right, wrong))
     said = cuda_on_host.alone(tmp_path / "csrc", tmp_path)
-    assert said.returncode != 0, said.stdout
+    assert said.returncode == 1, said  # no signal: what goes wrong in a thread reaches the caller
+    assert ("more often in a phase" in said.stdout) == (fault in ("stage", "meeting", "twice"))
 
 
 @emulated
